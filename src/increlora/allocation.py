@@ -1,0 +1,65 @@
+"""Decisions as data: what a module holds, and the events that change it. Nothing here touches a tensor."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+Kind = Literal["birth", "retirement", "consolidation", "saturation", "finish"]
+
+
+@dataclass(frozen=True)
+class Holding:
+    """One module as an allocator sees it.
+
+    Attributes:
+        name: full module name.   rank: active ranks.   free: sizes of the blocks not yet active, in the order of birth.
+        cost: parameters of one rank, in + out.
+    """
+
+    name: str
+    rank: int
+    free: tuple[int, ...]
+    cost: int
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Ranks given to one module: the positions of the granted blocks in its `free` list."""
+
+    module: int
+    blocks: tuple[int, ...]
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Outcome of one allocation: grants in order, modules passed over because they are full, and whether it is done."""
+
+    grants: tuple[Grant, ...] = ()
+    saturated: tuple[int, ...] = ()
+    spent: bool = False
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a module at a step; the row of `events.jsonl`."""
+
+    step: int
+    kind: Kind
+    module: str
+    ranks: int
+    rank: int  # active rank afterwards
+    importance: float | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def ranks_used(holdings: Sequence[Holding]) -> int:
+    """Active ranks over all modules."""
+    return sum(h.rank for h in holdings)
+
+
+def parameters_used(holdings: Sequence[Holding]) -> int:
+    """Active adapter parameters in LoRA form, Σ rank · (in + out)."""
+    return sum(h.rank * h.cost for h in holdings)

@@ -1,0 +1,7 @@
+"""How ΔW is built: trainable maps that know torch only (no base layer, no adapter name, no optimizer)."""
+
+from .base import BlockDelta, Delta, Status
+from .lowrank import LowRankDelta
+from .triplet import TripletDelta
+
+__all__ = ["BlockDelta", "Delta", "LowRankDelta", "Status", "TripletDelta"]

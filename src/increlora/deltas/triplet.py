@@ -1,0 +1,29 @@
+"""The SVD-like form in blocks: ΔW = s · Σ_i B_i diag(e_i) A_i, with A_i (k, in), e_i (k, 1), B_i (out, k).
+
+e of a reserve block is held fixed: it enters as a constant, so it has no gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from .base import BlockDelta, Status
+
+
+class TripletDelta(BlockDelta):
+    """ΔW = s B diag(e) A over the live blocks; s·e is folded into the smaller factor."""
+
+    letters = ("A", "E", "B")
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        live = self.live
+        blocks = [self.block(i) for i in live]
+        e = [
+            b["E"].detach() if self.status[i] == Status.RESERVE else b["E"] for i, b in zip(live, blocks, strict=True)
+        ]
+        if len(blocks) == 1:
+            A, E, B = blocks[0]["A"], e[0], blocks[0]["B"]
+        else:
+            A, E = torch.cat([b["A"] for b in blocks]), torch.cat(e)
+            B = torch.cat([b["B"] for b in blocks], dim=1)
+        E = E * self.scale
+        return (A * E, B) if self.in_features <= self.out_features else (A, B * E.t())

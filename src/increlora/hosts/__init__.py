@@ -1,0 +1,1 @@
+"""The world: peft, transformers, and the formats adapters leave in."""

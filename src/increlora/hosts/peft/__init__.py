@@ -1,0 +1,10 @@
+"""Our methods as ordinary peft tuners; the only place that imports peft."""
+
+from .config import IncreLoraConfig, PlainLoraConfig
+from .drive import attach, rank_summary
+from .model import AdapterModel
+from .register import register_methods
+
+register_methods()
+
+__all__ = ["AdapterModel", "IncreLoraConfig", "PlainLoraConfig", "attach", "rank_summary"]

@@ -1,0 +1,130 @@
+"""The checkpoint format, through peft's state-dict hooks: compact, and read by tensor shapes alone.
+
+    <module>.lora_A0 …  parameters of active and reserve blocks       <module>.lora_state  see BlockDelta.get_extra_state
+
+Dormant and retired blocks are not written. The tensors say everything: whatever loads a state dict resumes a run.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ...deltas import BlockDelta, Status
+from ...deltas.base import STATE_FORMAT
+from ...errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .layer import AdapterLayer
+
+PREFIX = "base_model.model."
+
+
+def checkpoint_key(key: str, adapter_name: str) -> str:
+    """`q.lora_delta.default.lora_A0` → `q.lora_A0`; `q.lora_delta.default._extra_state` → `q.lora_state`."""
+    marker = f".lora_delta.{adapter_name}."
+    if marker not in key:
+        return key
+    module, _, parameter = key.rpartition(marker)
+    return f"{module}.{'lora_state' if parameter == '_extra_state' else parameter}"
+
+
+def compact(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries worth saving: those of active and reserve blocks, and the states."""
+    from .model import adapter_layers
+
+    unwanted = set()
+    for name, layer in adapter_layers(model, adapter_name).items():
+        delta = layer.delta(adapter_name)
+        for i in delta.indices(Status.DORMANT, Status.RETIRED):
+            unwanted |= {f"{name}.lora_delta.{adapter_name}.lora_{letter}{i}" for letter in delta.letters}
+    return {key: value for key, value in state_dict.items() if key not in unwanted}
+
+
+def fit(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], *, trainable: bool) -> None:
+    """Give every module the blocks that the checkpoint has.
+
+    Raises: CheckpointError, before anything is changed, if the checkpoint is newer, incomplete, or of another model.
+    """
+    from .model import adapter_layers
+
+    layers = adapter_layers(model, adapter_name)
+    parts = split(state_dict)
+    check_modules(layers, parts)
+    for name, layer in layers.items():
+        check_blocks(name, layer.delta(adapter_name), parts[name.removeprefix(PREFIX)])
+    for name, layer in layers.items():
+        found = parts[name.removeprefix(PREFIX)]
+        sizes = {i: found[f"lora_A{i}"].shape[0] for i in present(found)}
+        layer.delta(adapter_name).fit(sizes, len(states(found)), keep_dormant=trainable)
+
+
+def split(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Our entries by module (without peft's prefix) and parameter."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in state_dict.items():
+        module, _, parameter = key.rpartition(".")
+        if re.fullmatch(r"lora_(state|[A-Z]\d+)", parameter):
+            parts.setdefault(module.removeprefix(PREFIX), {})[parameter] = value
+    return parts
+
+
+def check_modules(layers: Mapping[str, "AdapterLayer"], parts: Mapping[str, object]) -> None:
+    here = {name.removeprefix(PREFIX) for name in layers}
+    for name in sorted(here ^ set(parts)):
+        where = "the checkpoint" if name in here else "the model"
+        raise CheckpointError(
+            f"module {name!r} is missing in {where}: the adapter belongs to another model or other `target_modules`"
+        )
+
+
+def check_blocks(name: str, delta: BlockDelta, found: Mapping[str, Tensor]) -> None:
+    if "lora_state" not in found:
+        raise CheckpointError(f"{name}.lora_state is missing: the adapter file is incomplete or not increlora's")
+    version = int(found["lora_state"][0])
+    if version > STATE_FORMAT:
+        raise CheckpointError(
+            f"{name}: written in format {version}, this version reads {STATE_FORMAT}; upgrade increlora"
+        )
+    for i, status in enumerate(states(found)):
+        if status in (Status.ACTIVE, Status.RESERVE):
+            for letter in delta.letters:
+                check_tensor(name, delta, f"lora_{letter}{i}", letter, found)
+
+
+def check_tensor(name: str, delta: BlockDelta, key: str, letter: str, found: Mapping[str, Tensor]) -> None:
+    size = found[key.replace(letter, "A")].shape[0] if key.replace(letter, "A") in found else 0
+    shape = tuple(found[key].shape) if key in found else None
+    if shape != delta.shape(letter, size):
+        expected = delta.shape(letter, size) if size else "a tensor"
+        raise CheckpointError(
+            f"{name}.{key}: expected {expected}, found {shape or 'nothing'}; the adapter is damaged or of another model"
+        )
+
+
+def present(found: Mapping[str, Tensor]) -> list[int]:
+    return sorted(int(key[6:]) for key in found if key.startswith("lora_A"))
+
+
+def states(found: Mapping[str, Tensor]) -> list[Status]:
+    """Block states out of a module's state vector."""
+    values = [int(v) for v in found["lora_state"][4:].tolist()]
+    return [Status(v) for v in values[: len(values) // 3]]
+
+
+@torch.no_grad()
+def complete(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add what the checkpoint leaves out, unchanged or freshly drawn if it lies on the meta device, so that nothing is
+    missing and nothing stays there."""
+    from .model import adapter_layers
+
+    for name, layer in adapter_layers(model, adapter_name).items():
+        delta = layer.delta(adapter_name)
+        for i in range(len(delta.sizes)):
+            for letter, p in delta.block(i).items():
+                key = f"{name}.lora_delta.{adapter_name}.lora_{letter}{i}"
+                if key not in state_dict:
+                    state_dict[key] = delta.draw(letter, i).to(p.dtype) if p.is_meta else p.detach()
+    return state_dict

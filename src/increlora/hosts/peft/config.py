@@ -1,0 +1,149 @@
+"""peft configs derived from the methods' own settings: the same fields under LoRA's names, refusing what we do not do."""
+
+import difflib
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import MISSING, Field, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+
+from ...errors import CheckpointError, ConfigError
+from ...methods import IncreLora, Lora
+from ...methods.increlora_settings import paper_settings
+
+# Fields of peft's LoraConfig that mean the same here; any other must keep its default.
+SUPPORTED = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "modules_to_save",
+    "init_lora_weights", "layers_to_transform", "layers_pattern", "runtime_config",
+}  # fmt: skip
+INSTEAD = {
+    "use_dora": "leave it out, or train with peft's LoraConfig",
+    "use_rslora": "set lora_alpha to α·√r",
+    "bias": "add bias modules to `modules_to_save`",
+    "rank_pattern": "ranks are found in training; use `capacity_pattern` to bound them",
+    "alpha_pattern": "one `lora_alpha` serves all modules",
+    "target_parameters": "name the linear modules in `target_modules`",
+    "trainable_token_indices": "add the embedding to `modules_to_save`",
+    "init_lora_weights": "use True; PiSSA, OLoRA, EVA, LoftQ and the like change the base weights or the ranks",
+}
+
+
+class UnknownOptionError(ConfigError, TypeError):
+    """An option that does not exist; also a TypeError, so that peft can drop options of newer versions when it loads."""
+
+
+class MethodConfig(LoraConfig):
+    """Abstract: what all our configs add to LoraConfig.
+
+    ranks: active rank per module, kept up to date while training; blocks: their states. Both are written by the library.
+    """
+
+    settings_cls: type
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = TYPE_NAMES[type(self).__name__]
+        refuse_unsupported(self)
+        self.settings()
+
+    def settings(self) -> Any:
+        """The method's own frozen settings."""
+        return self.settings_cls(**{f.name: getattr(self, f.name) for f in fields(self.settings_cls)})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        check_folder(Path(pretrained_model_name_or_path, subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+def refuse_unsupported(config: LoraConfig) -> None:
+    """Raise ConfigError for a LoRA option without meaning here, with the alternative."""
+    own = {f.name for f in fields(config.settings_cls)} | {"ranks", "blocks", "increlora_version"}
+    for option in fields(config):
+        if option.name in SUPPORTED | own:
+            continue
+        value = getattr(config, option.name)
+        if value != default_of(option) and value:
+            remedy = INSTEAD.get(option.name, "leave it out")
+            raise ConfigError(f"{type(config).__name__}: {option.name}={value!r} is not supported: {remedy}")
+    if not isinstance(config.init_lora_weights, bool):
+        remedy = INSTEAD["init_lora_weights"]
+        raise ConfigError(f"{type(config).__name__}: init_lora_weights={config.init_lora_weights!r}: {remedy}")
+
+
+def default_of(option: Field[Any]) -> Any:
+    return option.default_factory() if option.default_factory is not MISSING else option.default
+
+
+def check_folder(path: Path) -> None:
+    """Raise CheckpointError if a local adapter folder is damaged; hub names are left to peft."""
+    if not path.is_dir():
+        return
+    config_file, weights = path / "adapter_config.json", path / "adapter_model.safetensors"
+    try:
+        json.loads(config_file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config_file}: {error}; restore the adapter folder from a copy") from error
+    if weights.exists():
+        try:
+            with safe_open(weights, framework="pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{weights} is damaged or truncated ({error}); restore it from a copy") from error
+
+
+def derive(name: str, settings_cls: type) -> type:
+    """A peft config class named `name` with the settings' fields, picklable by name."""
+    added: list[Any] = [(f.name, f.type, field(default=f.default)
+                         if f.default is not MISSING else field(default_factory=f.default_factory))
+                        for f in fields(settings_cls)]  # fmt: skip
+    added += [
+        ("ranks", dict, field(default_factory=dict)),
+        ("blocks", dict, field(default_factory=dict)),
+        ("increlora_version", str | None, None),
+    ]
+    namespace = {"settings_cls": settings_cls, "__doc__": settings_cls.__doc__}
+    config_cls = make_dataclass(name, added, bases=(MethodConfig,), namespace=namespace)
+    config_cls.__module__ = __name__
+    config_cls.__init__ = naming_nearest(config_cls.__init__, name)  # type: ignore[misc]
+    return config_cls
+
+
+def naming_nearest(init: Callable[..., None], name: str) -> Callable[..., None]:
+    """`init` with an error for unknown options that names the nearest known one."""
+    import inspect
+
+    known = list(inspect.signature(init).parameters)
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for option in kwargs:
+            if option not in known:
+                near = difflib.get_close_matches(option, known, 1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise UnknownOptionError(f"{name}() got an unexpected keyword argument {option!r}{hint}")
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+IncreLoraConfig = derive("IncreLoraConfig", IncreLora)
+PlainLoraConfig = derive("PlainLoraConfig", Lora)
+
+
+def paper(r: int = 2, **overrides: Any) -> Any:
+    """The published code, step by step, its quirks included; `overrides` are further options by name."""
+    names = {f.name for f in fields(IncreLora)}
+    own = {k: v for k, v in overrides.items() if k in names}
+    return IncreLoraConfig(**paper_settings(r, **own), **{k: v for k, v in overrides.items() if k not in names})
+
+
+IncreLoraConfig.paper = staticmethod(paper)  # type: ignore[attr-defined]
+
+CONFIGS = {"INCRELORA": IncreLoraConfig, "PLAINLORA": PlainLoraConfig}
+TYPE_NAMES = {config_cls.__name__: name for name, config_cls in CONFIGS.items()}

@@ -1,0 +1,108 @@
+"""The tuner: one for all methods. It counts the sites, puts a delta at each, and gives adaptive ones a controller."""
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from ...deltas import Status
+from ...methods import Site
+from ...runtime import Controller, register
+from .. import transformers as trainer_host
+from . import checkpoint
+from .layer import AdapterLayer, in_out_features
+
+
+class AdapterModel(BaseTuner):
+    """peft tuner of every method of this library."""
+
+    prefix = "lora_"
+    tuner_layer_cls = AdapterLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Count the sites before any is replaced: budgets and block sizes depend on the totals."""
+        _maybe_include_all_linear_layers(peft_config, model)
+        shapes = [in_out_features(base) for base in self._targets(peft_config, model)]
+        self._totals = len(shapes), sum(m + n for m, n in shapes)
+        self._method = peft_config.settings().method(max(1, len(shapes)), max(1, self._totals[1]))
+
+    def _targets(self, peft_config: Any, model: nn.Module) -> list[nn.Module]:
+        inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
+        return [
+            module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            for name, module in model.named_modules()
+            if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name)
+        ]
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, *, parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
+        layer = target if isinstance(target, AdapterLayer) else AdapterLayer(target)
+        weight = layer.get_base_layer().weight
+        dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+        delta = self._method.make_delta(Site(current_key, layer.in_features, layer.out_features, *self._totals, dtype))
+        states = peft_config.blocks.get(current_key) if len(self.peft_config) > 1 else None
+        if states:  # a second adapter made from a live config starts at the ranks of the first
+            delta.status = [Status(s) for s in states]
+        layer.lora_delta[adapter_name] = delta
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        config.increlora_version = version("increlora")
+        if not config.inference_mode:
+            drive(model, adapter_name, config, self._method)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor],
+                                unwanted_adapter_names: list[str]) -> dict[str, Tensor]:  # fmt: skip
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return checkpoint.compact(model, adapter_name, selected)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return checkpoint.checkpoint_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: Any, adapter_name: str,
+                                           state_dict: dict[str, Tensor]) -> dict[str, Tensor]:  # fmt: skip
+        checkpoint.fit(model, adapter_name, state_dict, trainable=not config.inference_mode)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return checkpoint.complete(model, adapter_name, remapped)
+
+
+def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, AdapterLayer]:
+    """Adapter layers that hold this adapter, by the module's name in `model`, in model order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer) and adapter_name in m.lora_delta}
+
+
+def drive(model: nn.Module, adapter_name: str, config: Any, method: Any) -> Controller | None:
+    """Give an adapter its controller; None where the method needs none."""
+    trainer_host.install()
+    deltas = {layer.delta(adapter_name).name: layer.delta(adapter_name)
+              for layer in adapter_layers(model, adapter_name).values()}  # fmt: skip
+
+    def keep_config_current() -> None:
+        config.ranks = {name: delta.rank for name, delta in deltas.items()}
+        config.blocks = {name: [int(s) for s in delta.status] for name, delta in deltas.items()}
+
+    keep_config_current()
+    if not method.adaptive:
+        return None
+    controller = Controller(method, deltas, on_change=keep_config_current)
+    register(controller)
+    return controller

@@ -1,0 +1,45 @@
+"""Registration with peft: real members of its `PeftType`, then its own `register_peft_method`.
+
+peft has no plug-in mechanism and refuses names that are not members of the enum; plain strings in its tables break
+`load_adapter` and `get_model_status`. So members are made at import, the way the enum module makes them.
+"""
+
+import warnings
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
+from ...errors import ConfigError
+from .config import CONFIGS
+from .model import AdapterModel
+
+
+def ensure_peft_type(name: str) -> PeftType:
+    """The member of `PeftType` with this name, made if missing. Idempotent."""
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)
+    return member
+
+
+def register_methods() -> None:
+    """Make every config of ours known to peft. Raises ConfigError if peft knows the name as something else."""
+    for name, config_cls in CONFIGS.items():
+        peft_type = ensure_peft_type(name)
+        known = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+        if known is config_cls:
+            continue
+        if known is not None and known.__module__ != config_cls.__module__:
+            raise ConfigError(f"peft already has a method named {name} ({known.__module__}); upgrade increlora")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            PEFT_TYPE_TO_CONFIG_MAPPING.pop(peft_type, None)
+            register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=AdapterModel, prefix="lora_")

@@ -1,0 +1,95 @@
+"""A method as data: which delta, which score, which schedule, which allocator. The runtime does the rest."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from ..allocation import Holding, Plan
+from ..budget import Budget
+from ..deltas import Delta
+from ..penalties import OrthogonalityForm
+from ..schedules import GrowthSteps, Run
+from ..scores import Norm
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear map that gets a delta: its full name, shape, and the totals over all sites of the model."""
+
+    name: str
+    in_features: int
+    out_features: int
+    sites: int  # adapted modules in the model
+    uniform_parameters: int  # Σ over sites of (in + out): parameters of rank 1 everywhere
+    dtype: torch.dtype | None = None  # of the adapter's parameters; default: torch's
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """How a module's importance is measured.
+
+    Attributes:
+        kind: `delta` (entry-wise |ΔW∘G|, needs the tap) or `signed` (|⟨B, ∂L/∂B⟩|, from gradients alone).
+        norm: see `scores.normaliser`.   beta, beta_uncertainty: moving averages, see `scores.smooth`.
+        window: only the last `window` steps before an event are scored; None: every step.
+        accumulate: over micro-batches and repeated uses of a module: `mean` of their scores, `last` backward call (as
+            published), or `exact` (inputs and output gradients are kept until the step: the score of the whole batch).
+    """
+
+    kind: Literal["delta", "signed"] = "delta"
+    norm: Norm = "sqrt_numel"
+    beta: float = 0.85
+    beta_uncertainty: float = 0.85
+    window: int | None = None
+    accumulate: Literal["mean", "last", "exact"] = "mean"
+
+
+@dataclass(frozen=True)
+class PenaltyRule:
+    """Orthogonality of the components; `place` says whether gradient clipping sees it."""
+
+    weight: float
+    form: OrthogonalityForm = "trainer"
+    place: Literal["after_clipping", "before_clipping"] = "after_clipping"
+
+
+class Clock(Protocol):
+    """Learning rate of a tensor created at `created` (−1: with the model), as (own factor, the host's factor).
+
+    The update is scaled by their ratio; both in units of the host's peak learning rate, or (m, 1)."""
+
+    def __call__(self, step: int, created: int, run: Run) -> tuple[float, float]: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """Everything the runtime needs to know about a method. None: the method has no such part.
+
+    Attributes:
+        make_delta: site → delta.
+        budget: what may be active at the end.
+        score, events, allocate: who deserves rank, when it is handed out (run, holdings, first step → steps), to whom.
+        reserve: the block next in line of every module is `trained` before it is born, or held `frozen` (it counts in
+            the penalty alone), or there is `none`.
+        on_finish: what happens to the reserve when the budget is spent: `retire` it, or keep training it with e = 0.
+        penalty, clock: regulariser, and learning rate of newborn tensors.
+    """
+
+    name: str
+    make_delta: Callable[[Site], Delta]
+    budget: Budget
+    score: ScoreRule | None = None
+    events: Callable[[Run, Sequence[Holding], int], GrowthSteps] | None = None
+    allocate: Callable[[Sequence[float], Sequence[Holding]], Plan] | None = None
+    reserve: Literal["trained", "frozen", "none"] = "none"
+    on_finish: Literal["retire", "keep"] = "retire"
+    penalty: PenaltyRule | None = None
+    clock: Clock | None = None
+    total_steps: int | None = None
+
+    @property
+    def adaptive(self) -> bool:
+        """Does this method need the runtime to drive it?"""
+        return self.allocate is not None or self.penalty is not None

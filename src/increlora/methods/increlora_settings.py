@@ -1,0 +1,141 @@
+"""Settings of IncreLoRA: the default, the published code as `paper`, and the checks of both."""
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from ..errors import BudgetError, ConfigError, ScheduleError
+from ..schedules import GrowthSteps, Time
+
+
+@dataclass(frozen=True)
+class IncreLoraSettings:
+    """Every option of IncreLoRA. Times are steps (int) or shares of the run (float).
+
+    Budget, one of
+        r: average rank per module at the end, ≥ 1: r · modules ranks exactly, at most LoRA's adapter parameters.
+        total_ranks: ranks over all modules, met exactly.
+        total_parameters: bound on Σ rank · (in + out); short by less than one grant.
+    Growth
+        init_r: rank of every module at the start.   grow_by: ranks per grant; default max(1, r // 2).
+        top_h: modules per event; default: the budget is spent in 10 events.
+        warmup_steps: no event at or before this step.   interval_steps: events at its multiples.
+        capacity: most ranks a module can ever hold; default max(8, 4 r).   capacity_pattern: per module name (regex).
+        selection: `exact`, or `published` (ties and overshoot as in the published code).
+        reserve: blocks next in line are `trained` in advance, `frozen` (published code without advance learning: they
+            count in the penalty only), or `none`.
+        finish: when the budget is spent, `retire` the reserve, or `keep` training it without effect (published).
+    Score
+        score: `delta`, or the cheap `signed`.   score_norm: `sqrt_numel` (code) or `mean` (paper).
+        beta, beta_uncertainty: moving averages.   score_window: steps scored before an event; None: every step.
+        score_accumulation: over micro-batches: `mean`, `last` (published) or `exact`.
+    Form
+        lora_alpha: scale is α / average rank (`constant`) or α / (active rank + scale_epsilon) (`active_rank`).
+        start, newborn: initial values of the first and of later blocks: `lora` (A Kaiming, B = 0, e = 1) or `published`
+            (A, B ~ N(0, 0.02²); e = 0, in reserve 1e-5).
+    Training
+        clock: newborn tensors follow a `ramp` to the host's learning rate or the `published` restart of its linear
+            schedule.   birth_warmup: length of that warm-up.
+        orthogonality: weight of the penalty; 0 turns it off.   orthogonality_form, penalty_place: see `penalties`.
+        total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    init_lora_weights: bool = True
+    total_ranks: int | None = None
+    total_parameters: int | None = None
+    init_r: int = 1
+    grow_by: int | None = None
+    top_h: int | None = None
+    warmup_steps: Time = 0.05
+    interval_steps: Time = 0.03
+    capacity: int | None = None
+    capacity_pattern: Mapping[str, int] = field(default_factory=dict)
+    selection: Literal["exact", "published"] = "exact"
+    reserve: Literal["trained", "frozen", "none"] = "trained"
+    finish: Literal["retire", "keep"] = "retire"
+    score: Literal["delta", "signed"] = "delta"
+    score_norm: Literal["sqrt_numel", "mean"] = "sqrt_numel"
+    beta: float = 0.85
+    beta_uncertainty: float = 0.85
+    score_window: int | None = 128
+    score_accumulation: Literal["mean", "last", "exact"] = "mean"
+    scaling: Literal["constant", "active_rank"] = "constant"
+    scale_epsilon: float = 0.0
+    start: Literal["lora", "published"] = "lora"
+    newborn: Literal["lora", "published"] = "published"
+    clock: Literal["ramp", "published"] = "ramp"
+    birth_warmup: Time = 0.03
+    orthogonality: float = 0.1
+    orthogonality_form: Literal["trainer", "squared"] = "trainer"
+    penalty_place: Literal["after_clipping", "before_clipping"] = "after_clipping"
+    total_steps: int | None = None
+    seed: int = 0
+
+    @classmethod
+    def paper(cls, r: int = 2, **overrides: Any) -> Self:
+        """The published code, step by step, its quirks included; `overrides` are further settings by name.
+
+        Unless given, warmup_steps = interval_steps = birth_warmup = 100 and top_h = 5 (its RTE script)."""
+        return cls(**paper_settings(r, **overrides))
+
+    @property
+    def step_ranks(self) -> int:
+        """Ranks per grant."""
+        return self.grow_by or max(1, self.r // 2)
+
+    def __post_init__(self) -> None:
+        for name in ("r", "init_r", "grow_by", "top_h", "capacity", "total_ranks", "total_parameters", "total_steps"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name}={value!r}: give an int of at least 1")
+        for name in ("beta", "beta_uncertainty", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give a number in [0, 1)")
+        if self.orthogonality < 0:
+            raise ConfigError(f"orthogonality={self.orthogonality!r}: give a weight ≥ 0")
+        if self.total_ranks is None and self.total_parameters is None and self.r < self.init_r:
+            raise BudgetError(
+                f"r={self.r} is below the start of init_r={self.init_r} ranks per module: lower `init_r`"
+            )
+        if self.selection == "published" and self.total_parameters is not None:
+            raise ConfigError("selection='published' counts ranks: use `r` or `total_ranks`, or selection='exact'")
+
+
+def paper_settings(r: int, **overrides: Any) -> dict[str, Any]:
+    """Settings under which IncreLoRA equals its published code; each departure of the default is one of these lines."""
+    settings: dict[str, Any] = {
+        "r": r, "lora_alpha": 16, "warmup_steps": 100, "interval_steps": 100, "top_h": 5,
+        "selection": "published", "score_norm": "sqrt_numel", "score_window": None, "score_accumulation": "last",
+        "scaling": "active_rank", "scale_epsilon": 1e-5, "start": "published", "newborn": "published",
+        "clock": "published", "orthogonality": 0.1, "orthogonality_form": "trainer",
+        "penalty_place": "before_clipping", "reserve": "trained", "finish": "keep",
+    } | overrides  # fmt: skip
+    return {"birth_warmup": settings["warmup_steps"]} | settings
+
+
+def matching(patterns: Mapping[str, int], name: str) -> int | None:
+    """Value of the first pattern that matches a full module name or its ending, as peft's `rank_pattern` does."""
+    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+def check_reachable(steps: GrowthSteps, first: int, stop: int, *, missing: int, per_event: int, strict: bool) -> None:
+    """Say before training by how much a schedule falls short of its budget: an error, a warning for the published code
+    (which trains on, short)."""
+    events = steps.count(first, stop)
+    short = missing - events * per_event
+    if short <= 0:
+        return
+    message = (
+        f"the schedule (warmup_steps={steps.warmup}, interval_steps={steps.interval}) leaves {events} growth events of "
+        f"{per_event} ranks in {stop - first} steps, {math.ceil(missing / per_event)} are needed: {short} of {missing} "
+        f"ranks would be missing; shorten `interval_steps` or `warmup_steps`, raise `top_h`, or train longer"
+    )
+    if strict:
+        raise ScheduleError(message)
+    warnings.warn(message, stacklevel=2)

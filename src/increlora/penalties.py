@@ -1,0 +1,58 @@
+"""Regularisers as gradients in closed form; the reported loss never contains them.
+
+trainer   R = (1/2M) Σ_modules ( ‖A Aᵀ − I‖_F + ‖Bᵀ B − I‖_F )        norms not squared, as the published trainer
+squared   R = Σ_modules ( ‖A Aᵀ − I‖²_F + ‖Bᵀ B − I‖²_F )             as the papers print it
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+OrthogonalityForm = Literal["trainer", "squared"]
+
+
+def gram_error(rows: Tensor) -> Tensor:
+    """M Mᵀ − I for M (R, n) or a batch of them."""
+    gram = rows @ rows.mT
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return gram
+
+
+def orthogonality(factors: Sequence[Tensor], *, form: OrthogonalityForm = "trainer") -> Tensor:
+    """R for matrices whose *rows* are the components (pass A and Bᵀ of every module); differentiable.
+
+    Source: AdaLoRA eq. 4 (`squared`); IncreLoRA's trainer (`trainer`). An empty list gives 0.
+    """
+    if not factors:
+        return torch.zeros(())
+    norms = torch.stack([torch.linalg.matrix_norm(gram_error(M)) for M in factors])
+    return norms.mean() if form == "trainer" else norms.square().sum()
+
+
+def orthogonality_grad(
+    factors: Sequence[Tensor], *, weight: float, form: OrthogonalityForm = "trainer"
+) -> list[Tensor]:
+    """∂(weight · R)/∂M for each matrix, equal shapes batched.
+
+        trainer   weight/(2M) · 2 (M Mᵀ − I) M / ‖M Mᵀ − I‖_F   (0 at the optimum)      squared   weight · 4 (M Mᵀ − I) M
+
+    Args: factors: matrices (R_i, n_i) with the components as rows; 2M of them.   weight ≥ 0.
+    Returns: gradients of the same shapes. Source: derived; see `orthogonality`.
+    """
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for i, M in enumerate(factors):
+        by_shape.setdefault((*M.shape,), []).append(i)
+    grads: list[Tensor] = [torch.empty(0)] * len(factors)
+    for members in by_shape.values():
+        M = torch.stack([factors[i].detach() for i in members])
+        error = gram_error(M)
+        if form == "trainer":
+            norm = torch.linalg.matrix_norm(error, keepdim=True)
+            factor = torch.where(norm > 0, 2 * weight / (len(factors) * norm), 0.0)
+        else:
+            factor = torch.as_tensor(4 * weight, dtype=M.dtype, device=M.device)
+        for i, grad in zip(members, (factor * error) @ M, strict=True):
+            grads[i] = grad
+    return grads

@@ -1,0 +1,27 @@
+"""Loss scaling: how large it is, and whether this step overflowed."""
+
+import sys
+
+import torch
+from torch.optim import Optimizer
+
+
+def loss_scale() -> float:
+    """Scale of the loss in the backward passes before the optimizer step now running; 1 without a GradScaler.
+
+    Backward hooks see scaled gradients, and nothing on the optimizer says by how much once they are unscaled, so the
+    scaler is looked up among the callers: `scaler.step(optimizer)` is always one of them. Reads one number from the device.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, torch.amp.GradScaler):
+            return float(caller.get_scale()) if caller.is_enabled() else 1.0
+        frame = frame.f_back  # type: ignore[assignment]
+    return 1.0
+
+
+def overflowed(optimizer: Optimizer) -> bool:
+    """Did loss scaling overflow in this step? Fused optimizers run their hooks even then."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item() > 0)

@@ -1,0 +1,114 @@
+"""How a controller finds its optimizer: torch's global optimizer hooks, installed with the first controller."""
+
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ..deltas import Delta
+from ..errors import DriveError
+from .controller import Controller
+from .penalty import penalty_value
+
+_controllers: "weakref.WeakSet[Controller]" = weakref.WeakSet()
+_stepping: "weakref.WeakKeyDictionary[Optimizer, list[Controller]]" = weakref.WeakKeyDictionary()
+_installed = False
+
+
+def register(controller: Controller) -> None:
+    """Let this controller be found by the optimizer that holds its parameters."""
+    global _installed
+    _controllers.add(controller)
+    if not _installed:
+        register_optimizer_step_pre_hook(_before)
+        register_optimizer_step_post_hook(_after)
+        _installed = True
+
+
+def controllers_of(model: nn.Module) -> list[Controller]:
+    """Controllers with modules in this model, in the order of their first module."""
+    found: dict[int, Controller] = {}
+    known = {id(c) for c in _controllers}
+    for module in model.modules():
+        controller = getattr(getattr(module, "observer", None), "controller", None)
+        if isinstance(module, Delta) and controller is not None and id(controller) in known:
+            found[id(controller)] = controller
+    return list(found.values())
+
+
+def attach_controller(
+    model: nn.Module, optimizer: Optimizer, *, total_steps: int | None = None, record: bool = False
+) -> Controller:
+    """Attach the trainable adapter of a model to its optimizer, explicitly."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the optimizer that steps
+    candidates = [c for c in controllers_of(model) if any(p.requires_grad for p in c.parameters())]
+    if len(candidates) != 1:
+        raise DriveError(
+            f"attach: the model has {len(candidates)} trainable adaptive adapters, expected one: "
+            + (
+                "call get_peft_model with one of increlora's configs first"
+                if not candidates
+                else "set one with set_adapter"
+            )
+        )
+    return candidates[0].attach(optimizer, total_steps=total_steps, record=record)
+
+
+def regularization_loss(model: nn.Module) -> Tensor:
+    """The penalty of the trainable adapters, differentiable, for loops that clip gradients themselves:
+    `loss = task_loss + regularization_loss(model)`. The step then does not add it once more.
+
+    Divide it by nothing: under gradient accumulation add it to one micro-batch only."""
+    total: Tensor | None = None
+    for controller in controllers_of(model):
+        if controller.method.penalty is not None:
+            value = penalty_value(controller.deltas, controller.method.penalty)
+            controller.penalty_given = True
+            total = value if total is None else total + value
+    if total is None:
+        raise DriveError("regularization_loss: no adapter of this model has a penalty; set `orthogonality` > 0")
+    return total
+
+
+def _owners(optimizer: Optimizer) -> list[Controller]:
+    """Controllers that follow this optimizer, attaching those whose parameters it holds and nobody follows yet."""
+    held: set[int] | None = None
+    owners = []
+    for controller in list(_controllers):
+        if not controller.follows(optimizer):
+            if not controller.used:
+                continue
+            held = held or {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if not any(id(p) in held for p in controller.parameters()):
+                continue
+            controller.attach(optimizer)
+        owners.append(controller)
+    return owners
+
+
+def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    owners = _owners(optimizer)
+    if not owners:
+        return None
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        _stepping[optimizer] = [c for c in owners if c.before_step(optimizer)]
+        return None
+
+    def observed() -> Any:  # gradients exist only once the closure has run
+        loss = closure()
+        _stepping[optimizer] = [c for c in _owners(optimizer) if c.before_step(optimizer)]
+        return loss
+
+    return (args[0], observed, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
+
+
+def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    stepped = _stepping.pop(optimizer, [])
+    for controller in list(_controllers):
+        if any(controller is c for c in stepped):
+            controller.after_step()
+        elif controller.follows(optimizer) or not controller.driven:
+            controller.forget_fake_step(optimizer)

@@ -1,0 +1,81 @@
+"""Learning rates of newborn tensors inside one optimizer group: scale the update, not the group.
+
+    new = old + m (new − old)        m = (own clock) / (the host's clock)
+
+Exact for every optimizer whose update is proportional to its learning rate: torch's AdamW (decoupled decay included),
+Adam, SGD, RMSprop, Adagrad. Not for schedule-free optimizers, nor for bf16 adapter weights, where small moves are lost.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..deltas import BlockDelta, Status
+from ..methods.base import Clock
+from ..schedules import Run
+
+PROPORTIONAL = {"AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD"}
+
+
+class BirthRates:
+    """Remembers newborn tensors before the optimizer step and shortens (or stretches) their move after it."""
+
+    def __init__(self, clock: Clock, run: Run, optimizer: Optimizer) -> None:
+        self.clock, self.run, self.optimizer_name = clock, run, type(optimizer).__name__
+        self.peak = self._peak(optimizer)
+        self.group = optimizer.param_groups[0]
+        self._moved: list[tuple[float, nn.Parameter, Tensor]] = []
+        self._warned = False
+
+    def _peak(self, optimizer: Optimizer) -> float | None:
+        """Peak learning rate: as a scheduler noted it, or the first one seen; None if that is 0 (a warm-up by hand)."""
+        group = optimizer.param_groups[0]
+        return float(group.get("initial_lr", group["lr"])) or None
+
+    def factors(self, created: int, step: int) -> tuple[float, float]:
+        """(own factor, multiplier of the host's move) of a tensor created at `created`."""
+        own, host = self.clock(step, created, self.run)
+        if created < 0:
+            return own, 1.0
+        return own, own / host if host > 0 else 0.0
+
+    def remember(self, deltas: Sequence[BlockDelta], step: int) -> None:
+        self._moved = []
+        for delta in deltas:
+            for i in delta.indices(Status.ACTIVE, Status.RESERVE):
+                for letter, p in delta.block(i).items():
+                    m = self.factors(created(delta, i, letter), step)[1]
+                    if m != 1.0 and p.grad is not None:
+                        self._moved.append((m, p, p.detach().clone()))
+        if self._moved and not self._warned:
+            self._warn()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        for m in {m for m, _, _ in self._moved}:
+            now = [p for k, p, _ in self._moved if k == m]
+            torch._foreach_lerp_(now, [old for k, _, old in self._moved if k == m], 1 - m)
+        self._moved = []
+
+    def _warn(self) -> None:
+        self._warned = True
+        if self.optimizer_name not in PROPORTIONAL:
+            message = (
+                f"the birth learning rate is exact for {sorted(PROPORTIONAL)}, not known for {self.optimizer_name}"
+            )
+        elif self._moved[0][1].dtype in (torch.bfloat16, torch.float16):
+            message = (
+                f"adapter weights in {self._moved[0][1].dtype} lose the small moves of newborn ranks; keep float32"
+            )
+        else:
+            return
+        warnings.warn(message, stacklevel=2)
+
+
+def created(delta: BlockDelta, index: int, letter: str) -> int:
+    """Step after which a tensor entered training: A and B of a learning reserve on entering it, all else at birth."""
+    learnt_in_reserve = delta.reserve_learns and letter != "E"
+    return delta.reserved[index] if learnt_in_reserve and delta.reserved[index] >= 0 else delta.born[index]

@@ -1,0 +1,307 @@
+"""The one object with side effects: it follows an optimizer by two hooks and changes block states, never parameters'
+shapes, groups or the loss.
+
+    before the step   overflow, or no backward of ours? leave · scores · penalty · silence idle blocks
+    the step          the host's optimizer, untouched
+    after the step    birth learning rates · moving averages · due? scores → plan → apply → events
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..allocation import Event, Holding, parameters_used, ranks_used
+from ..deltas import BlockDelta, Status
+from ..errors import ConfigError, DriveError
+from ..methods import Method
+from ..schedules import GrowthSteps, Run
+from ..scores import smooth
+from ..selection import spent
+from . import amp, scoring
+from .births import BirthRates
+from .distributed import all_finite, mean_over_processes
+from .health import Health
+from .penalty import add_penalty
+from .records import record
+from .taps import Watcher
+
+
+class Controller:
+    """Drives the adaptive blocks of one adapter; made by the host when the adapter is injected.
+
+    Attributes:
+        names, deltas: adapted modules in model order.   events: what happened so far.
+        records: one entry per step while `recording` (see `records.record`).
+        step: optimizer steps of this run so far.   run: its length and number of modules, once known.
+        sensitivity, uncertainty: moving averages of the scores, shape (modules,).
+    """
+
+    def __init__(
+        self, method: Method, deltas: Mapping[str, BlockDelta], *, on_change: Callable[[], None] | None = None
+    ) -> None:
+        self.method = method
+        self.names, self.deltas = list(deltas), list(deltas.values())
+        self.on_change = on_change or (lambda: None)
+        self.events: list[Event] = []
+        self.records: list[dict[str, object]] = []
+        self.recording = False
+        self.step, self.restored_step = 0, 0
+        self.expected_steps: int | None = None
+        self.expected_start: int | None = None
+        self.run = Run(method.total_steps, len(self.names))
+        self.growth: GrowthSteps | None = None
+        self.births: BirthRates | None = None
+        self.health = Health()
+        self.used = False  # a forward pass of ours since the last step
+        self.penalty_given = False  # the penalty's gradient of this step is already there
+        self.tapping = True  # before the first step: to count backward passes
+        self._optimizer: weakref.ref[Optimizer] | None = None
+        self._former: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        dtype = torch.float64 if self.parameter(0).dtype == torch.float64 else torch.float32
+        self.sensitivity = torch.zeros(len(self.names), dtype=dtype)
+        self.uncertainty = torch.zeros(len(self.names), dtype=dtype)
+        self.watchers = [Watcher(self, i) for i in range(len(self.names))]
+        for delta, watcher in zip(self.deltas, self.watchers, strict=True):
+            watcher.load_state(delta.remembered)
+            delta.observer = watcher
+        if not self.finished:
+            scoring.check_budget(self.holdings(), method.budget)
+
+    # -- what there is -------------------------------------------------------------------------------------------
+
+    @property
+    def driven(self) -> bool:
+        """Does an optimizer hold our parameters, as far as we have seen?"""
+        return self._optimizer is not None
+
+    @property
+    def finished(self) -> bool:
+        """Is the budget spent?"""
+        return self.method.allocate is None or spent(self.holdings(), self.method.budget)
+
+    def parameter(self, index: int) -> nn.Parameter:
+        return next(iter(self.deltas[index].block(0).values()))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for delta in self.deltas:
+            for i in range(len(delta.sizes)):
+                yield from delta.block(i).values()
+
+    def holdings(self) -> list[Holding]:
+        """What every module holds, as allocators see it."""
+        return [
+            Holding(name, d.rank, tuple(d.sizes[i] for i in self._free(d)), d.in_features + d.out_features)
+            for name, d in zip(self.names, self.deltas, strict=True)
+        ]
+
+    def _free(self, delta: BlockDelta) -> list[int]:
+        return delta.indices(Status.RESERVE, Status.DORMANT)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Active rank per module."""
+        return {name: delta.rank for name, delta in zip(self.names, self.deltas, strict=True)}
+
+    # -- attaching -----------------------------------------------------------------------------------------------
+
+    def expect(self, *, total_steps: int, start: int = 0) -> None:
+        """Told by a trainer before its first step: length of the run and where it starts."""
+        self.expected_steps, self.expected_start = total_steps, start
+
+    def attach(self, optimizer: Optimizer, *, total_steps: int | None = None, record: bool = False) -> "Controller":
+        """Follow this optimizer from now on; a new optimizer starts a new run on what is there.
+
+        Raises: DriveError for LBFGS, an optimizer followed before, or one that holds only some of our parameters;
+        ScheduleError if the schedule does not fit the run.
+        """
+        self._check(optimizer)
+        total = total_steps or self.expected_steps or self.method.total_steps
+        start = self.restored_step if self.expected_start is None else self.expected_start
+        if total is not None and start >= total:
+            start = 0  # a finished run was loaded: this is a new one
+        run = Run(total, len(self.names))
+        growth = None
+        if self.method.events is not None and not self.finished:
+            growth = self.method.events(run, self.holdings(), start)
+        self.growth, self.run, self.step = growth, run, start
+        self.births = BirthRates(self.method.clock, run, optimizer) if self.method.clock else None
+        if self._optimizer is not None and (previous := self._optimizer()) is not None:
+            self._former.add(previous)
+            self._forget_births()
+        self._optimizer = weakref.ref(optimizer)
+        self.expected_steps = self.expected_start = None
+        self.restored_step, self.health = 0, Health()
+        self.recording = record
+        self.tapping = self._score_due()
+        return self
+
+    def _check(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise DriveError("LBFGS evaluates the loss many times per step; use AdamW, Adam, SGD, RMSprop or Adagrad")
+        if optimizer in self._former:
+            raise DriveError(
+                f"two optimizers step the parameters of {self.names[0]}: put all adapter parameters into one optimizer"
+            )
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, delta in zip(self.names, self.deltas, strict=True):
+            for i in range(len(delta.sizes)):
+                for letter, p in delta.block(i).items():
+                    if p.requires_grad and id(p) not in held:
+                        raise DriveError(
+                            f"{name}.lora_{letter}{i} is not in the optimizer that steps the other adapter parameters: "
+                            f"build one optimizer from all parameters with requires_grad, after get_peft_model"
+                        )
+
+    def _forget_births(self) -> None:
+        """In a new run every live tensor belongs to the model from the start."""
+        for delta in self.deltas:
+            delta.born = [-1] * len(delta.sizes)
+            delta.reserved = [-1] * len(delta.sizes)
+
+    def follows(self, optimizer: Optimizer) -> bool:
+        return self._optimizer is not None and self._optimizer() is optimizer
+
+    # -- one optimizer step --------------------------------------------------------------------------------------
+
+    def before_step(self, optimizer: Optimizer) -> bool:
+        """First hook; returns whether this is a real step of ours."""
+        moving = [p for p in self.parameters() if p.grad is not None]
+        if not self.used or not moving:
+            return False
+        if amp.overflowed(optimizer):
+            self._clear()
+            return False
+        self._silence()
+        moving = [p for p in moving if p.grad is not None]
+        finite = all_finite([p.grad for p in moving if p.grad is not None])
+        self._scores = self._collect(finite)
+        if not self.health.judge(finite, self.names[0]):
+            for p in moving:
+                p.grad = None  # the optimizer leaves our parameters alone in this step
+        elif self.method.penalty and not self.penalty_given:
+            add_penalty(self.deltas, self.method.penalty)
+        if self.births is not None:
+            self.births.remember(self.deltas, self.step)
+        return True
+
+    def after_step(self) -> None:
+        """Second hook: the optimizer has moved our parameters."""
+        if self.births is not None:
+            self.births.apply()
+        growing = not self.finished
+        if growing and self._scores is not None:
+            rule = self.method.score
+            assert rule is not None
+            self.sensitivity, self.uncertainty = smooth(
+                self.sensitivity.to(self._scores), self.uncertainty.to(self._scores), self._scores,
+                beta=rule.beta, beta_uncertainty=rule.beta_uncertainty,
+            )  # fmt: skip
+        before = self.ranks if self.recording else {}
+        if growing:
+            self._fill_reserve()
+            if self.growth is not None and self.growth.due(self.step):
+                self._allocate()
+        if self.recording:
+            self.records.append(record(self, before, self._scores))
+        self._clear()
+        self.step += 1
+        self.tapping = self._score_due()
+
+    def forget_fake_step(self, optimizer: Optimizer) -> None:
+        """torch's checkpoint loader steps once with zero gradients everywhere to invent optimizer states: blocks that
+        may not move must not have one, or a resumed run would differ from a straight one."""
+        for delta in self.deltas:
+            for p in delta.still():
+                optimizer.state.pop(p, None)
+
+    def _silence(self) -> None:
+        for delta in self.deltas:
+            for p in delta.still():
+                p.grad = None
+
+    def _clear(self) -> None:
+        self.used = self.penalty_given = False
+        for watcher in self.watchers:
+            watcher.clear()
+
+    # -- scores and events ---------------------------------------------------------------------------------------
+
+    def _score_due(self) -> bool:
+        rule = self.method.score
+        if rule is None or self.growth is None or self.finished:
+            return False
+        return rule.window is None or self.growth.next(self.step) - self.step < rule.window
+
+    def _collect(self, finite: Tensor) -> Tensor | None:
+        if not self._score_due():
+            return None
+        scores = scoring.module_scores(self.deltas, self.watchers, self.method.score, self.sensitivity.dtype)
+        scores = scores / amp.loss_scale()
+        return mean_over_processes(torch.where(finite.to(scores.device), scores, torch.nan))
+
+    def _fill_reserve(self) -> None:
+        if self.method.reserve == "none":
+            return
+        for delta in self.deltas:
+            waiting = delta.indices(Status.DORMANT)
+            if waiting and not delta.indices(Status.RESERVE):
+                delta.status[waiting[0]] = Status.RESERVE
+                delta.reserved[waiting[0]] = self.step
+
+    def _allocate(self) -> None:
+        assert self.method.allocate is not None
+        self.health.read()
+        importance = (self.sensitivity * self.uncertainty).tolist()
+        plan = self.method.allocate(importance, self.holdings())
+        for i in plan.saturated:
+            self._note("saturation", i, 0, importance[i])
+        for grant in plan.grants:
+            delta = self.deltas[grant.module]
+            free = self._free(delta)
+            for position in grant.blocks:
+                delta.status[free[position]] = Status.ACTIVE
+                delta.born[free[position]] = self.step
+            self._note("birth", grant.module, grant.ranks, importance[grant.module])
+        self._fill_reserve()
+        if plan.spent:
+            self._finish()
+        self.on_change()
+
+    def _finish(self) -> None:
+        for i, delta in enumerate(self.deltas):
+            for block in delta.indices(Status.RESERVE):
+                if self.method.on_finish == "retire":
+                    delta.status[block] = Status.RETIRED
+                elif "E" in delta.letters:
+                    with torch.no_grad():
+                        delta.block(block)["E"].mul_(0)
+            self._note("finish", i, 0, None)
+
+    def _note(self, kind, module: int, ranks: int, importance: float | None) -> None:
+        name, rank = self.names[module], self.deltas[module].rank
+        self.events.append(Event(self.step, kind, name, ranks, rank, importance))
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def module_state(self, index: int) -> list[float]:
+        """Clock and averages of one module, for its extra state."""
+        return [float(self.step), float(self.sensitivity[index]), float(self.uncertainty[index])]
+
+    def load_module_state(self, index: int, values: list[float]) -> None:
+        self.restored_step = int(values[0])
+        self.sensitivity[index], self.uncertainty[index] = values[1], values[2]
+
+    # -- reports -------------------------------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, int | None]:
+        """Ranks and parameters: active, in reserve, capacity, budget."""
+        holdings = self.holdings()
+        return {
+            "ranks_active": ranks_used(holdings),
+            "ranks_budget": self.method.budget.ranks,
+            "parameters_active": parameters_used(holdings),
+            "parameters_budget": self.method.budget.parameters,
+        }

@@ -1,0 +1,58 @@
+"""Several processes: averages over them, and parameters that are sharded (FSDP2's DTensor)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..deltas.base import several_processes
+
+try:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+except ImportError:  # a torch built without distributed support
+    DTensor = None  # type: ignore[assignment,misc]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return DTensor is not None and isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor (a collective where it is sharded)."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as `like` is."""
+    if not is_sharded(like):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def mean_over_processes(scores: Tensor) -> Tensor:
+    """Entry-wise mean over the processes that have a finite score; NaN where none has. Identical on all of them."""
+    if not several_processes():
+        return scores
+    finite = scores.isfinite()
+    sums = torch.stack([torch.where(finite, scores, 0.0), finite.to(scores.dtype)])
+    dist.all_reduce(sums)
+    return torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1), torch.nan)
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """0-dim bool: is every entry finite? Sharded gradients are judged together, so every process hears the same."""
+    if not tensors:
+        return torch.tensor(True)
+    norms = torch._foreach_norm([local(t) for t in tensors])
+    finite = torch.stack([n.to(norms[0].device) for n in norms]).isfinite().all()
+    if several_processes() and is_sharded(tensors[0]):
+        flag = finite.to(torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        finite = flag.bool()
+    return finite

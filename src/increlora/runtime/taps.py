@@ -1,0 +1,121 @@
+"""What happens inside a backward pass: the score of a module, taken where input and output gradient meet."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..deltas import Delta
+from ..errors import DriveError
+from ..scores import delta_sensitivity
+
+if TYPE_CHECKING:
+    from .controller import Controller
+
+PATIENCE = 64  # backward passes an adaptive adapter waits for an optimizer that holds its parameters
+
+
+class ScoreTap(torch.autograd.Function):
+    """Identity on the branch output; its backward hands (x, ∂L/∂branch) to the watcher.
+
+    A custom function, not a tensor hook: under gradient checkpointing x is recomputed instead of kept, and backward runs
+    once per use with either kind of checkpointing.
+    """
+
+    @staticmethod
+    def forward(ctx, branch: Tensor, x: Tensor, delta: Delta, watcher: "Watcher") -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.delta, ctx.watcher = delta, watcher
+        return branch.view_as(branch)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        ctx.watcher.collect(ctx.delta, x.detach(), grad.detach())
+        return grad, None, None, None
+
+
+class Watcher:
+    """Observer of one module: gathers its scores between two optimizer steps and reports them to the controller."""
+
+    def __init__(self, controller: "Controller", index: int) -> None:
+        self.controller, self.index = controller, index
+        self.clear()
+
+    def clear(self) -> None:
+        self.calls = 0
+        self.total: Tensor | None = None
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def wants(self) -> bool:
+        self.controller.used = True
+        return self.controller.tapping
+
+    def tap(self, delta: Delta, branch: Tensor, x: Tensor) -> Tensor:
+        return ScoreTap.apply(branch, x, delta, self)
+
+    def collect(self, delta: Delta, x: Tensor, grad: Tensor) -> None:
+        """One backward call of the module: x (…, in), grad (…, out)."""
+        self.calls += 1
+        if self.calls > PATIENCE and not self.controller.driven:
+            raise DriveError(
+                f"{self.controller.names[self.index]}: {PATIENCE} backward passes and no step of a torch optimizer that "
+                f"holds its parameters: build the optimizer from model.parameters() after get_peft_model, or call "
+                f"`increlora.attach(model, optimizer, total_steps=…)` before training"
+            )
+        rule = self.controller.method.score
+        if rule is None or rule.kind != "delta":
+            return
+        x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        if rule.accumulate == "exact":
+            self.kept.append((x, grad))
+            return
+        with torch.no_grad():
+            score = delta_sensitivity(*delta.factors(), x, grad, norm=rule.norm)
+        self.total = score if self.total is None or rule.accumulate == "last" else self.total + score
+
+    def score(self, delta: Delta) -> Tensor | None:
+        """Score since the last step, or None if the module took no part."""
+        rule = self.controller.method.score
+        assert rule is not None
+        if self.kept:
+            x, grad = (torch.cat(parts) for parts in zip(*self.kept, strict=True))
+            with torch.no_grad():
+                return delta_sensitivity(*delta.factors(), x, grad, norm=rule.norm)
+        if self.total is None:
+            return None
+        return self.total if rule.accumulate == "last" else self.total / self.calls
+
+    def state(self) -> list[float]:
+        return self.controller.module_state(self.index)
+
+    def load_state(self, values: list[float]) -> None:
+        self.controller.load_module_state(self.index, values)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Orphan":
+        return Orphan(self.state())
+
+    def __reduce__(self) -> tuple[type["Orphan"], tuple[list[float]]]:
+        return Orphan, (self.state(),)
+
+
+class Orphan:
+    """Observer of a copied or unpickled module: it has no controller, and training it would be LoRA in disguise."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+
+    def wants(self) -> bool:
+        raise DriveError(
+            "this adaptive adapter is a copy (copy.deepcopy or pickle) and nobody drives it: call "
+            "`increlora.attach(model, optimizer, total_steps=…)` before training it"
+        )
+
+    def tap(self, delta: Delta, branch: Tensor, x: Tensor) -> Tensor:
+        return branch
+
+    def state(self) -> list[float]:
+        return self.values
+
+    def load_state(self, values: list[float]) -> None:
+        self.values = values

@@ -1,0 +1,73 @@
+"""Who deserves rank: importance of a module (or of a rank) from weights and gradients. Plain functions on tensors.
+
+Legend: A (R, in), B (out, R), dW (out, in), G (out, in) = ∂L/∂ΔW, X (N, in) inputs, D (N, out) = ∂L/∂Y, so G = Dᵀ X.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Norm = Literal["sqrt_numel", "mean", "sum"]
+TILE_NUMEL = 1 << 20  # entries of one row panel of G; 4 MiB in float32
+
+
+def normaliser(norm: Norm, numel: int) -> float:
+    """Divisor of Σ|ΔW∘G|: √(mn) as in the published code, mn as in the paper's equation, or 1."""
+    return {"sqrt_numel": math.sqrt(numel), "mean": float(numel), "sum": 1.0}[norm]
+
+
+def delta_sensitivity(
+    A: Tensor, B: Tensor, X: Tensor, D: Tensor, *, norm: Norm = "sqrt_numel", tile_numel: int = TILE_NUMEL
+) -> Tensor:
+    """Entry-wise sensitivity of a module, exact, without holding ΔW or G.
+
+        S = (1/√(mn)) Σ_ij |ΔW_ij · G_ij|      ΔW = B A,  G = Dᵀ X,   one panel of rows at a time
+
+    Args:
+        A, B: (R, in) and (out, R), scales folded in.   X, D: (N, in) and (N, out), any floating dtype.
+        norm: `sqrt_numel` (published code), `mean` (paper) or `sum`.   tile_numel: entries of G held at once.
+    Returns: 0-dim tensor, float32 (float64 for float64 input), ≥ 0.
+    Source: IncreLoRA, section 3.2; the panel form is ours. |·| is inside the sum: scores of parts do not add up.
+    """
+    dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
+    A, B, X, D = (t.detach().to(dtype) for t in (A, B, X, D))
+    rows = max(1, tile_numel // max(1, A.shape[1]))
+    total = A.new_zeros(())
+    for start in range(0, B.shape[0], rows):
+        panel = slice(start, start + rows)
+        total += ((D[:, panel].t() @ X).mul_(B[panel] @ A)).abs_().sum()
+    return total / normaliser(norm, B.shape[0] * A.shape[1])
+
+
+def signed_sensitivity(B: Tensor, B_grad: Tensor) -> Tensor:
+    """|Σ_ij ΔW_ij G_ij| = |⟨B, ∂L/∂B⟩|: the first-order change of the loss if ΔW were removed.
+
+    A cheap alternative to `delta_sensitivity`, and a different criterion: entries of opposite sign cancel (0 where the
+    entry-wise score is 14, specification T2). B, B_grad (out, R); returns a 0-dim tensor ≥ 0 in float32 or float64.
+    """
+    dtype = torch.float64 if B.dtype == torch.float64 else torch.float32
+    return (B.detach().to(dtype) * B_grad.to(dtype)).sum().abs()
+
+
+def rank_sensitivity(e: Tensor, e_grad: Tensor) -> Tensor:
+    """|e_c · ∂L/∂e_c| per rank: the first-order change of the loss if rank c were removed. e (R, 1) → (R,)."""
+    return (e.detach() * e_grad).abs().flatten()
+
+
+def smooth(
+    sensitivity: Tensor, uncertainty: Tensor, score: Tensor, *, beta: float, beta_uncertainty: float
+) -> tuple[Tensor, Tensor]:
+    """Moving averages of a score and of its fluctuation; importance is their product I · U.
+
+        I ← β₁ I + (1 − β₁) S        U ← β₂ U + (1 − β₂) |I − S|      (the updated I; no bias correction)
+
+    Non-finite scores leave both unchanged for that entry. All tensors of one shape, β in [0, 1).
+    Source: IncreLoRA, section 3.2 (as in AdaLoRA). Differs: the published code lets a NaN poison the averages for good.
+    """
+    finite = score.isfinite()
+    updated = beta * sensitivity + (1 - beta) * score
+    sensitivity_new = torch.where(finite, updated, sensitivity)
+    spread = beta_uncertainty * uncertainty + (1 - beta_uncertainty) * (updated - score).abs()
+    return sensitivity_new, torch.where(finite, spread, uncertainty)

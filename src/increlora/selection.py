@@ -1,0 +1,106 @@
+"""Allocators: importance and holdings in, grants out. Pure, deterministic, the same on every process."""
+
+import math
+from collections.abc import Sequence
+
+from .allocation import Grant, Holding, Plan, parameters_used, ranks_used
+from .budget import Budget
+
+
+def grow_top(importance: Sequence[float], holdings: Sequence[Holding], *, top_h: int, budget: Budget) -> Plan:
+    """The `top_h` most important modules get their next block; ties go to the earlier module; never over budget.
+
+    A block is granted only if the budget can still be met exactly afterwards (and, where a parameter bound stands
+    beside it, within that bound). Where less than a block is left, one-rank blocks fill the rest. A saturated module
+    is passed over and reported, and the next best gets the rank.
+
+    Args: importance: finite scores, one per holding.   top_h ≥ 1: modules per event.   budget: final budget.
+    Returns: Plan with the grants in order of importance.   Raises: nothing; an empty plan means the budget is spent.
+    Source: IncreLoRA, algorithm 1. Differs: strict top-h, exact budget (the published code overshoots, see
+    `grow_published`).
+    """
+    state = list(holdings)
+    grants: list[Grant] = []
+    saturated: list[int] = []
+    for i in sorted(range(len(state)), key=lambda i: (-importance[i], i)):
+        if len(grants) == top_h or spent(state, budget):
+            break
+        if not state[i].free:
+            saturated.append(i)
+        elif (position := _first_that_fits(state, i, budget)) is not None:
+            size = state[i].free[position]
+            grants.append(Grant(i, (position,), size))
+            state[i] = _granted(state[i], position)
+    return Plan(tuple(grants), tuple(saturated), spent(state, budget))
+
+
+def grow_published(importance: Sequence[float], holdings: Sequence[Holding], *, top_h: int, budget: Budget) -> Plan:
+    """The published rule: every module at or above the k-th largest score grows, k = min(top_h, ranks left).
+
+    Ties make more than top_h modules grow, ranks are counted as modules, so the budget can be overshot; it counts as
+    spent only on exact equality. Source: IncreLoRA, published code (specification, section 3.3).
+    """
+    assert budget.ranks is not None
+    used = ranks_used(holdings)
+    if used >= budget.ranks:
+        return Plan((), (), used == budget.ranks)
+    threshold = sorted(importance, reverse=True)[min(top_h, budget.ranks - used, len(importance)) - 1]
+    chosen = [i for i, value in enumerate(importance) if value >= threshold]
+    grants = tuple(Grant(i, (0,), holdings[i].free[0]) for i in chosen if holdings[i].free)
+    saturated = tuple(i for i in chosen if not holdings[i].free)
+    return Plan(grants, saturated, used + sum(g.ranks for g in grants) == budget.ranks)
+
+
+def spent(holdings: Sequence[Holding], budget: Budget) -> bool:
+    """Is there nothing left that the budget could pay for?"""
+    if budget.ranks is not None:
+        return ranks_used(holdings) >= budget.ranks
+    left = parameters_left(holdings, budget)
+    return all(min(h.free) * h.cost > left for h in holdings if h.free)
+
+
+def parameters_left(holdings: Sequence[Holding], budget: Budget) -> float:
+    """Parameters the budget still allows (infinite without a bound)."""
+    return math.inf if budget.parameters is None else budget.parameters - parameters_used(holdings)
+
+
+def can_finish(holdings: Sequence[Holding], budget: Budget) -> bool:
+    """Can the free blocks still meet the budget exactly, within its parameter bound?"""
+    left = parameters_left(holdings, budget)
+    if budget.ranks is None:
+        return left >= 0
+    cost = cheapest_cover(holdings, budget.ranks - ranks_used(holdings))
+    return cost is not None and cost <= left
+
+
+def cheapest_cover(holdings: Sequence[Holding], ranks: int) -> int | None:
+    """Fewest parameters that add exactly `ranks` ranks from the free blocks; None if no choice of blocks does.
+
+    Block sizes are one common size and 1 (see `budget.block_sizes`): large blocks first, ones for the rest.
+    """
+    if ranks < 0:
+        return None
+    large = max((size for h in holdings for size in h.free), default=1)
+    whole = sorted(h.cost for h in holdings for size in h.free if size == large)
+    ones = sorted(h.cost for h in holdings for size in h.free if size == 1 < large)
+    count = min(len(whole), ranks // large)
+    rest = ranks - count * large
+    return None if rest > len(ones) else large * sum(whole[:count]) + sum(ones[:rest])
+
+
+def _first_that_fits(state: Sequence[Holding], i: int, budget: Budget) -> int | None:
+    """Position of the first free block of module i that may be granted."""
+    for position in _one_per_size(state[i].free):
+        after = [*state[:i], _granted(state[i], position), *state[i + 1 :]]
+        if can_finish(after, budget):
+            return position
+    return None
+
+
+def _one_per_size(free: Sequence[int]) -> list[int]:
+    return [position for position, size in enumerate(free) if free.index(size) == position]
+
+
+def _granted(holding: Holding, position: int) -> Holding:
+    free = (*holding.free[:position], *holding.free[position + 1 :])
+    return Holding(holding.name, holding.rank + holding.free[position], free, holding.cost)
