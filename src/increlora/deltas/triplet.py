@@ -17,9 +17,7 @@ class TripletDelta(BlockDelta):
     def factors(self) -> tuple[Tensor, Tensor]:
         live = self.live
         blocks = [self.block(i) for i in live]
-        e = [
-            b["E"].detach() if self.status[i] == Status.RESERVE else b["E"] for i, b in zip(live, blocks, strict=True)
-        ]
+        e = [b["E"].detach() if self.status[i] == Status.RESERVE else b["E"] for i, b in zip(live, blocks, strict=True)]
         if len(blocks) == 1:
             A, E, B = blocks[0]["A"], e[0], blocks[0]["B"]
         else:

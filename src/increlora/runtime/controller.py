@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..allocation import Event, Holding, parameters_used, ranks_used
 from ..deltas import BlockDelta, Status
-from ..errors import ConfigError, DriveError
+from ..errors import DriveError
 from ..methods import Method
 from ..schedules import GrowthSteps, Run
 from ..scores import smooth

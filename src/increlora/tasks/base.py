@@ -43,14 +43,14 @@ class Task:
         The order is a function of (seed, epoch, batch_size) alone, so a resumed run sees the same batches."""
         order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         sampler = LengthGroupedSampler(batch_size, lengths=_lengths(self.train), generator=order)
-        return DataLoader(self.train, batch_size, sampler=sampler, collate_fn=self.collate)
+        return DataLoader(self.train, batch_size, sampler=sampler, collate_fn=self.collate)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, *, batch_size: int = 64) -> float:
         """`measure` over the validation examples, in evaluation mode; the model's mode is restored."""
         by_length = sorted(self.validation, key=lambda example: len(example["input_ids"]))
         device = next(model.parameters()).device
-        loader: DataLoader[Example] = DataLoader(by_length, batch_size, collate_fn=self.collate)
+        loader: DataLoader[Example] = DataLoader(by_length, batch_size, collate_fn=self.collate)  # type: ignore[arg-type]
         was_training = model.training
         model.eval()
         try:

@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 from ...deltas import Status
 from ...errors import ConfigError
 from ...runtime import Controller, attach_controller, controllers_of
-from .model import adapter_layers, drive
 from .layer import AdapterLayer
+from .model import adapter_layers, drive
 
 
 def attach(
