@@ -8,8 +8,17 @@ Trainer(model=model, args=args, train_dataset=data).train()                     
 """
 
 from .errors import IncreloraError
+from .hosts.export import export_lora
 from .hosts.peft import IncreLoraConfig, PlainLoraConfig, attach, rank_summary
 from .runtime import regularization_loss
 
 __version__ = "0.1.0"
-__all__ = ["IncreLoraConfig", "IncreloraError", "PlainLoraConfig", "attach", "rank_summary", "regularization_loss"]
+__all__ = [
+    "IncreLoraConfig",
+    "IncreloraError",
+    "PlainLoraConfig",
+    "attach",
+    "export_lora",
+    "rank_summary",
+    "regularization_loss",
+]

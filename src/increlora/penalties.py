@@ -36,7 +36,7 @@ def orthogonality_grad(
 ) -> list[Tensor]:
     """∂(weight · R)/∂M for each matrix, equal shapes batched.
 
-        trainer   weight/(2M) · 2 (M Mᵀ − I) M / ‖M Mᵀ − I‖_F   (0 at the optimum)      squared   weight · 4 (M Mᵀ − I) M
+        trainer   weight/(2M) · 2 (M Mᵀ − I) M / ‖M Mᵀ − I‖_F   (0 at the optimum)     squared   weight · 4 (M Mᵀ − I) M
 
     Args: factors: matrices (R_i, n_i) with the components as rows; 2M of them.   weight ≥ 0.
     Returns: gradients of the same shapes. Source: derived; see `orthogonality`.

@@ -74,7 +74,7 @@ def linear_clock(step: int, created: int, *, warmup: int, total: int) -> float:
 
 
 def ramp_clock(step: int, created: int, *, warmup: int) -> float:
-    """Share of the host's own learning rate: rises linearly to 1 over `warmup` steps after birth; 1 for the model's own.
+    """Share of the host's learning rate: rises linearly to 1 over `warmup` steps after birth; 1 for the model's own.
 
     The first step after birth already moves (1/warmup). Source: ours."""
     if created < 0 or warmup <= 0:

@@ -1,7 +1,8 @@
 """Allocators: importance and holdings in, grants out. Pure, deterministic, the same on every process."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from .allocation import Grant, Holding, Plan, parameters_used, ranks_used
 from .budget import Budget
@@ -76,16 +77,19 @@ def can_finish(holdings: Sequence[Holding], budget: Budget) -> bool:
 def cheapest_cover(holdings: Sequence[Holding], ranks: int) -> int | None:
     """Fewest parameters that add exactly `ranks` ranks from the free blocks; None if no choice of blocks does.
 
-    Block sizes are one common size and 1 (see `budget.block_sizes`): large blocks first, ones for the rest.
+    Block sizes are one common size and 1 (see `budget.block_sizes`): the cheapest large blocks, the cheapest ones for
+    the rest, for every number of large blocks (a cheap module's ones may beat an expensive module's block).
     """
-    if ranks < 0:
-        return None
     large = max((size for h in holdings for size in h.free), default=1)
-    whole = sorted(h.cost for h in holdings for size in h.free if size == large)
-    ones = sorted(h.cost for h in holdings for size in h.free if size == 1 < large)
-    count = min(len(whole), ranks // large)
-    rest = ranks - count * large
-    return None if rest > len(ones) else large * sum(whole[:count]) + sum(ones[:rest])
+    whole = _sums_of_cheapest(h.cost * size for h in holdings for size in h.free if size == large)
+    ones = _sums_of_cheapest(h.cost for h in holdings for size in h.free if size == 1 < large)
+    rest = {count: ranks - count * large for count in range(len(whole))}
+    return min((whole[count] + ones[left] for count, left in rest.items() if 0 <= left < len(ones)), default=None)
+
+
+def _sums_of_cheapest(costs: Iterable[int]) -> list[int]:
+    """[0, the cheapest, the two cheapest together, …]"""
+    return list(accumulate(sorted(costs), initial=0))
 
 
 def _first_that_fits(state: Sequence[Holding], i: int, budget: Budget) -> int | None:

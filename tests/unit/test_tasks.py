@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import sys
 import sysconfig
+import textwrap
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,7 +170,8 @@ def library(tmp_path):
         dross = 'def _private(x):\n    """Sentinel text of a private function."""\n'
         short = 'def short(x):\n    """Sentinel."""\n\ndef mark(x):\n    """>>> sentinel code here"""\n'
         twice = f'def twice(x):\n    """do thing {file} 0"""\n'
-        (tmp_path / f"m{file}.py").write_text("if True:\n    pass\n" + "\n".join([*defs, method, dross, short, twice]))
+        nested = "if True:\n" + textwrap.indent(defs.pop(0), "    ")
+        (tmp_path / f"m{file}.py").write_text("\n".join([nested, *defs, method, dross, short, twice]))
     for folder in ("test", "site-packages", "lib2to3"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "s.py").write_text(
@@ -218,7 +220,9 @@ def test_the_seed_draws_the_training_pairs_but_not_the_validation_pairs(pairs):
     assert load_pairs(seed=0) == pairs
     train, validation = load_pairs(seed=1)
     assert validation == pairs[1] and train != pairs[0]
-    assert {p for p in train if not p.label} != {p for p in pairs[0] if not p.label}
+    was = {(p.file, p.signature): p.label for p in pairs[0]}
+    changed = [p.label != was[p.file, p.signature] for p in train if (p.file, p.signature) in was]
+    assert len(changed) / 3 < sum(changed) < len(changed) * 2 / 3
 
 
 def test_pairs_are_the_same_in_every_process_and_python(library):
@@ -234,6 +238,13 @@ def test_what_is_private_short_broken_repeated_or_foreign_is_left_out(library):
     assert not [f for f in functions if "entinel" in f.summary or "twice" in f.signature]
     assert "def f7_2(x, *, y=2)" in {f.signature for f in functions}
     assert "def C.g(self)" in {f.signature for f in functions}
+
+
+def test_a_python_with_few_sources_is_refused(library):
+    for file in range(15, 40):
+        (library / f"m{file}.py").unlink()
+    with pytest.raises(TaskError, match=f"{library}: gives [1-9].* training and [1-9].* validation pairs, too few"):
+        load_pairs(library)
 
 
 def test_a_python_without_sources_is_refused(tmp_path):
@@ -302,6 +313,13 @@ def test_accuracy_is_the_share_of_right_answers_and_the_mode_is_restored(task):
     assert task.evaluate(model, batch_size=7) == sum(e["labels"] for e in task.validation) / 41
     assert model.training
     assert task.evaluate(model.eval()) == task.evaluate(model) and not model.training
+
+
+def test_neither_batches_nor_evaluation_touch_the_training_random_state(task):
+    before = torch.get_rng_state()
+    list(task.batches(8, seed=0))
+    task.evaluate(AlwaysTrue())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_unknown_task_names_the_nearest(tokenizer):

@@ -9,7 +9,7 @@ computed; a dormant block has no gradient, hence no optimizer state, and cannot 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,11 +29,11 @@ class Status(IntEnum):
 
 
 class Observer(Protocol):
-    """What the runtime installs on a delta: told of every use in training (`wants`), it may ask to see it (`tap`: identity
-    on the branch output), and it keeps the module's clocks and scores."""
+    """What the runtime installs on a delta: told of every use in training (`wants`), it may ask to see it (`tap`:
+    identity on the layer's output), and it keeps the module's clocks and scores."""
 
     def wants(self) -> bool: ...
-    def tap(self, delta: "Delta", branch: Tensor, x: Tensor) -> Tensor: ...
+    def tap(self, delta: "Delta", y: Tensor, x: Tensor) -> Tensor: ...
     def state(self) -> list[float]: ...
     def load_state(self, values: list[float]) -> None: ...
 
@@ -174,8 +174,8 @@ class BlockDelta(Delta):
         ]
 
     def fit(self, sizes: Mapping[int, int], count: int, *, keep_dormant: bool) -> None:
-        """Take the block structure of a checkpoint: `count` blocks, those in `sizes` with so many ranks. Blocks it leaves
-        out are dropped unless `keep_dormant` (training goes on)."""
+        """Take the block structure of a checkpoint: `count` blocks, those in `sizes` with so many ranks. Blocks it
+        leaves out are dropped unless `keep_dormant` (training goes on)."""
         like = next(iter(self.parameters()))
         while len(self.sizes) < count:
             self._append_block(sizes.get(len(self.sizes), 1), like.dtype)
@@ -199,10 +199,10 @@ class BlockDelta(Delta):
         A, B = self.factors()
         B = self._gate(B)
         observed = self.observer is not None and B.requires_grad and torch.is_grad_enabled()
-        if not observed or not self.observer.wants():  # type: ignore[union-attr]
-            return add_product(y, x, A, B)
-        branch = nn.functional.linear(nn.functional.linear(matched(x, A), A), B)
-        return y + self.observer.tap(self, branch, x).to(y.dtype)  # type: ignore[union-attr]
+        y = add_product(y, x, A, B)  # the same arithmetic, observed or not: resuming must not change a bit
+        if observed and self.observer.wants():  # type: ignore[union-attr]
+            return self.observer.tap(self, y, x)  # type: ignore[union-attr]
+        return y
 
     def _gate(self, value: Tensor) -> Tensor:
         """`value`, with every idle parameter made part of the graph where several processes insist on it."""
@@ -242,7 +242,8 @@ def add_product(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     h = nn.functional.linear(matched(x, A), A)
     if not h.dtype == y.dtype == B.dtype:
         return y + nn.functional.linear(h, B).to(y.dtype)
-    return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.t()).view(y.shape)
+    total = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.t())
+    return total if y.dim() == 2 else total.view(y.shape)  # FSDP2 distrusts views that a module returns
 
 
 def several_processes() -> bool:
@@ -251,13 +252,13 @@ def several_processes() -> bool:
 
 
 class ZeroGate(torch.autograd.Function):
-    """Identity that makes idle parameters part of the graph with gradient zero; the runtime clears it before the step."""
+    """Identity that makes idle parameters part of the graph with gradient zero; the runtime clears it before a step."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, *still: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, *still: Tensor) -> Tensor:
         ctx.save_for_backward(*still)
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (grad, *(torch.zeros_like(p) for p in ctx.saved_tensors))

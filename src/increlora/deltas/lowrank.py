@@ -13,6 +13,8 @@ class LowRankDelta(BlockDelta):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         blocks = [self.block(i) for i in self.live]
+        A: Tensor
+        B: Tensor
         if len(blocks) == 1:
             A, B = blocks[0]["A"], blocks[0]["B"]
         else:

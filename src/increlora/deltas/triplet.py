@@ -18,6 +18,8 @@ class TripletDelta(BlockDelta):
         live = self.live
         blocks = [self.block(i) for i in live]
         e = [b["E"].detach() if self.status[i] == Status.RESERVE else b["E"] for i, b in zip(live, blocks, strict=True)]
+        A: Tensor
+        B: Tensor
         if len(blocks) == 1:
             A, E, B = blocks[0]["A"], e[0], blocks[0]["B"]
         else:

@@ -10,15 +10,23 @@ def loss_scale() -> float:
     """Scale of the loss in the backward passes before the optimizer step now running; 1 without a GradScaler.
 
     Backward hooks see scaled gradients, and nothing on the optimizer says by how much once they are unscaled, so the
-    scaler is looked up among the callers: `scaler.step(optimizer)` is always one of them. Reads one number from the device.
+    scaler is looked up among the callers: `scaler.step(optimizer)` is always one of them. Reads one device scalar.
     """
     frame = sys._getframe(1)
     while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, torch.amp.GradScaler):
-            return float(caller.get_scale()) if caller.is_enabled() else 1.0
+        if (
+            frame.f_code is torch.amp.GradScaler.step.__code__
+        ):  # `f_locals` of any other frame would keep its tensors alive
+            scaler = frame.f_locals["self"]
+            return float(scaler.get_scale()) if scaler.is_enabled() else 1.0
         frame = frame.f_back  # type: ignore[assignment]
     return 1.0
+
+
+def gradient_scale(optimizer: Optimizer) -> float:
+    """Scale that is still on `.grad` inside the step: fused optimizers divide by it themselves."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)
 
 
 def overflowed(optimizer: Optimizer) -> bool:

@@ -1,9 +1,10 @@
 """How a controller finds its optimizer: torch's global optimizer hooks, installed with the first controller."""
 
+import itertools
 import weakref
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -12,7 +13,8 @@ from ..errors import DriveError
 from .controller import Controller
 from .penalty import penalty_value
 
-_controllers: "weakref.WeakSet[Controller]" = weakref.WeakSet()
+_numbers = itertools.count()  # controllers are visited in the order of their making, the same on every process
+_controllers: "weakref.WeakValueDictionary[int, Controller]" = weakref.WeakValueDictionary()
 _stepping: "weakref.WeakKeyDictionary[Optimizer, list[Controller]]" = weakref.WeakKeyDictionary()
 _installed = False
 
@@ -20,7 +22,7 @@ _installed = False
 def register(controller: Controller) -> None:
     """Let this controller be found by the optimizer that holds its parameters."""
     global _installed
-    _controllers.add(controller)
+    _controllers[next(_numbers)] = controller
     if not _installed:
         register_optimizer_step_pre_hook(_before)
         register_optimizer_step_post_hook(_after)
@@ -30,7 +32,7 @@ def register(controller: Controller) -> None:
 def controllers_of(model: nn.Module) -> list[Controller]:
     """Controllers with modules in this model, in the order of their first module."""
     found: dict[int, Controller] = {}
-    known = {id(c) for c in _controllers}
+    known = {id(c) for c in _controllers.values()}
     for module in model.modules():
         controller = getattr(getattr(module, "observer", None), "controller", None)
         if isinstance(module, Delta) and controller is not None and id(controller) in known:
@@ -65,7 +67,7 @@ def regularization_loss(model: nn.Module) -> Tensor:
     for controller in controllers_of(model):
         if controller.method.penalty is not None:
             value = penalty_value(controller.deltas, controller.method.penalty)
-            controller.penalty_given = True
+            controller.penalty_given |= is_grad_enabled()  # a look at its value adds no gradient
             total = value if total is None else total + value
     if total is None:
         raise DriveError("regularization_loss: no adapter of this model has a penalty; set `orthogonality` > 0")
@@ -74,27 +76,31 @@ def regularization_loss(model: nn.Module) -> Tensor:
 
 def _owners(optimizer: Optimizer) -> list[Controller]:
     """Controllers that follow this optimizer, attaching those whose parameters it holds and nobody follows yet."""
-    held: set[int] | None = None
     owners = []
-    for controller in list(_controllers):
+    for controller in _holders(optimizer):
         if not controller.follows(optimizer):
-            if not controller.used:
-                continue
-            held = held or {id(p) for group in optimizer.param_groups for p in group["params"]}
-            if not any(id(p) in held for p in controller.parameters()):
+            if not controller.used or controller.stepping:  # idle, or inside the step of an optimizer around this one
                 continue
             controller.attach(optimizer)
         owners.append(controller)
     return owners
 
 
+def _holders(optimizer: Optimizer) -> list[Controller]:
+    """Controllers that follow this optimizer, or could."""
+    found = [(c, c.follows(optimizer)) for c in _controllers.values()]
+    if all(follows for _, follows in found):
+        return [c for c, _ in found]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [c for c, follows in found if follows or any(id(p) in held for p in c.parameters())]
+
+
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    owners = _owners(optimizer)
-    if not owners:
-        return None
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
-        _stepping[optimizer] = [c for c in owners if c.before_step(optimizer)]
+        _stepping[optimizer] = [c for c in _owners(optimizer) if c.before_step(optimizer)]
+        return None
+    if not _holders(optimizer):
         return None
 
     def observed() -> Any:  # gradients exist only once the closure has run
@@ -107,8 +113,8 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     stepped = _stepping.pop(optimizer, [])
-    for controller in list(_controllers):
+    for controller in list(_controllers.values()):
         if any(controller is c for c in stepped):
             controller.after_step()
-        elif controller.follows(optimizer) or not controller.driven:
+        elif not controller.stepping:
             controller.forget_fake_step(optimizer)

@@ -17,7 +17,7 @@ from ..deltas import BlockDelta, Status
 from ..methods.base import Clock
 from ..schedules import Run
 
-PROPORTIONAL = {"AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD"}
+PROPORTIONAL = {"AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta"}
 
 
 class BirthRates:
@@ -27,6 +27,7 @@ class BirthRates:
         self.clock, self.run, self.optimizer_name = clock, run, type(optimizer).__name__
         self.peak = self._peak(optimizer)
         self.group = optimizer.param_groups[0]
+        clock(0, -1, run)  # a share of a run of unknown length is refused here, before anything moves
         self._moved: list[tuple[float, nn.Parameter, Tensor]] = []
         self._warned = False
 
@@ -56,7 +57,7 @@ class BirthRates:
     @torch.no_grad()
     def apply(self) -> None:
         for m in {m for m, _, _ in self._moved}:
-            now = [p for k, p, _ in self._moved if k == m]
+            now: list[Tensor] = [p for k, p, _ in self._moved if k == m]
             torch._foreach_lerp_(now, [old for k, _, old in self._moved if k == m], 1 - m)
         self._moved = []
 
@@ -79,3 +80,9 @@ def created(delta: BlockDelta, index: int, letter: str) -> int:
     """Step after which a tensor entered training: A and B of a learning reserve on entering it, all else at birth."""
     learnt_in_reserve = delta.reserve_learns and letter != "E"
     return delta.reserved[index] if learnt_in_reserve and delta.reserved[index] >= 0 else delta.born[index]
+
+
+def unmoved(delta: BlockDelta, step: int) -> list[nn.Parameter]:
+    """Newborn tensors that no optimizer step has moved when `step` of them are done."""
+    blocks = [(i, letter, p) for i in delta.live for letter, p in delta.block(i).items()]
+    return [p for i, letter, p in blocks if created(delta, i, letter) >= max(0, step - 1)]

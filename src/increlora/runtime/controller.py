@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..allocation import Event, Holding, parameters_used, ranks_used
+from ..allocation import Event, Holding, Kind, parameters_used, ranks_used
 from ..deltas import BlockDelta, Status
 from ..errors import DriveError
 from ..methods import Method
@@ -21,7 +21,7 @@ from ..schedules import GrowthSteps, Run
 from ..scores import smooth
 from ..selection import spent
 from . import amp, scoring
-from .births import BirthRates
+from .births import BirthRates, unmoved
 from .distributed import all_finite, mean_over_processes
 from .health import Health
 from .penalty import add_penalty
@@ -57,6 +57,8 @@ class Controller:
         self.health = Health()
         self.used = False  # a forward pass of ours since the last step
         self.penalty_given = False  # the penalty's gradient of this step is already there
+        self.stepping = False  # between the two hooks of a step
+        self.trainer_step: int | None = None
         self.tapping = True  # before the first step: to count backward passes
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._former: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -67,7 +69,8 @@ class Controller:
         for delta, watcher in zip(self.deltas, self.watchers, strict=True):
             watcher.load_state(delta.remembered)
             delta.observer = watcher
-        if not self.finished:
+        fresh = method.allocate is not None and all(d.indices(Status.ACTIVE) == [0] for d in self.deltas)
+        if fresh or not self.finished:  # a start above the budget counts as finished, and is an error all the same
             scoring.check_budget(self.holdings(), method.budget)
 
     # -- what there is -------------------------------------------------------------------------------------------
@@ -118,25 +121,35 @@ class Controller:
         ScheduleError if the schedule does not fit the run.
         """
         self._check(optimizer)
-        total = total_steps or self.expected_steps or self.method.total_steps
-        start = self.restored_step if self.expected_start is None else self.expected_start
-        if total is not None and start >= total:
-            start = 0  # a finished run was loaded: this is a new one
+        again = self.follows(optimizer)
+        total = total_steps or self.expected_steps or (self.run.steps if again else None) or self.method.total_steps
+        start = self._first_step(optimizer, total)
         run = Run(total, len(self.names))
         growth = None
         if self.method.events is not None and not self.finished:
             growth = self.method.events(run, self.holdings(), start)
         self.growth, self.run, self.step = growth, run, start
         self.births = BirthRates(self.method.clock, run, optimizer) if self.method.clock else None
-        if self._optimizer is not None and (previous := self._optimizer()) is not None:
-            self._former.add(previous)
+        if start == 0:
             self._forget_births()
+        previous = self._optimizer() if self._optimizer is not None else None
+        if previous is not None and previous is not optimizer:
+            self._former.add(previous)
         self._optimizer = weakref.ref(optimizer)
-        self.expected_steps = self.expected_start = None
-        self.restored_step, self.health = 0, Health()
-        self.recording = record
+        self.expected_steps = self.expected_start = self.trainer_step = None
+        self.restored_step, self.stepping = 0, False
+        self.health = self.health if again else Health()
+        self.recording = self.recording or record
         self.tapping = self._score_due()
         return self
+
+    def _first_step(self, optimizer: Optimizer, total: int | None) -> int:
+        """Where the run begins: as a trainer says; where we are, if the optimizer is followed already; where a loaded
+        checkpoint was; at 0 if that run was finished."""
+        if self.expected_start is not None:
+            return self.expected_start
+        start = self.step if self.follows(optimizer) else self.restored_step
+        return 0 if total is not None and start >= total else start
 
     def _check(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -166,6 +179,12 @@ class Controller:
 
     # -- one optimizer step --------------------------------------------------------------------------------------
 
+    def begin_step(self, number: int) -> None:
+        """A trainer begins its step `number`: forget what a step that was never taken left behind."""
+        if number != self.trainer_step:
+            self._clear()
+            self.trainer_step = number
+
     def before_step(self, optimizer: Optimizer) -> bool:
         """First hook; returns whether this is a real step of ours."""
         moving = [p for p in self.parameters() if p.grad is not None]
@@ -177,14 +196,16 @@ class Controller:
         self._silence()
         moving = [p for p in moving if p.grad is not None]
         finite = all_finite([p.grad for p in moving if p.grad is not None])
-        self._scores = self._collect(finite)
+        self._scores = self._collect(finite, optimizer)
         if not self.health.judge(finite, self.names[0]):
-            for p in moving:
-                p.grad = None  # the optimizer leaves our parameters alone in this step
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = None  # nothing moves in this step: clipping and the loss spread NaN to all parameters
         elif self.method.penalty and not self.penalty_given:
-            add_penalty(self.deltas, self.method.penalty)
+            add_penalty(self.deltas, self.method.penalty, scale=amp.gradient_scale(optimizer))
         if self.births is not None:
             self.births.remember(self.deltas, self.step)
+        self.stepping = True
         return True
 
     def after_step(self) -> None:
@@ -207,14 +228,15 @@ class Controller:
         if self.recording:
             self.records.append(record(self, before, self._scores))
         self._clear()
+        self.stepping = False
         self.step += 1
         self.tapping = self._score_due()
 
     def forget_fake_step(self, optimizer: Optimizer) -> None:
-        """torch's checkpoint loader steps once with zero gradients everywhere to invent optimizer states: blocks that
-        may not move must not have one, or a resumed run would differ from a straight one."""
+        """torch's checkpoint loader steps once with zero gradients everywhere to invent optimizer states: tensors that
+        may not move, or have not yet, must not have one, or a resumed run would differ from a straight one."""
         for delta in self.deltas:
-            for p in delta.still():
+            for p in [*delta.still(), *unmoved(delta, self.step)]:
                 optimizer.state.pop(p, None)
 
     def _silence(self) -> None:
@@ -235,11 +257,13 @@ class Controller:
             return False
         return rule.window is None or self.growth.next(self.step) - self.step < rule.window
 
-    def _collect(self, finite: Tensor) -> Tensor | None:
+    def _collect(self, finite: Tensor, optimizer: Optimizer) -> Tensor | None:
         if not self._score_due():
             return None
         scores = scoring.module_scores(self.deltas, self.watchers, self.method.score, self.sensitivity.dtype)
-        scores = scores / amp.loss_scale()
+        assert self.method.score is not None
+        # signed scores come from `.grad`, the others from inside the backward pass
+        scores = scores / (amp.gradient_scale(optimizer) if self.method.score.kind == "signed" else amp.loss_scale())
         return mean_over_processes(torch.where(finite.to(scores.device), scores, torch.nan))
 
     def _fill_reserve(self) -> None:
@@ -280,7 +304,7 @@ class Controller:
                         delta.block(block)["E"].mul_(0)
             self._note("finish", i, 0, None)
 
-    def _note(self, kind, module: int, ranks: int, importance: float | None) -> None:
+    def _note(self, kind: Kind, module: int, ranks: int, importance: float | None) -> None:
         name, rank = self.names[module], self.deltas[module].rank
         self.events.append(Event(self.step, kind, name, ranks, rank, importance))
 
@@ -291,8 +315,12 @@ class Controller:
         return [float(self.step), float(self.sensitivity[index]), float(self.uncertainty[index])]
 
     def load_module_state(self, index: int, values: list[float]) -> None:
-        self.restored_step = int(values[0])
+        """What a checkpoint says; the run goes on from there at the next step."""
+        self.step = self.restored_step = int(values[0])
         self.sensitivity[index], self.uncertainty[index] = values[1], values[2]
+        if self.driven:
+            self.expected_steps, self._optimizer = self.expected_steps or self.run.steps, None
+        self.on_change()
 
     # -- reports -------------------------------------------------------------------------------------------------
 

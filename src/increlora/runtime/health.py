@@ -2,6 +2,7 @@
 
 import warnings
 
+import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
@@ -11,39 +12,54 @@ LIMIT = 25  # non-finite steps in a row after which a run is not going to recove
 
 class Health:
     """Counts steps with a non-finite gradient. On the CPU every step is judged at once; on an accelerator, where
-    reading the verdict would stall the queue, the count is read at events only and the step itself is not held back."""
+    reading the verdict would stall the queue, it is read at events and every `LIMIT` steps, and the step itself is not
+    held back."""
 
     def __init__(self) -> None:
         self.skipped = 0
         self.in_a_row = 0
-        self._unread: Tensor | None = None
+        self.where = ""
+        self._unread: tuple[Tensor, Tensor] | None = None  # non-finite steps, and those in a row, not yet fetched
+        self._waiting = 0
 
-    def judge(self, finite: Tensor, where: str) -> bool:
-        """May the step go on?"""
-        if not finite.is_cpu:
-            bad = (~finite).long()
-            self._unread = bad if self._unread is None else self._unread + bad
+    def judge(self, finite: Tensor, where: str, *, at_once: bool | None = None) -> bool:
+        """May the step go on? `at_once`: default for tensors on the CPU."""
+        self.where = where
+        if not (finite.is_cpu if at_once is None else at_once):
+            self._note(~finite)
             return True
         if bool(finite):
             self.in_a_row = 0
             return True
-        self.skipped += 1
-        self.in_a_row += 1
-        if self.skipped == 1:
-            warnings.warn(
-                f"non-finite gradient at {where} or a module beside it: the step is left out of the scores and the "
-                f"adapter is not moved (counted in `controller.health.skipped`)",
-                stacklevel=2,
-            )
-        if self.in_a_row >= LIMIT:
-            raise NonFiniteError(
-                f"{LIMIT} steps in a row with non-finite gradients ({self.skipped} in this run), first seen at {where}: "
-                f"lower the learning rate, or check the loss and the input data"
-            )
+        self._report(1, self.in_a_row + 1)
         return False
 
+    def _note(self, bad: Tensor) -> None:
+        count, row = self._unread or (torch.zeros_like(bad, dtype=torch.long),) * 2
+        self._unread = count + bad, (row + 1) * bad
+        self._waiting += 1
+        if self._waiting >= LIMIT:
+            self.read()
+
     def read(self) -> None:
-        """Fetch the count from an accelerator."""
+        """Fetch the verdicts from an accelerator."""
         if self._unread is not None:
-            self.skipped += int(self._unread)
-            self._unread = None
+            count, row = (int(n) for n in self._unread)
+            self._unread, self._waiting = (torch.zeros_like(self._unread[0]), self._unread[1]), 0
+            if count:
+                self._report(count, row)
+
+    def _report(self, count: int, in_a_row: int) -> None:
+        if self.skipped == 0:
+            warnings.warn(
+                f"non-finite gradient at {self.where} or a module beside it: the step is left out of the scores and, "
+                f"on the CPU, of the training (counted in `controller.health.skipped`)",
+                stacklevel=2,
+            )
+        self.skipped += count
+        self.in_a_row = in_a_row
+        if self.in_a_row >= LIMIT:
+            raise NonFiniteError(
+                f"{LIMIT} steps in a row with non-finite gradients ({self.skipped} in all), seen at {self.where}: lower "
+                f"the learning rate, or check the loss and the input data"
+            )

@@ -17,9 +17,9 @@ def record(controller: "Controller", ranks_before: dict[str, int], scores: Tenso
         {"step": g, "modules": {name: {"score", "sensitivity", "uncertainty", "importance", "rank", "grown",
                                        "lr_factor": {"lora_A0": …, …}}}}
 
-    score: of this step, None where none was taken.   importance = sensitivity · uncertainty, this step's score included.
-    rank: after this step's event.   grown: ranks added by it.   lr_factor: learning rate with which this step moved each
-    live tensor, in units of the host's peak (`published` clock) or of the host's current rate (`ramp`).
+    score: of this step, None where none was taken.   importance = sensitivity · uncertainty, with this step's score.
+    rank: after this step's event.   grown: ranks added by it.   lr_factor: learning rate with which this step moved
+    each live tensor, in units of the host's peak (`published` clock) or of the host's current rate (`ramp`).
     """
     sensitivity, uncertainty = controller.sensitivity.tolist(), controller.uncertainty.tolist()
     values = None if scores is None else scores.tolist()

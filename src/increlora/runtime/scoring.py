@@ -45,8 +45,8 @@ def check_budget(holdings: Sequence[Holding], budget: Budget) -> None:
         if can_finish(holdings, budget):
             return
         raise BudgetError(
-            f"total_parameters={budget.parameters} is below the start of {parameters_used(holdings)} (`init_r` for each "
-            f"of {len(holdings)} modules): raise it or target fewer modules"
+            f"total_parameters={budget.parameters} is below the start of {parameters_used(holdings)} (`init_r` for "
+            f"each of {len(holdings)} modules): raise it or target fewer modules"
         )
     if budget.ranks < used:
         raise BudgetError(

@@ -1,6 +1,6 @@
 """What happens inside a backward pass: the score of a module, taken where input and output gradient meet."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from ..deltas import Delta
 from ..errors import DriveError
 from ..scores import delta_sensitivity
+from .distributed import full, is_sharded
 
 if TYPE_CHECKING:
     from .controller import Controller
@@ -16,20 +17,20 @@ PATIENCE = 64  # backward passes an adaptive adapter waits for an optimizer that
 
 
 class ScoreTap(torch.autograd.Function):
-    """Identity on the branch output; its backward hands (x, ∂L/∂branch) to the watcher.
+    """Identity on y + branch; its backward hands (x, ∂L/∂y = ∂L/∂branch) to the watcher.
 
-    A custom function, not a tensor hook: under gradient checkpointing x is recomputed instead of kept, and backward runs
-    once per use with either kind of checkpointing.
+    A custom function, not a tensor hook: under gradient checkpointing x is recomputed instead of kept, and backward
+    runs once per use with either kind of checkpointing.
     """
 
     @staticmethod
-    def forward(ctx, branch: Tensor, x: Tensor, delta: Delta, watcher: "Watcher") -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, delta: Delta, watcher: "Watcher") -> Tensor:
         ctx.save_for_backward(x)
         ctx.delta, ctx.watcher = delta, watcher
-        return branch.view_as(branch)
+        return y.clone()  # not a view: models may change a layer's output in place
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         ctx.watcher.collect(ctx.delta, x.detach(), grad.detach())
         return grad, None, None, None
@@ -40,6 +41,7 @@ class Watcher:
 
     def __init__(self, controller: "Controller", index: int) -> None:
         self.controller, self.index = controller, index
+        self.passes, self.task = 0, -1  # backward passes without an optimizer, and the last of them
         self.clear()
 
     def clear(self) -> None:
@@ -48,18 +50,29 @@ class Watcher:
         self.kept: list[tuple[Tensor, Tensor]] = []
 
     def wants(self) -> bool:
-        self.controller.used = True
+        self.controller.used, self.controller.stepping = True, False
+        if self.calls and self._abandoned():
+            self.clear()
         return self.controller.tapping
 
-    def tap(self, delta: Delta, branch: Tensor, x: Tensor) -> Tensor:
-        return ScoreTap.apply(branch, x, delta, self)
+    def _abandoned(self) -> bool:
+        """Were the gradients of the last backward pass cleared without a step? (loss scaling skips, users drop batches)
+
+        Under FSDP2 gradients may wait elsewhere while they accumulate, and checkpointed forward passes run inside a
+        backward pass: nothing can be concluded there."""
+        p = self.controller.parameter(self.index)
+        return p.grad is None and not is_sharded(p) and torch._C._current_graph_task_id() < 0
+
+    def tap(self, delta: Delta, y: Tensor, x: Tensor) -> Tensor:
+        return ScoreTap.apply(y, x, delta, self)
 
     def collect(self, delta: Delta, x: Tensor, grad: Tensor) -> None:
         """One backward call of the module: x (…, in), grad (…, out)."""
         self.calls += 1
-        if self.calls > PATIENCE and not self.controller.driven:
+        self._count_pass()
+        if self.passes > PATIENCE:
             raise DriveError(
-                f"{self.controller.names[self.index]}: {PATIENCE} backward passes and no step of a torch optimizer that "
+                f"{self.controller.names[self.index]}: {PATIENCE} backward passes and no step of an optimizer that "
                 f"holds its parameters: build the optimizer from model.parameters() after get_peft_model, or call "
                 f"`increlora.attach(model, optimizer, total_steps=…)` before training"
             )
@@ -74,14 +87,23 @@ class Watcher:
             score = delta_sensitivity(*delta.factors(), x, grad, norm=rule.norm)
         self.total = score if self.total is None or rule.accumulate == "last" else self.total + score
 
+    def _count_pass(self) -> None:
+        task = torch._C._current_graph_task_id()
+        if self.controller.driven:
+            self.passes = 0
+        elif task != self.task:
+            self.passes += 1
+        self.task = task
+
     def score(self, delta: Delta) -> Tensor | None:
         """Score since the last step, or None if the module took no part."""
         rule = self.controller.method.score
         assert rule is not None
         if self.kept:
             x, grad = (torch.cat(parts) for parts in zip(*self.kept, strict=True))
-            with torch.no_grad():
-                return delta_sensitivity(*delta.factors(), x, grad, norm=rule.norm)
+            with torch.no_grad():  # outside the backward pass, where parameters may be sharded
+                A, B = map(full, delta.factors())
+                return delta_sensitivity(A, B, x, grad, norm=rule.norm)
         if self.total is None:
             return None
         return self.total if rule.accumulate == "last" else self.total / self.calls
@@ -111,8 +133,8 @@ class Orphan:
             "`increlora.attach(model, optimizer, total_steps=…)` before training it"
         )
 
-    def tap(self, delta: Delta, branch: Tensor, x: Tensor) -> Tensor:
-        return branch
+    def tap(self, delta: Delta, y: Tensor, x: Tensor) -> Tensor:
+        return y
 
     def state(self) -> list[float]:
         return self.values

@@ -43,20 +43,25 @@ class Task:
         The order is a function of (seed, epoch, batch_size) alone, so a resumed run sees the same batches."""
         order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         sampler = LengthGroupedSampler(batch_size, lengths=_lengths(self.train), generator=order)
-        return DataLoader(self.train, batch_size, sampler=sampler, collate_fn=self.collate)  # type: ignore[arg-type]
+        return self._loader(self.train, batch_size, sampler=sampler)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, *, batch_size: int = 64) -> float:
-        """`measure` over the validation examples, in evaluation mode; the model's mode is restored."""
+        """`measure` over the validation examples, in evaluation mode; leaves the model's mode and all random states."""
         by_length = sorted(self.validation, key=lambda example: len(example["input_ids"]))
         device = next(model.parameters()).device
-        loader: DataLoader[Example] = DataLoader(by_length, batch_size, collate_fn=self.collate)  # type: ignore[arg-type]
+        loader = self._loader(by_length, batch_size)
         was_training = model.training
         model.eval()
         try:
             return self.measure(model, (batch.to(device) for batch in loader))
         finally:
             model.train(was_training)
+
+    def _loader(self, examples: Sequence[Example], batch_size: int, **options: Any) -> DataLoader:
+        # A loader without a generator of its own draws from torch's, which would move the training's dropout.
+        own = torch.Generator()
+        return DataLoader(examples, batch_size, collate_fn=self.collate, generator=own, **options)  # type: ignore[arg-type]
 
 
 def accuracy(model: nn.Module, batches: Batches) -> float:

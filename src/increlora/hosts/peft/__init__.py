@@ -3,8 +3,9 @@
 from .config import IncreLoraConfig, PlainLoraConfig
 from .drive import attach, rank_summary
 from .model import AdapterModel
-from .register import register_methods
+from .register import register_methods, tell_ranks
 
 register_methods()
+tell_ranks()
 
 __all__ = ["AdapterModel", "IncreLoraConfig", "PlainLoraConfig", "attach", "rank_summary"]

@@ -1,23 +1,21 @@
 """The checkpoint format, through peft's state-dict hooks: compact, and read by tensor shapes alone.
 
-    <module>.lora_A0 …  parameters of active and reserve blocks       <module>.lora_state  see BlockDelta.get_extra_state
+    <module>.lora_A0 …  parameters of active and reserve blocks      <module>.lora_state  see BlockDelta.get_extra_state
 
 Dormant and retired blocks are not written. The tensors say everything: whatever loads a state dict resumes a run.
 """
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...deltas import BlockDelta, Status
 from ...deltas.base import STATE_FORMAT
 from ...errors import CheckpointError
-
-if TYPE_CHECKING:
-    from .layer import AdapterLayer
 
 PREFIX = "base_model.model."
 
@@ -52,13 +50,48 @@ def fit(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], *
 
     layers = adapter_layers(model, adapter_name)
     parts = split(state_dict)
-    check_modules(layers, parts)
+    check_modules([name.removeprefix(PREFIX) for name in layers], parts)
     for name, layer in layers.items():
         check_blocks(name, layer.delta(adapter_name), parts[name.removeprefix(PREFIX)])
     for name, layer in layers.items():
-        found = parts[name.removeprefix(PREFIX)]
-        sizes = {i: found[f"lora_A{i}"].shape[0] for i in present(found)}
-        layer.delta(adapter_name).fit(sizes, len(states(found)), keep_dormant=trainable)
+        fit_delta(layer.delta(adapter_name), parts[name.removeprefix(PREFIX)], keep_dormant=trainable)
+
+
+def fit_delta(delta: BlockDelta, found: Mapping[str, Tensor], *, keep_dormant: bool) -> None:
+    sizes = {i: found[f"lora_A{i}"].shape[0] for i in present(found)}
+    delta.fit(sizes, len(states(found)), keep_dormant=keep_dormant)
+
+
+def contents(weights: Path) -> dict[str, Tensor]:
+    """What a weights file holds, without reading it all: block states, and the rest as tensors on the meta device."""
+    with safe_open(weights, framework="pt") as file:
+        return {
+            key: file.get_tensor(key)
+            if key.endswith(".lora_state")
+            else torch.empty(file.get_slice(key).get_shape(), device="meta")
+            for key in file.keys()  # noqa: SIM118
+        }
+
+
+def check_contents(
+    found: Mapping[str, Tensor], deltas: Mapping[str, BlockDelta], model: nn.Module, modules_to_save: Sequence[str]
+) -> None:
+    """Raise CheckpointError if a file with these contents cannot be loaded into `model`, which is still untouched."""
+    parts = split(found)
+    check_modules(list(deltas), parts)
+    for name, delta in deltas.items():
+        check_blocks(name, delta, parts[name])
+    others = {key.removeprefix(PREFIX): tuple(value.shape) for key, value in found.items()}
+    for full_name, p in model.named_parameters():
+        name = full_name.replace(".original_module.", ".")
+        if ".modules_to_save." in name:
+            continue  # another adapter's
+        wanted = any(f".{module}." in f".{name}" for module in modules_to_save)
+        if (wanted or name in others) and others.get(name) != (*p.shape,):
+            there = others.get(name, "nothing")
+            raise CheckpointError(
+                f"{name}: expected {(*p.shape,)}, found {there}; the adapter is damaged or of another model"
+            )
 
 
 def split(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -71,8 +104,8 @@ def split(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-def check_modules(layers: Mapping[str, "AdapterLayer"], parts: Mapping[str, object]) -> None:
-    here = {name.removeprefix(PREFIX) for name in layers}
+def check_modules(names: Sequence[str], parts: Mapping[str, object]) -> None:
+    here = set(names)
     for name in sorted(here ^ set(parts)):
         where = "the checkpoint" if name in here else "the model"
         raise CheckpointError(
@@ -88,6 +121,8 @@ def check_blocks(name: str, delta: BlockDelta, found: Mapping[str, Tensor]) -> N
         raise CheckpointError(
             f"{name}: written in format {version}, this version reads {STATE_FORMAT}; upgrade increlora"
         )
+    if len(found["lora_state"]) < 7 or (len(found["lora_state"]) - 4) % 3:
+        raise CheckpointError(f"{name}.lora_state has {len(found['lora_state'])} entries: the adapter file is damaged")
     for i, status in enumerate(states(found)):
         if status in (Status.ACTIVE, Status.RESERVE):
             for letter in delta.letters:
@@ -116,15 +151,16 @@ def states(found: Mapping[str, Tensor]) -> list[Status]:
 
 @torch.no_grad()
 def complete(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add what the checkpoint leaves out, unchanged or freshly drawn if it lies on the meta device, so that nothing is
-    missing and nothing stays there."""
+    """Add what the checkpoint leaves out, so that nothing is missing: unchanged, or freshly drawn if it lies on the
+    meta device or has been trained since."""
     from .model import adapter_layers
 
     for name, layer in adapter_layers(model, adapter_name).items():
         delta = layer.delta(adapter_name)
         for i in range(len(delta.sizes)):
+            trained = delta.status[i] != Status.DORMANT
             for letter, p in delta.block(i).items():
                 key = f"{name}.lora_delta.{adapter_name}.lora_{letter}{i}"
                 if key not in state_dict:
-                    state_dict[key] = delta.draw(letter, i).to(p.dtype) if p.is_meta else p.detach()
+                    state_dict[key] = delta.draw(letter, i).to(p.dtype) if trained or p.is_meta else p.detach()
     return state_dict

@@ -1,4 +1,4 @@
-"""peft configs derived from the methods' own settings: the same fields under LoRA's names, refusing what we do not do."""
+"""peft configs derived from the methods' own settings: LoRA's fields under LoRA's names, refusing what we do not do."""
 
 import difflib
 import functools
@@ -8,12 +8,14 @@ from dataclasses import MISSING, Field, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
+from peft import LoraConfig, PeftType
+from safetensors import SafetensorError
+from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError
 from ...methods import IncreLora, Lora
 from ...methods.increlora_settings import paper_settings
+from . import checkpoint
 
 # Fields of peft's LoraConfig that mean the same here; any other must keep its default.
 SUPPORTED = {
@@ -34,20 +36,20 @@ INSTEAD = {
 
 
 class UnknownOptionError(ConfigError, TypeError):
-    """An option that does not exist; also a TypeError, so that peft can drop options of newer versions when it loads."""
+    """An option that does not exist; also a TypeError, so that peft can drop options of newer versions on loading."""
 
 
 class MethodConfig(LoraConfig):
     """Abstract: what all our configs add to LoraConfig.
 
-    ranks: active rank per module, kept up to date while training; blocks: their states. Both are written by the library.
+    ranks: active rank per module, kept up to date while training; blocks: their states. Both are ours to write.
     """
 
     settings_cls: type
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = TYPE_NAMES[type(self).__name__]
+        self.peft_type = PeftType(TYPE_NAMES[type(self).__name__])
         refuse_unsupported(self)
         self.settings()
 
@@ -57,8 +59,10 @@ class MethodConfig(LoraConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        check_folder(Path(pretrained_model_name_or_path, subfolder or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        contents = check_folder(Path(pretrained_model_name_or_path, subfolder or ""))
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.contents = contents  # the tuner checks it against the model before it changes the model
+        return config
 
 
 def refuse_unsupported(config: LoraConfig) -> None:
@@ -80,21 +84,22 @@ def default_of(option: Field[Any]) -> Any:
     return option.default_factory() if option.default_factory is not MISSING else option.default
 
 
-def check_folder(path: Path) -> None:
-    """Raise CheckpointError if a local adapter folder is damaged; hub names are left to peft."""
+def check_folder(path: Path) -> dict[str, Tensor]:
+    """What the weights of a local adapter folder hold (see `checkpoint.contents`); hub names are left to peft.
+
+    Raises: CheckpointError if the folder is damaged."""
     if not path.is_dir():
-        return
+        return {}
     config_file, weights = path / "adapter_config.json", path / "adapter_model.safetensors"
     try:
-        json.loads(config_file.read_text())
+        if not isinstance(json.loads(config_file.read_text()), dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{config_file}: {error}; restore the adapter folder from a copy") from error
-    if weights.exists():
-        try:
-            with safe_open(weights, framework="pt") as file:
-                file.keys()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{weights} is damaged or truncated ({error}); restore it from a copy") from error
+    try:
+        return checkpoint.contents(weights) if weights.exists() else {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{weights} is damaged or truncated ({error}); restore it from a copy") from error
 
 
 def derive(name: str, settings_cls: type) -> type:

@@ -68,23 +68,36 @@ class RankSummary:
         return sum(m.active for m in self.modules)
 
     @property
+    def reserve(self) -> int:
+        return sum(m.reserve for m in self.modules)
+
+    @property
+    def capacity(self) -> int:
+        return sum(m.capacity for m in self.modules)
+
+    @property
     def parameters(self) -> int:
         """Active adapter parameters in LoRA form."""
         return sum(m.active * m.cost for m in self.modules)
 
+    @property
+    def total(self) -> str:
+        """One line: active and reserve ranks against budget and capacity, and their parameters in LoRA form."""
+        ranks = f" of {self.budget_ranks}" if self.budget_ranks is not None else ""
+        parameters = f" of {self.budget_parameters:,}" if self.budget_parameters is not None else ""
+        return (
+            f"active: {self.active}{ranks} ranks, {self.parameters:,}{parameters} parameters | reserve: {self.reserve} "
+            f"ranks | capacity: {self.capacity} ranks, {sum(m.capacity * m.cost for m in self.modules):,} parameters"
+        )
+
     def __str__(self) -> str:
         rows = [f"{m.module}: {m.active} active, {m.reserve} reserve, {m.capacity} capacity" for m in self.modules]
-        budget = f" of {self.budget_ranks}" if self.budget_ranks else ""
-        return "\n".join([*rows, f"total: {self.active}{budget} ranks, {self.parameters:,} parameters"])
+        return "\n".join([*rows, self.total])
 
 
 def rank_summary(model: nn.Module, adapter_name: str | None = None) -> RankSummary:
     """Where the rank is now. `adapter_name`: default the active one. Raises ConfigError if there is no such adapter."""
-    names = {name for m in model.modules() if isinstance(m, AdapterLayer) for name in m.lora_delta}
-    active = [n for m in model.modules() if isinstance(m, AdapterLayer) for n in m.active_adapters if n in names]
-    chosen = adapter_name or (active[0] if active else None)
-    if chosen not in names:
-        raise ConfigError(f"no increlora adapter named {chosen!r} in this model; it has {sorted(names) or 'none'}")
+    chosen = chosen_adapter(model, adapter_name)
     layers = adapter_layers(model, chosen)
     deltas = [layer.delta(chosen) for layer in layers.values()]
     costs = [d.in_features + d.out_features for d in deltas]
@@ -96,5 +109,15 @@ def rank_summary(model: nn.Module, adapter_name: str | None = None) -> RankSumma
     return RankSummary(tuple(modules), budget.ranks, budget.parameters)
 
 
+def chosen_adapter(model: nn.Module, adapter_name: str | None) -> str:
+    """`adapter_name`, or the active adapter of ours. Raises ConfigError if there is no such adapter."""
+    names = {name for m in model.modules() if isinstance(m, AdapterLayer) for name in m.lora_delta}
+    active = [n for m in model.modules() if isinstance(m, AdapterLayer) for n in m.active_adapters if n in names]
+    chosen = adapter_name or (active[0] if active else None)
+    if chosen is None or chosen not in names:
+        raise ConfigError(f"no increlora adapter named {chosen!r} in this model; it has {sorted(names) or 'none'}")
+    return chosen
+
+
 def _config(model: nn.Module, adapter_name: str) -> Any:
-    return model.peft_config[adapter_name]  # type: ignore[index,union-attr]
+    return model.peft_config[adapter_name]  # type: ignore[index]

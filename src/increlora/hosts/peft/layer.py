@@ -23,7 +23,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.lora_delta = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.in_features, self.out_features = in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = in_out_features(self.get_base_layer(), "target module")
         self.transposed = isinstance(self.get_base_layer(), Conv1D)
 
     def delta(self, adapter: str) -> BlockDelta:
@@ -77,11 +77,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return "increlora." + super().__repr__()
 
 
-def in_out_features(base: nn.Module) -> tuple[int, int]:
+def in_out_features(base: nn.Module, name: str) -> tuple[int, int]:
     """(in, out) of a linear map. Raises ConfigError for any other module."""
     if not isinstance(base, nn.Linear | Conv1D):
         raise ConfigError(
-            f"target module of type {type(base).__name__} cannot be adapted: name nn.Linear or Conv1D modules in "
+            f"{name} of type {type(base).__name__} cannot be adapted: name nn.Linear or Conv1D modules in "
             f"`target_modules`"
         )
     in_features, out_features = _get_in_out_features(base)

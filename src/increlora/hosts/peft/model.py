@@ -1,14 +1,18 @@
 """The tuner: one for all methods. It counts the sites, puts a delta at each, and gives adaptive ones a controller."""
 
+import difflib
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from ...deltas import Status
+from ...deltas import BlockDelta, Status
+from ...errors import ConfigError
 from ...methods import Site
 from ...runtime import Controller, register
 from .. import transformers as trainer_host
@@ -24,39 +28,60 @@ class AdapterModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Count the sites before any is replaced: budgets and block sizes depend on the totals."""
+        """Make and check every delta before any module is replaced: budgets and block sizes depend on the totals, and
+        what is refused leaves the model as it was."""
         _maybe_include_all_linear_layers(peft_config, model)
-        shapes = [in_out_features(base) for base in self._targets(peft_config, model)]
+        bases = self._targets(peft_config, model)
+        if not bases and not self._by_state_dict:
+            check_matched(peft_config, model)
+        shapes = [in_out_features(base, name) for name, base in bases.items()]
         self._totals = len(shapes), sum(m + n for m, n in shapes)
         self._method = peft_config.settings().method(max(1, len(shapes)), max(1, self._totals[1]))
+        self._deltas = {name: self._make_delta(peft_config, name, base) for name, base in bases.items()}
+        contents = vars(peft_config).pop("contents", None)
+        if contents and not getattr(model, "_checkpoint_conversion_mapping", None):  # its keys are renamed on loading
+            checkpoint.check_contents(contents, self._deltas, model, peft_config.modules_to_save or ())
+        if self._deltas and self._method.adaptive and not peft_config.inference_mode:
+            Controller(self._method, self._deltas)  # a trial: it refuses a budget that does not fit
 
-    def _targets(self, peft_config: Any, model: nn.Module) -> list[nn.Module]:
+    def _targets(self, peft_config: Any, model: nn.Module) -> dict[str, nn.Module]:
         inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
-        return [
-            module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        return {
+            name: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             for name, module in model.named_modules()
             if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name)
-        ]
+        }
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
         current_key: str, *, parameter_name: str | None = None,
     ) -> None:  # fmt: skip
         layer = target if isinstance(target, AdapterLayer) else AdapterLayer(target)
-        weight = layer.get_base_layer().weight
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
-        delta = self._method.make_delta(Site(current_key, layer.in_features, layer.out_features, *self._totals, dtype))
-        states = peft_config.blocks.get(current_key) if len(self.peft_config) > 1 else None
-        if states:  # a second adapter made from a live config starts at the ranks of the first
-            delta.status = [Status(s) for s in states]
-        layer.lora_delta[adapter_name] = delta
+        peft_config.fan_in_fan_out = peft_config.fan_in_fan_out or layer.transposed
+        delta = self._deltas.pop(current_key, None)
+        if delta is None:  # found by the keys of a state dict, not by `target_modules`
+            delta = self._make_delta(peft_config, current_key, layer.get_base_layer())
+        layer.lora_delta[adapter_name] = delta.to("meta") if self._low_memory else delta
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+    def _make_delta(self, peft_config: Any, name: str, base: nn.Module) -> BlockDelta:
+        weight: Any = base.weight  # of a quantised layer: integers
+        dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+        delta = self._method.make_delta(Site(name, *in_out_features(base, name), *self._totals, dtype))
+        states = peft_config.blocks.get(name) if len(self.peft_config) > 1 else None
+        if states:  # a second adapter made from a live config starts at the ranks of the first
+            delta.status = [Status(s) for s in states]
+        return delta
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False, state_dict: dict[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self._low_memory, self._by_state_dict = low_cpu_mem_usage, state_dict is not None
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         config = self.peft_config[adapter_name]
         config.increlora_version = version("increlora")
         if not config.inference_mode:
@@ -83,6 +108,18 @@ class AdapterModel(BaseTuner):
         checkpoint.fit(model, adapter_name, state_dict, trainable=not config.inference_mode)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return checkpoint.complete(model, adapter_name, remapped)
+
+
+def check_matched(peft_config: Any, model: nn.Module) -> None:
+    """Raise ConfigError, with the nearest name there is, for target modules of which the model has none."""
+    targets = peft_config.target_modules
+    if targets == DUMMY_TARGET_MODULES:
+        return
+    known = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+    wanted = [targets] if isinstance(targets, str) else sorted(targets or ())
+    near = next((n for t in wanted for n in difflib.get_close_matches(t.rpartition(".")[2], known, 1)), None)
+    remedy = f"did you mean {near!r}?" if near and near not in wanted else f"it has {', '.join(known[:12])}"
+    raise ConfigError(f"Target modules {wanted} not found in the base model (after exclusions): {remedy}")
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, AdapterLayer]:

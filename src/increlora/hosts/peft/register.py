@@ -4,14 +4,16 @@ peft has no plug-in mechanism and refuses names that are not members of the enum
 `load_adapter` and `get_model_status`. So members are made at import, the way the enum module makes them.
 """
 
+import functools
 import warnings
 
-from peft import PeftType
+from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 from ...errors import ConfigError
 from .config import CONFIGS
+from .drive import rank_summary
 from .model import AdapterModel
 
 
@@ -21,8 +23,8 @@ def ensure_peft_type(name: str) -> PeftType:
         return PeftType[name]
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
-    member.__objclass__ = PeftType  # type: ignore[attr-defined]
-    member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
@@ -43,3 +45,19 @@ def register_methods() -> None:
             warnings.simplefilter("ignore")
             PEFT_TYPE_TO_CONFIG_MAPPING.pop(peft_type, None)
             register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=AdapterModel, prefix="lora_")
+
+
+def tell_ranks() -> None:
+    """Let `print_trainable_parameters` tell active ranks and capacity apart, for models of ours. peft offers no seam:
+    the method counts every parameter with requires_grad, dormant blocks among them. Idempotent."""
+    original = PeftModel.print_trainable_parameters
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def print_trainable_parameters(self: PeftModel) -> None:
+        original(self)
+        if isinstance(self.base_model, AdapterModel):
+            print(rank_summary(self).total)
+
+    PeftModel.print_trainable_parameters = print_trainable_parameters

@@ -1,0 +1,303 @@
+"""The contract table: one row per (method, tiny config), every row runs every contract. A new method is a new row."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from increlora import IncreLoraConfig, PlainLoraConfig, rank_summary
+from increlora.deltas import BlockDelta, Status
+from increlora.errors import DriveError, ScheduleError
+from increlora.hosts.peft.layer import AdapterLayer
+from tests.hosts.tiny import Mlp, seeded
+
+STEPS = 16
+TARGETS = ["up", "down", "head"]
+MODULES = {"up": 20, "down": 20, "head": 11}  # parameters of one rank
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method with a tiny config, and what its page says about it.
+
+    Attributes:
+        config: of a run of STEPS steps in which the whole budget is spent.
+        adaptive: does it need an optimizer that it can follow?   shares: times as shares of a run of unknown length.
+        jump: (rank before, after growth) → factor on the ΔW already learnt.
+        at_most_lora: does `r` promise at most LoRA's parameters? (The published code counts ranks alone.)
+    """
+
+    name: str
+    config: Callable[..., Any]
+    options: dict[str, Any]
+    adaptive: bool = True
+    shares: dict[str, Any] = field(default_factory=lambda: {"warmup_steps": 0.1, "total_steps": None})
+    jump: Callable[[int, int], float] = lambda before, after: 1.0
+    at_most_lora: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+    def build(self, **changes: Any) -> PeftModel:
+        base = seeded(Mlp).double()
+        return get_peft_model(base, self.config(**{"target_modules": TARGETS, "seed": 3} | self.options | changes))
+
+
+def grown(name: str, **options: Any) -> Row:
+    """A row of IncreLoRA with events at steps 2, 4, …"""
+    chosen = {"r": 3, "warmup_steps": 1, "interval_steps": 2, "top_h": 2, "total_steps": STEPS} | options
+    return Row(name, IncreLoraConfig, chosen)
+
+
+def published(rank: int) -> float:
+    return rank + 1e-5
+
+
+ROWS = [
+    grown("increlora"),
+    grown("increlora, signed score", score="signed"),
+    grown("increlora, exact accumulation", score_accumulation="exact"),
+    grown("increlora, no reserve", reserve="none"),
+    grown("increlora, frozen reserve", reserve="frozen"),
+    grown("increlora, reserve kept", finish="keep"),
+    grown("increlora, parameters", total_parameters=130),
+    grown("increlora, total ranks", total_ranks=8),
+    grown("increlora, grow_by 3", r=4, grow_by=3, capacity=8),
+    grown("increlora, init_r 2", init_r=2),
+    grown("increlora, no penalty", orthogonality=0.0),
+    Row(
+        "increlora, paper", IncreLoraConfig.paper,
+        {"r": 3, "grow_by": 1, "top_h": 2, "warmup_steps": 1, "interval_steps": 2, "total_steps": STEPS},
+        jump=lambda before, after: published(before) / published(after), at_most_lora=False,
+    ),
+    Row("lora", PlainLoraConfig, {"r": 3}, adaptive=False, shares={}),
+]  # fmt: skip
+every_row = pytest.mark.parametrize("row", ROWS, ids=str)
+
+
+# -- what the contracts share --------------------------------------------------------------------------------------
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    return x, torch.randn(5, 3, generator=generator, dtype=torch.float64)
+
+
+def optimizer_of(model: nn.Module, lr: float = 0.03) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1)
+
+
+def backward(model: nn.Module, step: int) -> None:
+    x, y = batch(step)
+    nn.functional.mse_loss(model(x), y).backward()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, *, start: int = 0, stop: int = STEPS) -> Iterator[int]:
+    """One optimizer step per iteration."""
+    for step in range(start, stop):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield step
+
+
+def trained(row: Row, steps: int, **changes: Any) -> PeftModel:
+    model = row.build(**changes)
+    for _ in train(model, optimizer_of(model), stop=steps):
+        pass
+    return model
+
+
+def output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(batch(99)[0])
+
+
+def base_output() -> Tensor:
+    return output(seeded(Mlp).double())
+
+
+def layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer)}
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {n: layer.delta(layer.active_adapters[0]).weight().detach() for n, layer in layers(model).items()}
+
+
+def ranks(model: nn.Module) -> dict[str, int]:
+    return {m.module: m.active for m in rank_summary(model).modules}
+
+
+def dormant(delta: BlockDelta) -> list[nn.Parameter]:
+    """All of the blocks not yet needed, and the fixed e of the reserve."""
+    waiting = [p for i in delta.indices(Status.DORMANT) for p in delta.block(i).values()]
+    return waiting + [delta.block(i)["E"] for i in delta.indices(Status.RESERVE)]
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> bool:
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+# -- the contracts -------------------------------------------------------------------------------------------------
+
+
+@every_row
+def test_the_function_is_the_base_model_at_the_start(row: Row) -> None:
+    assert torch.equal(output(row.build()), base_output())
+
+
+@every_row
+def test_a_reserve_changes_the_function_by_no_more_than_its_scale(row: Row) -> None:
+    model = row.build()
+    for _ in train(model, optimizer_of(model, lr=0.0), stop=1):
+        pass
+    assert close(output(model), base_output(), 1e-6)
+
+
+@every_row
+@pytest.mark.parametrize("steps", [5, STEPS])
+def test_the_delta_of_the_identity_is_its_weight(row: Row, steps: int) -> None:
+    for layer in layers(trained(row, steps)).values():
+        delta = layer.delta("default")
+        assert delta.weight().abs().max() > 1e-4
+        assert close(delta(torch.eye(delta.in_features, dtype=torch.float64)), delta.weight().T)
+
+
+@every_row
+@pytest.mark.parametrize("steps", [5, STEPS])
+def test_merging_keeps_the_function_and_unmerging_the_weights(row: Row, steps: int) -> None:
+    model = trained(row, steps)
+    expected, before = output(model), {n: p.clone() for n, p in model.named_parameters()}
+    assert not close(expected, base_output(), 1e-3)
+    model.merge_adapter()
+    assert close(output(model), expected)
+    model.unmerge_adapter()
+    assert close(output(model), expected)
+    assert all(close(p, before[n]) for n, p in model.named_parameters())
+    assert close(output(model.merge_and_unload()), expected)
+
+
+@every_row
+@pytest.mark.parametrize("steps", [5, STEPS])
+def test_an_adapter_loads_under_another_name(row: Row, steps: int, tmp_path: Path) -> None:
+    model = trained(row, steps)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(seeded(Mlp).double(), tmp_path, adapter_name="other")
+    assert torch.equal(output(loaded), output(model))
+    assert ranks(loaded) == ranks(model)
+
+
+@every_row
+def test_growth_keeps_what_was_learnt_up_to_the_stated_factor(row: Row) -> None:
+    model = row.build()
+    optimizer = optimizer_of(model)
+    steps = train(model, optimizer)
+    next(steps), next(steps)
+    optimizer.param_groups[0]["lr"] = 0.0  # from here on only the controller can change anything
+    next(steps)  # an optimizer may still place newborns; the event of step 2 is over, the one of step 4 is not
+    next(steps)
+    before, old = ranks(model), weights(model)
+    next(steps)
+    after, new = ranks(model), weights(model)
+    assert (after != before) == row.adaptive
+    for name, layer in layers(model).items():
+        module = layer.delta("default").name
+        assert close(new[name], old[name] * row.jump(before[module], after[module]), 1e-6)  # 1e-5: e in reserve
+
+
+@every_row
+def test_the_budget_is_never_exceeded_and_met_at_the_end(row: Row) -> None:
+    model = row.build()
+    summary = rank_summary(model)
+    ranks_allowed = summary.budget_ranks if summary.budget_ranks is not None else float("inf")
+    parameters_allowed = summary.budget_parameters if summary.budget_parameters is not None else float("inf")
+    history = [summary.active]
+    for _ in train(model, optimizer_of(model)):
+        summary = rank_summary(model)
+        assert summary.active <= ranks_allowed
+        assert summary.parameters <= parameters_allowed
+        history.append(summary.active)
+    assert history == sorted(history)
+    left_over = parameters_allowed - summary.parameters
+    met_in_parameters = left_over < row.options.get("grow_by", row.options["r"] // 2) * max(MODULES.values())
+    assert summary.active == ranks_allowed or (summary.budget_ranks is None and met_in_parameters)
+
+
+@every_row
+def test_r_promises_at_most_the_parameters_of_lora(row: Row) -> None:
+    summary = rank_summary(trained(row, STEPS))
+    most = row.options["r"] * sum(MODULES.values())
+    assert summary.parameters <= most or not row.at_most_lora
+    assert summary.parameters >= sum(MODULES.values())
+
+
+@every_row
+@pytest.mark.parametrize("stop", [1, 5, 9, STEPS - 2])
+def test_a_resumed_run_equals_a_straight_one_bitwise(row: Row, stop: int, tmp_path: Path) -> None:
+    straight = trained(row, STEPS)
+    first = row.build()
+    optimizer = optimizer_of(first)
+    for _ in train(first, optimizer, stop=stop):
+        pass
+    first.save_pretrained(tmp_path)
+    state = optimizer.state_dict()
+    second = PeftModel.from_pretrained(seeded(Mlp).double(), tmp_path, is_trainable=True)
+    optimizer = optimizer_of(second)
+    optimizer.load_state_dict(state)
+    for _ in train(second, optimizer, start=stop):
+        pass
+    assert ranks(second) == ranks(straight)
+    expected = get_peft_model_state_dict(straight)  # what is worth saving, clocks and scores included
+    found = get_peft_model_state_dict(second)
+    assert found.keys() == expected.keys()
+    assert not [name for name in found if not torch.equal(found[name], expected[name])]
+
+
+@every_row
+def test_the_order_of_target_modules_does_not_matter(row: Row) -> None:
+    one, other = trained(row, STEPS), trained(row, STEPS, target_modules=TARGETS[::-1])
+    expected = dict(one.named_parameters())
+    assert ranks(one) == ranks(other)
+    assert all(torch.equal(p, expected[name]) for name, p in other.named_parameters())
+
+
+@every_row
+def test_a_dormant_block_has_no_optimizer_state_and_does_not_move(row: Row) -> None:
+    model = row.build()
+    optimizer = optimizer_of(model)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for _ in train(model, optimizer, stop=5):
+        for layer in layers(model).values():
+            assert all(p not in optimizer.state for p in dormant(layer.delta("default")))
+    still = {id(p) for layer in layers(model).values() for p in dormant(layer.delta("default"))}
+    assert still or not row.adaptive
+    moved = {n for n, p in model.named_parameters() if p.requires_grad and not torch.equal(p, start[n])}
+    assert moved
+    assert not moved & {n for n, p in model.named_parameters() if id(p) in still}
+
+
+@every_row
+def test_training_that_nobody_drives_raises(row: Row) -> None:
+    model = row.build()
+    expected = (
+        pytest.raises(DriveError, match="64 backward passes.*increlora.attach") if row.adaptive else nullcontext()
+    )
+    with expected:
+        for step in range(70):
+            backward(model, step)
+
+
+@every_row
+def test_shares_of_a_run_of_unknown_length_raise_at_the_first_step(row: Row) -> None:
+    model = row.build(**row.shares)
+    expected = pytest.raises(ScheduleError, match="total_steps") if row.adaptive else nullcontext()
+    with expected:
+        next(train(model, optimizer_of(model)))

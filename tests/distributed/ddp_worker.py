@@ -1,0 +1,85 @@
+"""One of two processes under DDP: every setting, then variants that are broken on purpose."""
+
+import sys
+from dataclasses import asdict
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from increlora.runtime.distributed import mean_over_processes
+from tests.distributed.launch import report
+from tests.distributed.toy_run import batches_of, paper_config, run, toy_model
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "find unused": {"find_unused_parameters": True},
+    "bucket view": {"gradient_as_bucket_view": True},
+    "no_sync": {},
+    "static graph": {"static_graph": True},
+    "paper, clipped": {},
+}
+ACCUMULATION = {"no_sync": 2}
+CLIP = {"paper, clipped": 0.5}
+
+
+def train(name: str, process: int, **settings: Any) -> dict[str, Any]:
+    model = toy_model(paper_config()) if name in CLIP else toy_model(**settings)
+    wrapped = DistributedDataParallel(model, **SETTINGS[name])
+    batches = batches_of(process, accumulation=ACCUMULATION.get(name, 1))
+    return asdict(run(model, batches, wrapped=wrapped, clip=CLIP.get(name)))
+
+
+def poisoned(batches):
+    """The batches with an infinite input in step 5."""
+    x, y = batches[5][0]
+    return [*batches[:5], [(x.clone().fill_(torch.inf), y)], *batches[6:]]
+
+
+def with_a_poisoned_batch(process: int) -> dict[str, Any]:
+    """The run in which the second process alone meets a batch that is not finite."""
+    model, batches = toy_model(), batches_of(process)
+    return asdict(run(model, poisoned(batches) if process else batches, wrapped=DistributedDataParallel(model)))
+
+
+def averages(process: int) -> list[float]:
+    """Means of scores where one process, or each of them, has none."""
+    nan = float("nan")
+    return mean_over_processes(torch.tensor([[1.0, 2.0, nan], [3.0, nan, nan]][process])).tolist()
+
+
+def without_the_gate(process: int) -> str:
+    """What DDP says where idle parameters take no part in the backward pass."""
+    with patch("increlora.deltas.base.several_processes", return_value=False):
+        try:
+            train("plain", process)
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+def with_own_scores(process: int) -> dict[str, Any]:
+    """The run in which every process trusts its own scores."""
+    with patch("increlora.runtime.controller.mean_over_processes", side_effect=lambda scores: scores):
+        return train("plain", process)
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    process = dist.get_rank()
+    found: dict[str, Any] = {name: train(name, process) for name in SETTINGS}
+    found["signed"] = train("plain", process, score="signed")
+    found["exact"] = train("plain", process, score_accumulation="exact")
+    found["poisoned"] = with_a_poisoned_batch(process)
+    found["averages"] = averages(process)
+    found["own scores"] = with_own_scores(process)
+    found["no gate"] = without_the_gate(process)
+    report(folder, process, found)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,467 @@
+"""An adapter of ours in peft: the calls a LoRA user knows, on models of every kind."""
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from torch import nn
+
+from increlora import IncreLoraConfig, PlainLoraConfig, attach, export_lora, rank_summary
+from increlora.deltas import Status
+from increlora.errors import ConfigError, DriveError
+from increlora.hosts.peft.model import adapter_layers
+from increlora.runtime import controllers_of
+from tests.hosts.tiny import BUILDERS, adapter_only, grow, growing, inputs_for, logits, mid_growth
+
+TARGETS = {
+    "mlp": ["up", "down"],
+    "llama": "all-linear",
+    "gpt2": ["c_attn", "c_fc", "c_proj"],
+    "bert": ["query", "value", "dense"],
+    "t5": ["q", "v", "wo"],
+}
+KINDS = list(TARGETS)
+
+
+def fresh(kind: str, **options: object) -> PeftModel:
+    return get_peft_model(
+        BUILDERS[kind](), growing(**{"target_modules": TARGETS[kind], "top_h": 1 if kind == "mlp" else 2} | options)
+    )
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, PeftModel]:
+    """One model in mid-growth of each kind; tests leave them as they are."""
+    return {kind: grow(fresh(kind), kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def folders(models: dict[str, PeftModel], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Their adapters on disk."""
+    root = tmp_path_factory.mktemp("adapters")
+    for kind, model in models.items():
+        model.save_pretrained(root / kind)
+    return {kind: root / kind for kind in models}
+
+
+def deltas(model: nn.Module, adapter: str = "default") -> list:
+    return [layer.delta(adapter) for layer in adapter_layers(model, adapter).values()]
+
+
+def same_outputs(a: nn.Module, b: nn.Module, kind: str) -> bool:
+    return torch.equal(logits(a, kind), logits(b, kind))
+
+
+# -- saving and loading --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_in_mid_growth_reloads_with_its_ranks(models, folders, kind: str) -> None:
+    model = models[kind]
+    assert mid_growth(model)
+    assert (logits(model, kind) - logits(BUILDERS[kind](), kind)).abs().max() > 1e-3
+    loaded = PeftModel.from_pretrained(BUILDERS[kind](), folders[kind])
+    assert same_outputs(loaded, model, kind)
+    assert [m.active for m in rank_summary(loaded).modules] == [m.active for m in rank_summary(model).modules]
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_inference_builds_no_dormant_blocks_and_training_keeps_them(models, folders) -> None:
+    inference = PeftModel.from_pretrained(BUILDERS["llama"](), folders["llama"])
+    trainable = PeftModel.from_pretrained(BUILDERS["llama"](), folders["llama"], is_trainable=True)
+    for loaded, going_on, original in zip(deltas(inference), deltas(trainable), deltas(models["llama"]), strict=True):
+        live = original.indices(Status.ACTIVE, Status.RESERVE)
+        assert len(live) < len(original.sizes)
+        assert [i for i in range(len(loaded.sizes)) if loaded.block(i)] == live
+        assert [i for i in range(len(going_on.sizes)) if going_on.block(i)] == list(range(len(original.sizes)))
+    assert not controllers_of(inference)
+    assert len(controllers_of(trainable)) == 1
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_low_cpu_mem_usage_leaves_nothing_on_meta(models, folders, trainable: bool) -> None:
+    loaded = PeftModel.from_pretrained(
+        BUILDERS["llama"](), folders["llama"], is_trainable=trainable, low_cpu_mem_usage=True
+    )
+    assert not [n for n, p in loaded.named_parameters() if p.is_meta]
+    assert same_outputs(loaded, models["llama"], "llama")
+    if trainable:
+        plain = PeftModel.from_pretrained(BUILDERS["llama"](), folders["llama"], is_trainable=True)
+        expected = dict(plain.named_parameters())
+        assert all(torch.equal(p, expected[n]) and p.requires_grad == expected[n].requires_grad
+                   for n, p in loaded.named_parameters())  # fmt: skip
+        grow(loaded, "llama", steps=4)
+        grow(plain, "llama", steps=4)
+        assert same_outputs(loaded, plain, "llama")
+
+
+def test_auto_model_for_causal_lm(models, tmp_path: Path) -> None:
+    BUILDERS["llama"]().save_pretrained(tmp_path / "base")
+    from transformers import LlamaForCausalLM
+
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = grow(get_peft_model(base, growing(target_modules="all-linear", task_type="CAUSAL_LM")), "llama")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert same_outputs(loaded, model, "llama")
+    assert type(loaded).__name__ == "PeftModelForCausalLM"
+
+
+def test_auto_model_for_sequence_classification_brings_its_head(tmp_path: Path) -> None:
+    BUILDERS["bert"]().save_pretrained(tmp_path / "base")
+    from transformers import BertForSequenceClassification
+
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    config = growing(target_modules=["query", "value"], task_type="SEQ_CLS", top_h=1)
+    model = grow(get_peft_model(base, config), "bert")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert same_outputs(loaded, model, "bert")
+    head = loaded.base_model.model.classifier.modules_to_save["default"].weight
+    assert not torch.equal(head, BUILDERS["bert"]().classifier.weight)
+
+
+def test_a_state_dict_carries_ranks_by_itself(models) -> None:
+    state = get_peft_model_state_dict(models["gpt2"])
+    assert not [key for key in state if ".default" in key or "lora_delta" in key]
+    model = fresh("gpt2")
+    set_peft_model_state_dict(model, state)
+    assert same_outputs(model, models["gpt2"], "gpt2")
+    assert model.peft_config["default"].ranks == models["gpt2"].peft_config["default"].ranks
+
+
+# -- several adapters ----------------------------------------------------------------------------------------------
+
+
+def test_adapters_side_by_side_are_switched_and_deleted(models, folders) -> None:
+    model = PeftModel.from_pretrained(BUILDERS["llama"](), folders["llama"], adapter_name="a")
+    model.add_adapter("b", growing(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    model.add_adapter("c", growing(r=2, target_modules=["v_proj"], init_lora_weights=False, reserve="none"))
+    with_a = logits(model, "llama")
+    assert torch.equal(with_a, logits(models["llama"], "llama"))
+    outputs = [with_a]
+    for name in ("b", "c"):
+        model.set_adapter(name)
+        outputs.append(logits(model, "llama"))
+        assert {p.requires_grad for n, p in model.named_parameters() if f".{name}." in n} == {True}
+        assert {p.requires_grad for n, p in model.named_parameters() if ".a." in n} == {False}
+    assert len({o.sum().item() for o in outputs}) == 3
+    model.delete_adapter("b")
+    assert "b" not in model.peft_config
+    assert not [n for n, _ in model.named_parameters() if ".b." in n]
+    model.set_adapter("a")
+    assert torch.equal(logits(model, "llama"), with_a)
+
+
+def test_two_adapters_of_one_model_are_driven_one_after_the_other() -> None:
+    model = fresh("mlp")
+    grow(model, "mlp")
+    first = {n: p.clone() for n, p in model.named_parameters() if ".default." in n}
+    model.add_adapter("second", growing(target_modules=["up", "down"], top_h=1))
+    model.set_adapter("second")
+    grow(model, "mlp", steps=7)
+    assert rank_summary(model, "second").active > rank_summary(model, "default").active
+    assert all(torch.equal(p, first[n]) for n, p in model.named_parameters() if n in first)
+
+
+def test_a_reference_adapter_made_from_the_live_config_has_its_ranks(models) -> None:
+    """How TRL makes the reference model of DPO and GRPO."""
+    model = copy.deepcopy(models["llama"])
+    expected = logits(model, "llama")
+    model.add_adapter("ref", model.peft_config["default"])
+    parameters = dict(model.named_parameters())
+    copied = 0
+    for name, p in list(parameters.items()):
+        if ".default." in name:
+            parameters[name.replace(".default.", ".ref.")].data.copy_(p.data)
+            copied += 1
+    assert copied == sum(".ref." in name for name in parameters) > 0
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, "llama"), expected)
+    assert rank_summary(model, "ref").modules == rank_summary(model, "default").modules
+
+
+def test_disabled_adapters_leave_the_base_model(models) -> None:
+    for kind, model in models.items():
+        expected = logits(model, kind)
+        with model.disable_adapter():
+            assert same_outputs(model, BUILDERS[kind](), kind)
+        assert torch.equal(logits(model, kind), expected)
+
+
+# -- merging -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_in_mid_growth_is_exact(models, kind: str) -> None:
+    model = copy.deepcopy(models[kind])
+    expected = logits(model, kind)
+    weights = {n: p.clone() for n, p in model.named_parameters() if "base_layer" in n}
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, kind), expected, rtol=1e-5, atol=1e-5)
+    assert any(not torch.equal(p, weights[n]) for n, p in model.named_parameters() if n in weights)
+    model.unmerge_adapter()
+    for name, p in model.named_parameters():
+        if name in weights:
+            torch.testing.assert_close(p, weights[name], rtol=0, atol=1e-6)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert not adapter_layers(merged, "default")
+    torch.testing.assert_close(logits(merged, kind), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_merged_layer_that_is_disabled_unmerges(models) -> None:
+    model = copy.deepcopy(models["gpt2"])
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, "gpt2"), logits(BUILDERS["gpt2"](), "gpt2"), rtol=0, atol=1e-5)
+
+
+def test_a_safe_merge_refuses_what_is_not_finite() -> None:
+    model = fresh("mlp", init_lora_weights=False)
+    with torch.no_grad():
+        deltas(model)[0].block(0)["B"].fill_(torch.nan)
+    before = model.base_model.model.up.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights of up"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(model.base_model.model.up.base_layer.weight, before)
+
+
+def test_unmerging_twice_warns(models) -> None:
+    model = copy.deepcopy(models["mlp"])
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+
+
+def test_bf16_base_and_adapter(tmp_path: Path) -> None:
+    base = BUILDERS["llama"]().to(torch.bfloat16)
+    model = get_peft_model(base, growing(target_modules="all-linear"))
+    assert {p.dtype for p in adapter_only(model)} == {torch.float32}  # as peft casts LoRA
+    grow(model, "llama")
+    expected = logits(model, "llama")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(BUILDERS["llama"]().to(torch.bfloat16), tmp_path)
+    assert torch.equal(logits(loaded, "llama"), expected)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(logits(merged, "llama"), expected, rtol=0.05, atol=0.02)
+
+
+# -- which modules -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": ["q_proj"]}, {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"}),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, {"model.layers.1.self_attn.q_proj"}),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+         {"model.layers.0.self_attn.q_proj"}),
+        ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj", "v_proj"]},
+         {"model.layers.1.self_attn.q_proj"}),
+        ({"target_modules": r".*layers\.0.*(up|gate)_proj"},
+         {"model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"}),
+    ],
+)  # fmt: skip
+def test_module_selection_as_in_lora(options: dict, expected: set[str]) -> None:
+    model = fresh("llama", **options)
+    assert {m.module for m in rank_summary(model).modules} == expected
+    assert rank_summary(model).budget_ranks == 3 * len(expected)
+
+
+def test_all_linear_leaves_the_output_layer() -> None:
+    names = {m.module for m in rank_summary(fresh("llama", target_modules="all-linear")).modules}
+    assert len(names) == 14
+    assert "lm_head" not in names
+
+
+def test_default_targets_of_known_architectures() -> None:
+    model = get_peft_model(BUILDERS["llama"](), growing(target_modules=None))
+    assert {m.module.rpartition(".")[2] for m in rank_summary(model).modules} == {"q_proj", "v_proj"}
+
+
+def test_modules_to_save_train_beside_the_adapter_and_outside_the_budget(tmp_path: Path) -> None:
+    model = fresh("mlp", modules_to_save=["head"])
+    alone = rank_summary(fresh("mlp"))
+    grow(model, "mlp")
+    assert rank_summary(model).budget_ranks == alone.budget_ranks
+    assert rank_summary(model).budget_parameters == alone.budget_parameters
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(BUILDERS["mlp"](), tmp_path)
+    assert same_outputs(loaded, model, "mlp")
+    assert not torch.equal(loaded.base_model.model.head.weight, BUILDERS["mlp"]().head.weight)
+
+
+# -- without PeftModel ---------------------------------------------------------------------------------------------
+
+
+def test_an_injected_adapter_is_driven() -> None:
+    model = inject_adapter_in_model(growing(target_modules=["up", "down"], top_h=1, total_steps=40), BUILDERS["mlp"]())
+    optimizer = torch.optim.AdamW(adapter_only(model), lr=0.05)
+    for _ in range(5):  # no attach: the optimizer hooks find it
+        model(**inputs_for("mlp")).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert rank_summary(model).active == 4
+    other = inject_adapter_in_model(growing(target_modules=["up", "down"]), BUILDERS["mlp"]())
+    set_peft_model_state_dict(other, get_peft_model_state_dict(model))
+    assert same_outputs(model, other, "mlp")
+
+
+def test_transformers_own_add_adapter_and_load_adapter(tmp_path: Path) -> None:
+    model = BUILDERS["llama"]()
+    model.add_adapter(growing(target_modules=["q_proj", "up_proj"], top_h=1))
+    grow(model, "llama")
+    assert mid_growth(model)
+    model.save_pretrained(tmp_path / "native")
+    other = PeftModel.from_pretrained(BUILDERS["llama"](), tmp_path / "native")
+    assert same_outputs(other, model, "llama")
+    exported = BUILDERS["llama"]()
+    exported.load_adapter(str(export_lora(model, tmp_path / "lora")))
+    torch.testing.assert_close(logits(exported, "llama"), logits(model, "llama"), rtol=0, atol=1e-5)
+    model.disable_adapters()
+    assert same_outputs(model, BUILDERS["llama"](), "llama")
+    model.enable_adapters()
+    assert same_outputs(other, model, "llama")
+    model.delete_adapter("default")
+    assert same_outputs(model, BUILDERS["llama"](), "llama")
+
+
+# -- copies and configs --------------------------------------------------------------------------------------------
+
+
+def test_a_copy_computes_but_does_not_train_until_it_is_attached(models) -> None:
+    model = copy.deepcopy(models["mlp"])
+    assert same_outputs(model, models["mlp"], "mlp")
+    with pytest.raises(DriveError, match=r"is a copy.*increlora\.attach"):
+        model.train()(**inputs_for("mlp"))
+    original = rank_summary(models["mlp"])
+    grow(model, "mlp", steps=7)
+    assert rank_summary(model).active > original.active
+    assert rank_summary(models["mlp"]) == original
+
+
+def test_a_pickled_model_computes_and_can_be_attached(models) -> None:
+    model = pickle.loads(pickle.dumps(models["mlp"]))
+    assert same_outputs(model, models["mlp"], "mlp")
+    optimizer = torch.optim.AdamW(adapter_only(model), lr=0.05)
+    controller = attach(model, optimizer, total_steps=40)
+    assert controller.ranks == models["mlp"].peft_config["default"].ranks
+
+
+CONFIGS = [
+    growing(target_modules=["up"], capacity_pattern={"up": 4}, total_ranks=3),
+    IncreLoraConfig.paper(2, target_modules=["up"], lora_dropout=0.1, task_type="CAUSAL_LM"),
+    PlainLoraConfig(r=3, target_modules=["up"], modules_to_save=["head"]),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: str(c.peft_type))
+def test_configs_survive_pickle_copy_and_json(config, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    loaded = [pickle.loads(pickle.dumps(config)), copy.deepcopy(config), PeftConfig.from_pretrained(tmp_path)]
+    for other in loaded:
+        assert type(other) is type(config)
+        assert other.to_dict() == config.to_dict()
+        assert other.settings() == config.settings()
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == config.peft_type.value
+
+
+def test_one_config_object_for_two_models_starts_anew() -> None:
+    config = growing(target_modules=["up", "down"], top_h=1)
+    first = grow(get_peft_model(BUILDERS["mlp"](), config), "mlp")
+    ranks = rank_summary(first)
+    second = get_peft_model(BUILDERS["mlp"](), config)
+    assert {m.active for m in rank_summary(second).modules} == {1}
+    assert same_outputs(second, BUILDERS["mlp"](), "mlp")
+    assert rank_summary(first) == ranks
+
+
+def test_the_live_config_carries_the_current_ranks(models, folders) -> None:
+    for kind, model in models.items():
+        expected = {m.module: m.active for m in rank_summary(model).modules}
+        assert model.peft_config["default"].ranks == expected
+        assert json.loads((folders[kind] / "adapter_config.json").read_text())["ranks"] == expected
+
+
+# -- what users read -----------------------------------------------------------------------------------------------
+
+
+def test_rank_summary_tells_active_reserve_capacity_and_budget(models) -> None:
+    summary = rank_summary(models["mlp"])
+    assert [(m.module, m.reserve, m.capacity, m.cost) for m in summary.modules] == [
+        ("up", 1, 8, 20),
+        ("down", 1, 8, 20),
+    ]
+    assert (summary.active, summary.reserve, summary.capacity) == (4, 2, 16)
+    assert (summary.budget_ranks, summary.budget_parameters, summary.parameters) == (6, 120, 80)
+    grown = {m.module: m.active for m in summary.modules}
+    assert str(summary).splitlines() == [
+        f"up: {grown['up']} active, 1 reserve, 8 capacity",
+        f"down: {grown['down']} active, 1 reserve, 8 capacity",
+        "active: 4 of 6 ranks, 80 of 120 parameters | reserve: 2 ranks | capacity: 16 ranks, 320 parameters",
+    ]
+
+
+def test_rank_summary_of_a_budget_in_parameters_and_of_plain_lora() -> None:
+    by_parameters = rank_summary(fresh("mlp", total_parameters=100))
+    assert (by_parameters.budget_ranks, by_parameters.budget_parameters) == (None, 100)
+    assert "active: 2 ranks, 40 of 100 parameters" in str(by_parameters)
+    lora = rank_summary(get_peft_model(BUILDERS["mlp"](), PlainLoraConfig(r=3, target_modules=["up"])))
+    assert (
+        lora.total == "active: 3 of 3 ranks, 60 of 60 parameters | reserve: 0 ranks | capacity: 3 ranks, 60 parameters"
+    )
+
+
+def test_rank_summary_names_the_adapters_there_are(models) -> None:
+    with pytest.raises(ConfigError, match=r"no increlora adapter named 'x' in this model; it has \['default'\]"):
+        rank_summary(models["mlp"], "x")
+    with pytest.raises(ConfigError, match="it has none"):
+        rank_summary(BUILDERS["mlp"]())
+
+
+def test_print_trainable_parameters_tells_active_and_capacity_apart(models, capsys) -> None:
+    models["mlp"].print_trainable_parameters()
+    first, second = capsys.readouterr().out.strip().splitlines()
+    trainable = sum(p.numel() for p in adapter_only(models["mlp"]))
+    assert first.startswith(f"trainable params: {trainable:,d} ||")
+    assert second == rank_summary(models["mlp"]).total
+
+
+def test_print_trainable_parameters_of_other_methods_is_pefts_own(capsys) -> None:
+    from peft import LoraConfig
+
+    get_peft_model(BUILDERS["mlp"](), LoraConfig(target_modules=["up"])).print_trainable_parameters()
+    assert len(capsys.readouterr().out.strip().splitlines()) == 1
+
+
+def test_registering_again_changes_nothing() -> None:
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    from increlora.hosts.peft.register import register_methods, tell_ranks
+
+    before, method = list(PeftType), PeftModel.print_trainable_parameters
+    register_methods(), tell_ranks()
+    assert list(PeftType) == before
+    assert PeftModel.print_trainable_parameters is method
+    assert PeftType("INCRELORA") is PeftType["INCRELORA"] is PeftType.INCRELORA
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.INCRELORA].__name__ == "AdapterModel"
+    assert pickle.loads(pickle.dumps(PeftType.INCRELORA)) is PeftType.INCRELORA
+
+
+def test_model_status_knows_the_type(models) -> None:
+    status = models["llama"].get_model_status()
+    assert status.peft_types == {"default": "INCRELORA"}
+    assert status.num_adapter_layers == 14

@@ -1,0 +1,467 @@
+"""Deltas: their gradients, their blocks, what growth moves and what it must not. T1, T13."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from increlora import IncreLoraConfig, attach
+from increlora.deltas import BlockDelta, LowRankDelta, Status, TripletDelta, base
+from increlora.methods import IncreLora, Lora, Site
+from increlora.methods.initial import gaussian, kaiming, ones, zeros
+
+DORMANT, RESERVE, ACTIVE, RETIRED = Status
+KINDS = [LowRankDelta, TripletDelta]
+SHAPES = [(5, 3), (3, 5), (4, 4), (1, 6)]  # in, out: the scale is folded into the smaller factor
+STATES = [[ACTIVE, DORMANT, DORMANT], [ACTIVE, RESERVE, DORMANT], [ACTIVE, ACTIVE, RESERVE], [ACTIVE, RETIRED, ACTIVE]]
+
+
+def normal(shape: tuple[int, int], generator: torch.Generator, block: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def build(
+    kind: type[BlockDelta],
+    states: Sequence[Status] = (ACTIVE,),
+    *,
+    shape: tuple[int, int] = (5, 3),
+    sizes: Sequence[int] = (2, 1, 3),
+    dtype: torch.dtype = torch.float64,
+    reserve_learns: bool = True,
+    **options,
+) -> BlockDelta:
+    """A delta of random blocks in the given states, scale 3 / (rank + 1)."""
+    options = {"init": dict.fromkeys("AEB", normal), "scale": lambda rank: 3 / (rank + 1)} | options
+    delta = kind(*shape, sizes[: len(states)], dtype=dtype, **options)
+    delta.status = list(states)
+    delta.reserve_learns = reserve_learns
+    return delta
+
+
+def dense(delta: BlockDelta) -> Tensor:
+    """ΔW block by block; e of a reserve as a constant."""
+    total = delta.block(0)["A"].new_zeros(delta.out_features, delta.in_features)
+    for i in delta.indices(ACTIVE, RESERVE) if delta.reserve_learns else delta.indices(ACTIVE):
+        block = delta.block(i)
+        e = block.get("E", total.new_ones(delta.sizes[i], 1))
+        e = e.detach() if delta.status[i] == RESERVE else e
+        total = total + delta.scale * block["B"] @ torch.diag(e[:, 0]) @ block["A"]
+    return total
+
+
+def batch(delta: BlockDelta, *lead: int, seed: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*lead, delta.in_features, generator=generator, dtype=torch.float64)
+
+
+# ---- one formula, three ways to it
+
+
+@pytest.mark.parametrize("states", STATES, ids=lambda s: "-".join(x.name.lower() for x in s))
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("learns", [True, False])
+def test_t13_factorised_equals_dense(kind, shape, states, learns: bool) -> None:
+    """Output and all gradients, to 1e-12 in float64."""
+    delta = build(kind, states, shape=shape, reserve_learns=learns)
+    x = batch(delta, 2, 7).requires_grad_()
+    target = torch.linspace(-1, 1, 2 * 7 * shape[1], dtype=torch.float64).view(2, 7, shape[1])
+    found = {}
+    for name, y in (("factorised", delta(x)), ("dense", x @ dense(delta).T)):
+        inputs = [x, *(p for i in delta.live for p in delta.block(i).values())]
+        found[name] = y, torch.autograd.grad((y * target).sum(), inputs, allow_unused=True)
+    torch.testing.assert_close(found["factorised"][0], found["dense"][0], rtol=1e-12, atol=1e-12)
+    for fast, slow in zip(found["factorised"][1], found["dense"][1], strict=True):
+        assert (fast is None) == (slow is None)
+        if fast is not None:
+            torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("states", STATES, ids=lambda s: "-".join(x.name.lower() for x in s))
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind, shape, states) -> None:
+    delta = build(kind, states, shape=shape)
+    still = {id(p) for p in delta.still()}
+    names = [n for n, p in delta.named_parameters() if id(p) not in still]
+    values = [p.detach().clone().requires_grad_() for n, p in delta.named_parameters() if n in names]
+
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        return functional_call(delta, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(call, (batch(delta, 4).requires_grad_(), *values))
+
+
+@pytest.mark.parametrize("states", STATES, ids=lambda s: "-".join(x.name.lower() for x in s))
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_map_of_the_identity_is_the_transposed_weight(kind, shape, states) -> None:
+    delta = build(kind, states, shape=shape)
+    identity = torch.eye(shape[0], dtype=torch.float64)
+    torch.testing.assert_close(delta(identity), delta.weight().T, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(delta.weight(), dense(delta), rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_add_to_adds_and_keeps_the_hosts_dtype(kind) -> None:
+    delta = build(kind, [ACTIVE, ACTIVE], dtype=torch.float32)
+    x, y = batch(delta, 3, 2).float(), torch.ones(3, 2, 3)
+    expected = 1 + x @ dense(delta).T
+    torch.testing.assert_close(delta.add_to(y.clone(), x), expected)
+    half = delta.add_to(y.bfloat16(), x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("states", [[DORMANT, DORMANT], [RESERVE, DORMANT]])
+def test_without_a_live_block_nothing_is_added(kind, states) -> None:
+    delta = build(kind, states, reserve_learns=False)
+    assert delta.rank == 0
+    y = torch.ones(2, 3, dtype=torch.float64)
+    assert torch.equal(delta.add_to(y.clone(), batch(delta, 2)), y)
+
+
+def test_dropout_acts_on_the_input_of_the_branch_while_training() -> None:
+    delta = build(LowRankDelta, dropout=0.5)
+    x = batch(delta, 64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mask = torch.empty(64, 5).bernoulli_(0.5) * 2
+        torch.manual_seed(0)
+        y = delta(x)
+    torch.testing.assert_close(y, (x * mask) @ dense(delta).T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(delta.eval()(x), x @ dense(delta).T, rtol=1e-12, atol=1e-12)
+
+
+# ---- the theorem
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_factor_tells_the_same_sum(kind, shape) -> None:
+    """⟨A, ∂A⟩ = ⟨B, ∂B⟩ = ⟨ΔW, G⟩, and per rank e · ∂e = ⟨a, ∂a⟩ = ⟨b, ∂b⟩."""
+    delta = build(kind, [ACTIVE, ACTIVE, RESERVE], shape=shape)
+    x, D = batch(delta, 6), batch(build(kind, shape=shape[::-1]), 6, seed=9)
+    delta(x).backward(D)
+    blocks = [delta.block(i) for i in delta.live]
+    sums = {letter: sum((b[letter] * b[letter].grad).sum() for b in blocks) for letter in "AB"}
+    expected = (delta.weight() * (D.T @ x)).sum()
+    torch.testing.assert_close(sums["A"], expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(sums["B"], expected, rtol=1e-11, atol=1e-12)
+    for b in blocks:
+        per_rank = (b["A"] * b["A"].grad).sum(1)
+        torch.testing.assert_close(per_rank, (b["B"] * b["B"].grad).sum(0), rtol=1e-11, atol=1e-12)
+        if "E" in b and b["E"].grad is not None:
+            torch.testing.assert_close(per_rank, (b["E"] * b["E"].grad)[:, 0], rtol=1e-11, atol=1e-12)
+    if kind is TripletDelta:
+        assert [b["E"].grad is None for b in blocks] == [False, False, True]
+
+
+# ---- what growth moves
+
+
+def increlora(**settings) -> BlockDelta:
+    """The delta of IncreLoRA for one of six sites of 4 × 3, in float64, trained a little by hand."""
+    delta = IncreLora(**{"r": 3, "lora_alpha": 6, "grow_by": 1} | settings).method(6, 42)
+    built = delta.make_delta(Site("m", 4, 3, 6, 42, torch.float64))
+    assert isinstance(built, BlockDelta)
+    with torch.no_grad():
+        for p in built.block(0).values():
+            p.add_(normal(tuple(p.shape), torch.Generator().manual_seed(1), 0))
+    return built
+
+
+@pytest.mark.parametrize(("epsilon", "ratio"), [(1e-5, 1.00001 / 2.00001), (0.0, 0.5)])
+def test_t1_growing_by_one_rank_halves_what_was_learnt(epsilon: float, ratio: float) -> None:
+    delta = increlora(scaling="active_rank", scale_epsilon=epsilon, reserve="frozen")
+    before = delta.weight().detach()
+    delta.status[1] = ACTIVE  # its e is 0
+    torch.testing.assert_close(delta.weight().detach(), ratio * before, rtol=1e-14, atol=0)
+
+
+def test_t1_in_the_paper_preset() -> None:
+    delta = IncreLora.paper(2, lora_alpha=8).method(6, 42).make_delta(Site("m", 4, 3, 6, 42, torch.float64))
+    assert delta.scale_of(2) / delta.scale_of(1) == pytest.approx(1.00001 / 2.00001, rel=1e-15)
+    assert delta.scale_of(1) == pytest.approx(8 / 1.00001, rel=1e-15)
+    zero = IncreLora.paper(2, lora_alpha=0).method(6, 42).make_delta(Site("m", 4, 3, 6, 42))
+    assert zero.scale_of(1) == pytest.approx(1 / 1.00001, rel=1e-15)  # α ≤ 0 stands for init_r
+
+
+@pytest.mark.parametrize("newborn", ["published", "lora"])
+def test_growth_moves_the_update_by_the_newborns_own_start_and_no_more(newborn: str) -> None:
+    """Constant scale. By default the reserve enters with s · 1e-5 · B A (A, B ~ N(0, 0.02²): below 1e-7 of entries of
+    order one); its birth then moves nothing at all. With newborn='lora' B is 0, and nothing ever moves."""
+    delta = increlora(newborn=newborn)
+    weights = []
+    for status in (DORMANT, RESERVE, ACTIVE):
+        delta.status[1] = status
+        weights.append(delta.weight().detach())
+    assert torch.equal(weights[1], weights[2])
+    own = 2.0 * delta.block(1)["B"].detach() @ (delta.block(1)["E"].detach() * delta.block(1)["A"].detach())
+    torch.testing.assert_close(weights[1] - weights[0], own, rtol=1e-6, atol=1e-16)
+    assert (own.abs().max() < 1e-7) and (own.abs().max() > 0) == (newborn == "published")
+    if newborn == "published":
+        assert torch.equal(delta.block(1)["E"], torch.full((1, 1), 1e-5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("reserve", ["frozen", "none"])
+def test_without_a_trained_reserve_growth_moves_nothing(reserve: str) -> None:
+    delta = increlora(reserve=reserve)
+    before = delta.weight().detach()
+    delta.status[1] = ACTIVE
+    assert torch.equal(delta.weight().detach(), before)
+    assert delta.block(1)["A"].abs().min() > 0
+
+
+# ---- initial values
+
+
+def test_initial_values_are_the_same_in_every_process() -> None:
+    """Golden values: nothing about the process (hash seed, global generator, order) enters."""
+    torch.manual_seed(3)
+    delta = Lora(r=2, seed=7).method(1, 7).make_delta(Site("layer.q", 4, 3, 1, 7))
+    golden = [[-0.43636637926101685, -0.3480977416038513, -0.21460628509521484, -0.29697495698928833],
+              [0.2636486887931824, 0.4514603018760681, 0.1087079644203186, -0.3462013602256775]]  # fmt: skip
+    assert delta.block(0)["A"].tolist() == golden
+    assert torch.equal(delta.block(0)["B"], torch.zeros(3, 2))
+
+
+def test_initial_values_do_not_depend_on_the_order_of_construction() -> None:
+    def values(names: Sequence[str], **options) -> dict[str, Tensor]:
+        built = {n: build(TripletDelta, [ACTIVE, DORMANT, DORMANT], name=n, **options) for n in names}
+        return {f"{n}.{k}": p.detach() for n, d in built.items() for k, p in d.named_parameters()}
+
+    one, other = values(["a", "b", "c"]), values(["c", "a", "b"])
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    distinct = {tuple(v.flatten().tolist()) for v in one.values()}
+    assert len(distinct) == len(one) == 27  # every module, block and letter draws its own
+    seeded = values(["a", "b", "c"], seed=1)
+    assert not any(torch.equal(one[key], seeded[key]) for key in one)
+
+
+def test_the_distributions_of_initial_values() -> None:
+    generator = torch.Generator().manual_seed(0)
+    uniform = kaiming((200, 100), generator, 0)
+    assert 0.099 < uniform.abs().max() <= 0.1 and abs(uniform.mean()) < 2e-3 and uniform.min() < -0.099
+    normal_values = gaussian((200, 100), generator, 0)
+    assert normal_values.std().item() == pytest.approx(0.02, rel=0.02) and abs(normal_values.mean()) < 1e-3
+    assert torch.equal(zeros((2, 3), generator, 0), torch.zeros(2, 3))
+    assert torch.equal(ones((2, 3), generator, 0), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(("settings", "start", "later"), [
+    ({}, ("kaiming", 1.0, "zeros"), ("gaussian", 1e-5, "gaussian")),
+    ({"reserve": "frozen"}, ("kaiming", 1.0, "zeros"), ("gaussian", 0.0, "gaussian")),
+    ({"newborn": "lora"}, ("kaiming", 1.0, "zeros"), ("kaiming", 1.0, "zeros")),
+    ({"start": "published"}, ("gaussian", 0.0, "gaussian"), ("gaussian", 1e-5, "gaussian")),
+    ({"init_lora_weights": False}, ("kaiming", 1.0, "gaussian"), ("gaussian", 1e-5, "gaussian")),
+])  # fmt: skip
+def test_initial_values_of_increlora(settings, start, later) -> None:
+    delta = IncreLora(r=3, **settings).method(6, 2400).make_delta(Site("m", 200, 200, 6, 2400, torch.float64))
+    for block, (a, e, b) in enumerate([start, later]):
+        values = delta.block(block)
+        assert torch.equal(values["E"], torch.full_like(values["E"], e))
+        for letter, kind in (("A", a), ("B", b)):
+            bounds = {"gaussian": (0.035, 0.12), "kaiming": (0.06, 200**-0.5), "zeros": (0.0, 0.0)}[kind]
+            assert bounds[0] <= values[letter].abs().max() <= bounds[1], (letter, block)
+            if kind == "kaiming":
+                assert values[letter].std().item() == pytest.approx(200**-0.5 / 3**0.5, rel=0.15)
+            if kind == "gaussian":
+                assert values[letter].std().item() == pytest.approx(0.02, rel=0.2)
+
+
+# ---- blocks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_by_state(kind) -> None:
+    delta = build(kind, [ACTIVE, RESERVE, DORMANT], sizes=(2, 1, 3))
+    assert (delta.rank, delta.capacity, delta.live, delta.scale) == (2, 6, [0, 1], 1.0)
+    assert delta.indices(RESERVE, DORMANT) == [1, 2]
+    still = {id(p): n for n, p in delta.named_parameters() if any(p is q for q in delta.still())}
+    expected = {f"lora_{letter}2" for letter in delta.letters}
+    assert set(still.values()) == expected | ({"lora_E1"} if kind is TripletDelta else set())
+    delta.reserve_learns = False
+    assert delta.live == [0]
+    assert len(delta.still()) == 2 * len(delta.letters)
+    delta.status[2] = RETIRED
+    assert delta.capacity == 3
+
+
+def test_every_block_can_be_set_by_name() -> None:
+    delta = increlora(capacity=4)
+    names = [f"lora_{letter}{i}" for i in range(4) for letter in "AEB"]
+    assert [n for n, _ in delta.named_parameters()] == names
+    parameters = dict(delta.named_parameters())
+    with torch.no_grad():
+        for i, name in enumerate(names):
+            parameters[name].fill_(i + 1.0)
+    delta.status = [ACTIVE] * 4
+    expected = 2.0 * sum((3 * i + 1) * (3 * i + 2) * (3 * i + 3) for i in range(4))
+    torch.testing.assert_close(delta.weight().detach(), torch.full((3, 4), expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_extra_state_round_trip(kind) -> None:
+    delta = build(kind, [ACTIVE, ACTIVE, RESERVE])
+    delta.born, delta.reserved, delta.remembered = [-1, 12, 20], [-1, 0, 12], [21.0, 0.1234567890123, 3e-9]
+    copy = build(kind, [DORMANT, DORMANT, DORMANT], seed=1)
+    missing = copy.load_state_dict(delta.state_dict())
+    assert not missing.missing_keys and not missing.unexpected_keys
+    assert (copy.status, copy.born, copy.reserved) == (delta.status, delta.born, delta.reserved)
+    assert copy.remembered == delta.remembered
+    assert torch.equal(copy.get_extra_state(), delta.get_extra_state())
+    assert torch.equal(copy.weight(), delta.weight())
+    assert delta.get_extra_state().tolist() == [1, 21, 0.1234567890123, 3e-9, 2, 2, 1, -1, 12, 20, -1, 0, 12]
+
+
+def test_blocks_unknown_to_a_checkpoint_stay_dormant() -> None:
+    small, large = build(LowRankDelta, [ACTIVE, RESERVE]), build(LowRankDelta, [ACTIVE, ACTIVE, ACTIVE])
+    small.born, small.reserved = [-1, 4], [-1, 2]
+    large.set_extra_state(small.get_extra_state())
+    assert large.status == [ACTIVE, RESERVE, DORMANT]
+    assert (large.born, large.reserved) == ([-1, 4, -1], [-1, 2, -1])
+
+
+def test_fit_takes_the_blocks_of_a_checkpoint() -> None:
+    delta = build(TripletDelta, [ACTIVE, DORMANT], sizes=(2, 1, 3))
+    delta.fit({0: 2, 1: 3, 3: 1}, 4, keep_dormant=True)
+    assert delta.sizes == [2, 3, 1, 1]
+    assert [tuple(delta.block(1)[k].shape) for k in "AEB"] == [(3, 5), (3, 1), (3, 3)]
+    assert delta.block(2) and all(p.dtype == torch.float64 for p in delta.parameters())
+    delta.requires_grad_(False).fit({0: 2, 3: 1}, 5, keep_dormant=False)
+    assert [bool(delta.block(i)) for i in range(5)] == [True, False, False, True, False]
+    assert not any(p.requires_grad for p in delta.parameters())
+
+
+# ---- dormant ranks do not move
+
+
+def net(**settings) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    options = {"r": 2, "capacity": 5, "grow_by": 1, "top_h": 1, "warmup_steps": 3, "interval_steps": 3, "seed": 1}
+    return get_peft_model(plain, IncreLoraConfig(**options | settings, target_modules=["0", "2"]))
+
+
+OPTIMIZERS = {
+    "SGD": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9, weight_decay=0.1),
+    "AdamW": lambda ps: torch.optim.AdamW(ps, lr=0.01, weight_decay=0.1),
+    "Adam": lambda ps: torch.optim.Adam(ps, lr=0.01, weight_decay=0.1),
+    "RMSprop": lambda ps: torch.optim.RMSprop(ps, lr=0.01, momentum=0.9, weight_decay=0.1),
+    "Adagrad": lambda ps: torch.optim.Adagrad(ps, lr=0.01, weight_decay=0.1),
+    "NAdam": lambda ps: torch.optim.NAdam(ps, lr=0.01, weight_decay=0.1),
+    "RAdam": lambda ps: torch.optim.RAdam(ps, lr=0.01, weight_decay=0.1),
+    "Adamax": lambda ps: torch.optim.Adamax(ps, lr=0.01, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["one process", "through the zero gate"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_idle_ranks_do_not_move(name: str, gated: bool, monkeypatch) -> None:
+    """With momentum, weight decay, a schedule and clipping; also where DDP gives idle blocks a gradient of zero."""
+    monkeypatch.setattr(base, "several_processes", lambda: gated)
+    model = net()
+    optimizer = OPTIMIZERS[name]([p for p in model.parameters() if p.requires_grad])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda g: 1 / (1 + 0.1 * g))
+    controller = attach(model, optimizer, total_steps=20)
+    first = {k: p.detach().clone() for k, p in model.named_parameters()}
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
+    for _ in range(12):
+        model(x).square().sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        for delta in controller.deltas:
+            for p in (p for i in delta.indices(DORMANT) for p in delta.block(i).values()):
+                assert p.grad is None
+                assert not any(torch.as_tensor(v).any() for v in optimizer.state[p].values())  # Adagrad: zeros
+    assert sum(controller.ranks.values()) == 4
+    idle = [p for d in controller.deltas for i in d.indices(DORMANT, RETIRED) for p in d.block(i).values()]
+    names = {id(p): k for k, p in model.named_parameters()}
+    dormant = [p for d in controller.deltas for i in d.indices(DORMANT) for p in d.block(i).values()]
+    assert len(dormant) >= 6 and len(idle) >= len(dormant)
+    for p in dormant:
+        assert torch.equal(p, first[names[id(p)]]), names[id(p)]
+    active = [p for d in controller.deltas for i in d.indices(ACTIVE) for p in d.block(i).values()]
+    assert not any(torch.equal(p, first[names[id(p)]]) for p in active)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_e_of_the_reserve_and_retired_blocks_do_not_move(name: str) -> None:
+    model = net(newborn="published")
+    optimizer = OPTIMIZERS[name]([p for p in model.parameters() if p.requires_grad])
+    controller = attach(model, optimizer, total_steps=30)
+    x, retired = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6), []
+    for step in range(14):
+        waiting = [(d, i, d.block(i)["A"].detach().clone()) for d in controller.deltas for i in d.indices(RESERVE)]
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for delta, i, before in waiting:
+            assert torch.equal(delta.block(i)["E"], torch.full((1, 1), 1e-5, dtype=torch.float64))
+            moved = not torch.equal(delta.block(i)["A"], before)
+            assert moved == (controller.births.factors(delta.reserved[i], step)[1] > 0)
+        retired.append(
+            [p.detach().clone() for d in controller.deltas for i in d.indices(RETIRED) for p in d.block(i).values()]
+        )
+    assert controller.finished and len(retired[-1]) >= 3
+    later = [values for values in retired if values]
+    for one, other in pairwise(later):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_the_zero_gate_changes_nothing(monkeypatch) -> None:
+    """Its gradients are zeros, so neither clipping nor the active ranks notice it."""
+
+    def train(gated: bool) -> list[Tensor]:
+        monkeypatch.setattr(base, "several_processes", lambda: gated)
+        model = net()
+        optimizer = OPTIMIZERS["AdamW"]([p for p in model.parameters() if p.requires_grad])
+        controller = attach(model, optimizer, total_steps=20)
+        x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
+        for _ in range(12):
+            model(x).square().sum().backward()
+            idle = [p for d in controller.deltas for i in d.indices(DORMANT) for p in d.block(i).values()]
+            assert all((p.grad is not None) == gated for p in idle)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().clone() for p in model.parameters()]
+
+    torch.testing.assert_close(train(True), train(False), rtol=1e-12, atol=1e-14)
+
+
+def test_merging_adds_what_the_forward_pass_adds() -> None:
+    """In mid-growth, reserve included; unmerging takes it out again."""
+    model = net(start="published", lora_alpha=64)
+    optimizer = OPTIMIZERS["AdamW"]([p for p in model.parameters() if p.requires_grad])
+    controller = attach(model, optimizer, total_steps=20)
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
+    with torch.no_grad():
+        for delta in controller.deltas:
+            delta.block(0)["E"].fill_(30.0)
+            delta.block(1)["E"].fill_(20.0)
+            delta.status[1] = RESERVE
+    base_weights = {n: p.detach().clone() for n, p in model.named_parameters() if "base_layer.weight" in n}
+    before = model(x).detach()
+    model.merge_adapter()
+    torch.testing.assert_close(model(x).detach(), before, rtol=1e-12, atol=1e-12)
+    moved = [(p - base_weights[n]).abs().max() for n, p in model.named_parameters() if n in base_weights]
+    assert min(moved) > 1e-3
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x).detach(), before, rtol=1e-12, atol=1e-12)
+    for name, p in model.named_parameters():
+        if name in base_weights:
+            torch.testing.assert_close(p.detach(), base_weights[name], rtol=1e-12, atol=1e-13)
+
+
+def test_the_scale_of_lora() -> None:
+    assert Lora(r=4, lora_alpha=6).method(1, 7).make_delta(Site("m", 8, 3, 1, 7)).scale == 1.5
