@@ -55,22 +55,26 @@ def grown(name: str, **options: Any) -> Row:
     return Row(name, IncreLoraConfig, chosen)
 
 
+ADVANCE = {"reserve": "trained", "newborn": "published", "orthogonality": 0.1}  # as published
+
+
 def published(rank: int) -> float:
     return rank + 1e-5
 
 
 ROWS = [
     grown("increlora"),
-    grown("increlora, signed score", score="signed"),
-    grown("increlora, exact accumulation", score_accumulation="exact"),
-    grown("increlora, no reserve", reserve="none"),
-    grown("increlora, frozen reserve", reserve="frozen"),
-    grown("increlora, reserve kept", finish="keep"),
-    grown("increlora, parameters", total_parameters=130),
+    grown("increlora, trained reserve", **ADVANCE),
+    grown("increlora, signed score", score="signed", **ADVANCE),
+    grown("increlora, exact accumulation", score_accumulation="exact", **ADVANCE),
+    grown("increlora, no reserve", reserve="none", newborn="published", orthogonality=0.1),
+    grown("increlora, frozen reserve", **ADVANCE | {"reserve": "frozen"}),
+    grown("increlora, reserve kept", finish="keep", **ADVANCE),
+    grown("increlora, parameters", total_parameters=130, **ADVANCE),
     grown("increlora, total ranks", total_ranks=8),
     grown("increlora, grow_by 3", r=4, grow_by=3, capacity=8),
     grown("increlora, init_r 2", init_r=2),
-    grown("increlora, no penalty", orthogonality=0.0),
+    grown("increlora, no penalty", **ADVANCE | {"orthogonality": 0.0}),
     Row(
         "increlora, paper", IncreLoraConfig.paper,
         {"r": 3, "grow_by": 1, "top_h": 2, "warmup_steps": 1, "interval_steps": 2, "total_steps": STEPS},

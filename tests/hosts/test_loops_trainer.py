@@ -73,6 +73,17 @@ def test_resuming_with_the_same_trainer(straight, tmp_path):
     assert_same(state_of(model), expected)
 
 
+def test_a_new_run_on_a_loaded_checkpoint_moves_every_rank(straight, tmp_path):
+    """Not a resume: what was born at step 6 of the other run belongs to this one from its first step on."""
+    folder, _ = straight
+    model = adapted(**SCHEDULE)
+    model.load_adapter(str(folder / "checkpoint-14"), "default", is_trainable=True)
+    born = [d for d in controller_of(model).deltas if d.rank > 1]
+    before = [d.lora_A1.detach().clone() for d in born]
+    run(tmp_path, model=model, stop=2, save_strategy="no")
+    assert born and not any(torch.equal(d.lora_A1, a) for d, a in zip(born, before))
+
+
 @pytest.mark.parametrize("options", [{"optim": "adamw_torch"}, {"optim": "sgd"}, {"gradient_accumulation_steps": 2}])
 def test_resumed_equals_straight_with_other_options(options, tmp_path):
     straight = run(tmp_path / "a", save_steps=8, **options)
@@ -105,7 +116,7 @@ def test_best_model_at_the_end_brings_back_its_ranks(tmp_path):
             if state.global_step == 8:
                 best.update(state_of(model))
             if state.global_step == 9:
-                model.base_model.model.transformer.ln_f.weight.data.neg_()
+                model.base_model.model.transformer.ln_f.weight.data.mul_(100)  # sure of itself, and wrong
 
     trainer = trainer_of(
         model, tmp_path, max_steps=16, callbacks=[Worse(0)], save_strategy="steps", save_steps=4, eval_strategy="steps",

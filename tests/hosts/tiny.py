@@ -31,8 +31,18 @@ def grow(model: nn.Module, kind: str, *, steps: int = 5, total_steps: int = 40, 
 
 
 def growing(**options: object) -> IncreLoraConfig:
-    """A config whose ranks grow at every second step from step 2 on."""
-    chosen = {"r": 3, "warmup_steps": 1, "interval_steps": 2, "top_h": 2, "lora_alpha": 6, "seed": 1} | options
+    """A config whose ranks grow at every second step from step 2 on, with a reserve that learns in advance."""
+    chosen = {
+        "r": 3,
+        "warmup_steps": 1,
+        "interval_steps": 2,
+        "top_h": 2,
+        "lora_alpha": 6,
+        "seed": 1,
+        "reserve": "trained",
+        "newborn": "published",
+        "orthogonality": 0.1,
+    } | options
     return IncreLoraConfig(**chosen)
 
 

@@ -57,7 +57,7 @@ class IncreLoraSettings:
     capacity: int | None = None
     capacity_pattern: Mapping[str, int] = field(default_factory=dict)
     selection: Literal["exact", "published"] = "exact"
-    reserve: Literal["trained", "frozen", "none"] = "trained"
+    reserve: Literal["trained", "frozen", "none"] = "none"
     finish: Literal["retire", "keep"] = "retire"
     score: Literal["delta", "signed"] = "delta"
     score_norm: Literal["sqrt_numel", "mean"] = "sqrt_numel"
@@ -68,10 +68,10 @@ class IncreLoraSettings:
     scaling: Literal["constant", "active_rank"] = "constant"
     scale_epsilon: float = 0.0
     start: Literal["lora", "published"] = "lora"
-    newborn: Literal["lora", "published"] = "published"
+    newborn: Literal["lora", "published"] = "lora"
     clock: Literal["ramp", "published"] = "ramp"
     birth_warmup: Time = 0.03
-    orthogonality: float = 0.1
+    orthogonality: float = 0.0
     orthogonality_form: Literal["trainer", "squared"] = "trainer"
     penalty_place: Literal["after_clipping", "before_clipping"] = "after_clipping"
     total_steps: int | None = None

@@ -60,6 +60,6 @@ class Health:
         self.in_a_row = in_a_row
         if self.in_a_row >= LIMIT:
             raise NonFiniteError(
-                f"{LIMIT} steps in a row with non-finite gradients ({self.skipped} in all), seen at {self.where}: lower "
-                f"the learning rate, or check the loss and the input data"
+                f"{LIMIT} steps in a row with non-finite gradients ({self.skipped} in all), seen at {self.where}: "
+                f"lower the learning rate, or check the loss and the input data"
             )
