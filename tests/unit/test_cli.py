@@ -28,7 +28,10 @@ from increlora.cli.settings import TrainSettings, from_toml, parse_option, resol
 from increlora.errors import ConfigError, NonFiniteError, RunFolderError
 from increlora.tasks import load_classifier
 
-TINY = "--r 2 --epochs 2.5 --batch-size 8 --max-length 16 --max-train-samples 64 --max-eval-samples 20".split()
+TINY = (
+    "--r 2 --epochs 2.5 --batch-size 8 --max-length 16 --max-train-samples 64 --max-eval-samples 20 "
+    "--set reserve=trained --set newborn=published"
+).split()
 STEPS = 20  # of the run that TINY describes: 8 per epoch, a checkpoint and an evaluation after every 5
 MODULES = 12
 

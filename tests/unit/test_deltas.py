@@ -192,11 +192,11 @@ def test_t1_in_the_paper_preset() -> None:
     assert zero.scale_of(1) == pytest.approx(1 / 1.00001, rel=1e-15)  # α ≤ 0 stands for init_r
 
 
-@pytest.mark.parametrize("newborn", ["published", "lora"])
-def test_growth_moves_the_update_by_the_newborns_own_start_and_no_more(newborn: str) -> None:
-    """Constant scale. By default the reserve enters with s · 1e-5 · B A (A, B ~ N(0, 0.02²): below 1e-7 of entries of
-    order one); its birth then moves nothing at all. With newborn='lora' B is 0, and nothing ever moves."""
-    delta = increlora(newborn=newborn)
+@pytest.mark.parametrize(("newborn", "reserve"), [("published", "trained"), ("lora", "none")])
+def test_growth_moves_the_update_by_the_newborns_own_start_and_no_more(newborn: str, reserve: str) -> None:
+    """Constant scale. By default B of a newborn is 0, and growth moves nothing. A reserve in training enters with
+    s · 1e-5 · B A (A, B ~ N(0, 0.02²): below 1e-7 of entries of order one); its birth then moves nothing at all."""
+    delta = increlora(newborn=newborn, reserve=reserve)
     weights = []
     for status in (DORMANT, RESERVE, ACTIVE):
         delta.status[1] = status
@@ -211,7 +211,7 @@ def test_growth_moves_the_update_by_the_newborns_own_start_and_no_more(newborn: 
 
 @pytest.mark.parametrize("reserve", ["frozen", "none"])
 def test_without_a_trained_reserve_growth_moves_nothing(reserve: str) -> None:
-    delta = increlora(reserve=reserve)
+    delta = increlora(reserve=reserve, newborn="published")
     before = delta.weight().detach()
     delta.status[1] = ACTIVE
     assert torch.equal(delta.weight().detach(), before)
@@ -219,6 +219,8 @@ def test_without_a_trained_reserve_growth_moves_nothing(reserve: str) -> None:
 
 
 # ---- initial values
+
+TRAINED = {"reserve": "trained", "newborn": "published"}
 
 
 def test_initial_values_are_the_same_in_every_process() -> None:
@@ -255,11 +257,11 @@ def test_the_distributions_of_initial_values() -> None:
 
 
 @pytest.mark.parametrize(("settings", "start", "later"), [
-    ({}, ("kaiming", 1.0, "zeros"), ("gaussian", 1e-5, "gaussian")),
-    ({"reserve": "frozen"}, ("kaiming", 1.0, "zeros"), ("gaussian", 0.0, "gaussian")),
-    ({"newborn": "lora"}, ("kaiming", 1.0, "zeros"), ("kaiming", 1.0, "zeros")),
-    ({"start": "published"}, ("gaussian", 0.0, "gaussian"), ("gaussian", 1e-5, "gaussian")),
-    ({"init_lora_weights": False}, ("kaiming", 1.0, "gaussian"), ("gaussian", 1e-5, "gaussian")),
+    ({}, ("kaiming", 1.0, "zeros"), ("kaiming", 1.0, "zeros")),
+    (TRAINED, ("kaiming", 1.0, "zeros"), ("gaussian", 1e-5, "gaussian")),
+    ({"reserve": "frozen", "newborn": "published"}, ("kaiming", 1.0, "zeros"), ("gaussian", 0.0, "gaussian")),
+    (TRAINED | {"start": "published"}, ("gaussian", 0.0, "gaussian"), ("gaussian", 1e-5, "gaussian")),
+    ({"init_lora_weights": False}, ("kaiming", 1.0, "gaussian"), ("kaiming", 1.0, "gaussian")),
 ])  # fmt: skip
 def test_initial_values_of_increlora(settings, start, later) -> None:
     delta = IncreLora(r=3, **settings).method(6, 2400).make_delta(Site("m", 200, 200, 6, 2400, torch.float64))
@@ -396,7 +398,7 @@ def test_idle_ranks_do_not_move(name: str, gated: bool, monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_e_of_the_reserve_and_retired_blocks_do_not_move(name: str) -> None:
-    model = net(newborn="published")
+    model = net(**TRAINED, orthogonality=0.1)
     optimizer = OPTIMIZERS[name]([p for p in model.parameters() if p.requires_grad])
     controller = attach(model, optimizer, total_steps=30)
     x, retired = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6), []

@@ -101,6 +101,8 @@ class IncreLoraSettings:
             raise ConfigError(f"orthogonality={self.orthogonality!r}: give a weight ≥ 0")
         if self.total_ranks is None and self.total_parameters is None and self.r < self.init_r:
             raise BudgetError(f"r={self.r} is below the start of init_r={self.init_r} ranks per module: lower `init_r`")
+        if self.reserve == "trained" and self.newborn != "published":
+            raise ConfigError("reserve='trained' learns with e fixed at 1e-5: set newborn='published' beside it")
         if self.selection == "published" and self.total_parameters is not None:
             raise ConfigError("selection='published' counts ranks: use `r` or `total_ranks`, or selection='exact'")
 
