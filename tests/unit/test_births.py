@@ -36,8 +36,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 
 
-def ramp(step: int, birth: int, run: Run) -> tuple[float, float]:
-    return ramp_clock(step, birth, warmup=8), 1.0
+def ramp(step: int, birth: int, run: Run) -> tuple[float, None]:
+    return ramp_clock(step, birth, warmup=8), None
 
 
 def published(step: int, birth: int, run: Run) -> tuple[float, float]:
@@ -83,9 +83,11 @@ def test_the_birth_rate_equals_a_group_of_its_own(name: str, clock) -> None:
         gradients(ours, step, 1 + born)
         gradients(twin, step, 1 + born)
         own, host = clock(step, BORN, run)
-        shares.append(m := own / host if host else 0.0)
-        optimizer.param_groups[0]["lr"] = reference.param_groups[0]["lr"] = peak * host_factor(step)
-        reference.param_groups[1]["lr"] = peak * host_factor(step) * (m if born else 1)
+        rate = peak * host_factor(step)
+        newborn_rate = own * rate if host is None else own * peak  # of the host's rate, or of its peak
+        shares.append(newborn_rate / rate)
+        optimizer.param_groups[0]["lr"] = reference.param_groups[0]["lr"] = rate
+        reference.param_groups[1]["lr"] = newborn_rate if born else rate
         births.remember([ours], step)
         optimizer.step()
         births.apply()
@@ -97,12 +99,24 @@ def test_the_birth_rate_equals_a_group_of_its_own(name: str, clock) -> None:
         torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-14)
 
 
+def test_the_published_clock_is_absolute_whatever_the_hosts_schedule() -> None:
+    """Under a constant schedule the host's rate is the peak, and a newborn still follows its own linear curve to 0."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    assert BirthRates(published, Run(60, 1), optimizer).factors(10, 12) == (0.2, 0.2)
+    assert BirthRates(published, Run(60, 1), optimizer).factors(10, 59)[1] == pytest.approx(1 / 44)
+    optimizer.param_groups[0] |= {"initial_lr": 2.0}  # a scheduler noted the peak
+    assert BirthRates(published, Run(60, 1), optimizer, start=30).factors(10, 12)[1] == pytest.approx(0.2 * 2.0 / 0.5)
+    del optimizer.param_groups[0]["initial_lr"]
+    assert BirthRates(published, Run(60, 1), optimizer, start=30).peak is None  # resumed, and nobody noted it
+
+
 def test_every_optimizer_called_exact_is_tested() -> None:
     assert {name.split()[0] for name in OPTIMIZERS} == PROPORTIONAL
 
 
 def test_factors_without_a_host_rate_do_not_move() -> None:
-    births = BirthRates(published, Run(60, 1), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+    births = BirthRates(published, Run(60, 1), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0))
+    assert births.peak is None  # a warm-up by hand: the host is taken to follow the published schedule
     assert births.factors(-1, 0) == (0.0, 1.0)  # the host's own
     assert births.factors(-1, 3) == (0.6, 1.0)
     assert births.factors(10, 10) == (1.0, pytest.approx(1 / (50 / 55)))

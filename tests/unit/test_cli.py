@@ -28,10 +28,10 @@ from increlora.cli.settings import TrainSettings, from_toml, parse_option, resol
 from increlora.errors import ConfigError, NonFiniteError, RunFolderError
 from increlora.tasks import load_classifier
 
-TINY = (
-    "--r 2 --epochs 2.5 --batch-size 8 --max-length 16 --max-train-samples 64 --max-eval-samples 20 "
-    "--set reserve=trained --set newborn=published"
-).split()
+TINY = "--r 2 --epochs 2.5 --batch-size 8 --max-length 16 --max-train-samples 64 --max-eval-samples 20".split()
+ADVANCE = (
+    "--set reserve=trained --set newborn=published".split()
+)  # with a reserve, peak and average differ from the end
 STEPS = 20  # of the run that TINY describes: 8 per epoch, a checkpoint and an evaluation after every 5
 MODULES = 12
 
@@ -83,7 +83,7 @@ def rows(out, name):
 def run(model, tmp_path_factory):
     """A finished run, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "straight"
-    result = train(model, out)
+    result = train(model, out, *ADVANCE)
     assert result.exit_code == 0, result.output
     return out, result.output
 
@@ -164,7 +164,9 @@ def test_the_first_line_of_the_config_is_the_command_that_makes_the_run(run, mod
     first, _, rest = (out / "config.toml").read_text().partition("\n")
     assert first == f"# {state(out)['command']}"
     words = shlex.split(first.removeprefix("# increlora train"))
-    given = {k.removeprefix("--").replace("-", "_"): v for k, v in zip(words[::2], words[1::2])}
+    pairs = list(zip(words[::2], words[1::2]))
+    assert sorted(v for k, v in pairs if k == "--set") == sorted(ADVANCE[1::2])
+    given = {k.removeprefix("--").replace("-", "_"): v for k, v in pairs if k != "--set"}
     assert given.pop("out") == str(out) and given["epochs"] == "2.5" and "lr" not in given
     table = tomllib.loads(rest)
     assert {name: str(table[name]) for name in given} == given
@@ -215,7 +217,7 @@ def stopped(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "stopped"
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 13, KeyboardInterrupt())
-        result = train(model, out)
+        result = train(model, out, *ADVANCE)
     assert result.exit_code == 130 and f"train --resume --out {out}" in result.stderr
     return out
 
@@ -423,7 +425,7 @@ def test_set_refuses_what_the_option_is_not(pair):
 
 
 def test_settings_survive_the_config_file(tmp_path):
-    pairs = ["score_window=none", "capacity_pattern={'a.b' = 4}", "reserve=none", "lora_alpha=16"]
+    pairs = ["score_window=none", "capacity_pattern={'a.b' = 4}", "reserve=frozen", "lora_alpha=16"]
     settings = resolve({"r": 4, "lr": 2e-5, "model": None, "target_modules": "query,value"}, pairs)
     text = settings.toml(Path("o"))
     table = tomllib.loads(text)

@@ -56,11 +56,12 @@ class PenaltyRule:
 
 
 class Clock(Protocol):
-    """Learning rate of a tensor created at `created` (−1: with the model), as (own factor, the host's factor).
+    """Learning rate of a tensor created at `created` (−1: with the model), as (own, host).
 
-    The update is scaled by their ratio; both in units of the host's peak learning rate, or (m, 1)."""
+    host None: own is a share of the host's current rate. Otherwise both are in units of its peak rate: own is what the
+    tensor gets, host what the schedule the clock was made for would give the model's own tensors."""
 
-    def __call__(self, step: int, created: int, run: Run) -> tuple[float, float]: ...
+    def __call__(self, step: int, created: int, run: Run) -> tuple[float, float | None]: ...
 
 
 @dataclass(frozen=True)

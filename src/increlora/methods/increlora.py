@@ -117,10 +117,10 @@ class IncreLora(IncreLoraSettings):
             )  # fmt: skip
         return steps
 
-    def _clock(self, step: int, created: int, run: Run) -> tuple[float, float]:
+    def _clock(self, step: int, created: int, run: Run) -> tuple[float, float | None]:
         warmup = in_steps(self.birth_warmup, run, name="birth_warmup")
         if self.clock == "ramp":
-            return ramp_clock(step, created, warmup=warmup), 1.0
+            return ramp_clock(step, created, warmup=warmup), None
         if run.steps is None:
             in_steps(1.0, run, name="clock='published'")
         clock = partial(linear_clock, step, warmup=warmup, total=run.steps or 0)

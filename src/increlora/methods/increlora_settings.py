@@ -4,8 +4,8 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Self, get_args, get_origin
 
 from ..errors import BudgetError, ConfigError, ScheduleError
 from ..schedules import GrowthSteps, Time
@@ -94,6 +94,9 @@ class IncreLoraSettings:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name}={value!r}: give an int of at least 1")
+        for name, options in LITERALS.items():
+            if getattr(self, name) not in options:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give one of {', '.join(options)}")
         for name in ("beta", "beta_uncertainty", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give a number in [0, 1)")
@@ -105,6 +108,9 @@ class IncreLoraSettings:
             raise ConfigError("reserve='trained' learns with e fixed at 1e-5: set newborn='published' beside it")
         if self.selection == "published" and self.total_parameters is not None:
             raise ConfigError("selection='published' counts ranks: use `r` or `total_ranks`, or selection='exact'")
+
+
+LITERALS = {f.name: get_args(f.type) for f in fields(IncreLoraSettings) if get_origin(f.type) is Literal}
 
 
 def paper_settings(r: int, **overrides: Any) -> dict[str, Any]:

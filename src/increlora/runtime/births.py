@@ -23,24 +23,30 @@ PROPORTIONAL = {"AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "RAdam", 
 class BirthRates:
     """Remembers newborn tensors before the optimizer step and shortens (or stretches) their move after it."""
 
-    def __init__(self, clock: Clock, run: Run, optimizer: Optimizer) -> None:
+    def __init__(self, clock: Clock, run: Run, optimizer: Optimizer, *, start: int = 0) -> None:
         self.clock, self.run, self.optimizer_name = clock, run, type(optimizer).__name__
-        self.peak = self._peak(optimizer)
         self.group = optimizer.param_groups[0]
+        self.peak = self._peak(start)
         clock(0, -1, run)  # a share of a run of unknown length is refused here, before anything moves
         self._moved: list[tuple[float, nn.Parameter, Tensor]] = []
         self._warned = False
 
-    def _peak(self, optimizer: Optimizer) -> float | None:
-        """Peak learning rate: as a scheduler noted it, or the first one seen; None if that is 0 (a warm-up by hand)."""
-        group = optimizer.param_groups[0]
-        return float(group.get("initial_lr", group["lr"])) or None
+    def _peak(self, start: int) -> float | None:
+        """Peak learning rate: as a scheduler noted it, or the run's first one; None if neither tells (a warm-up by hand
+        from 0, or a resumed run without a scheduler): then the host is taken to follow the published schedule."""
+        known = self.group.get("initial_lr", self.group["lr"] if start == 0 else 0.0)
+        return float(known) or None
 
     def factors(self, created: int, step: int) -> tuple[float, float]:
         """(own factor, multiplier of the host's move) of a tensor created at `created`."""
         own, host = self.clock(step, created, self.run)
         if created < 0:
             return own, 1.0
+        if host is None:
+            return own, own
+        if self.peak is not None:
+            rate = float(self.group["lr"])
+            return own, own * self.peak / rate if rate > 0 else 0.0
         return own, own / host if host > 0 else 0.0
 
     def remember(self, deltas: Sequence[BlockDelta], step: int) -> None:

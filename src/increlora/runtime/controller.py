@@ -129,7 +129,7 @@ class Controller:
         if self.method.events is not None and not self.finished:
             growth = self.method.events(run, self.holdings(), start)
         self.growth, self.run, self.step = growth, run, start
-        self.births = BirthRates(self.method.clock, run, optimizer) if self.method.clock else None
+        self.births = BirthRates(self.method.clock, run, optimizer, start=start) if self.method.clock else None
         if start == 0:
             self._forget_births()
         previous = self._optimizer() if self._optimizer is not None else None
@@ -255,7 +255,10 @@ class Controller:
         rule = self.method.score
         if rule is None or self.growth is None or self.finished:
             return False
-        return rule.window is None or self.growth.next(self.step) - self.step < rule.window
+        event = self.growth.next(self.step)
+        if rule.window is None:
+            return True
+        return event - self.step < rule.window and (self.run.steps is None or event < self.run.steps)
 
     def _collect(self, finite: Tensor, optimizer: Optimizer) -> Tensor | None:
         if not self._score_due():
