@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..allocation import Event, Holding, Kind, parameters_used, ranks_used
+from ..allocation import Event, Holding, Kind
 from ..deltas import BlockDelta, Status
-from ..errors import DriveError
 from ..methods import Method
 from ..schedules import GrowthSteps, Run
 from ..scores import smooth
@@ -24,6 +23,7 @@ from . import amp, scoring
 from .births import BirthRates, unmoved
 from .distributed import all_finite, mean_over_processes
 from .health import Health
+from .ownership import check_optimizer
 from .penalty import add_penalty
 from .records import record
 from .taps import Watcher
@@ -120,7 +120,7 @@ class Controller:
         Raises: DriveError for LBFGS, an optimizer followed before, or one that holds only some of our parameters;
         ScheduleError if the schedule does not fit the run.
         """
-        self._check(optimizer)
+        check_optimizer(optimizer, dict(zip(self.names, self.deltas, strict=True)), self._former)
         again = self.follows(optimizer)
         total = total_steps or self.expected_steps or (self.run.steps if again else None) or self.method.total_steps
         start = self._first_step(optimizer, total)
@@ -150,23 +150,6 @@ class Controller:
             return self.expected_start
         start = self.step if self.follows(optimizer) else self.restored_step
         return 0 if total is not None and start >= total else start
-
-    def _check(self, optimizer: Optimizer) -> None:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise DriveError("LBFGS evaluates the loss many times per step; use AdamW, Adam, SGD, RMSprop or Adagrad")
-        if optimizer in self._former:
-            raise DriveError(
-                f"two optimizers step the parameters of {self.names[0]}: put all adapter parameters into one optimizer"
-            )
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for name, delta in zip(self.names, self.deltas, strict=True):
-            for i in range(len(delta.sizes)):
-                for letter, p in delta.block(i).items():
-                    if p.requires_grad and id(p) not in held:
-                        raise DriveError(
-                            f"{name}.lora_{letter}{i} is not in the optimizer that steps the other adapter parameters: "
-                            f"build one optimizer from all parameters with requires_grad, after get_peft_model"
-                        )
 
     def _forget_births(self) -> None:
         """In a new run every live tensor belongs to the model from the start."""
@@ -324,15 +307,3 @@ class Controller:
         if self.driven:
             self.expected_steps, self._optimizer = self.expected_steps or self.run.steps, None
         self.on_change()
-
-    # -- reports -------------------------------------------------------------------------------------------------
-
-    def summary(self) -> dict[str, int | None]:
-        """Ranks and parameters: active, in reserve, capacity, budget."""
-        holdings = self.holdings()
-        return {
-            "ranks_active": ranks_used(holdings),
-            "ranks_budget": self.method.budget.ranks,
-            "parameters_active": parameters_used(holdings),
-            "parameters_budget": self.method.budget.parameters,
-        }
