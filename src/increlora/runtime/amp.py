@@ -14,9 +14,8 @@ def loss_scale() -> float:
     """
     frame = sys._getframe(1)
     while frame is not None:
-        if (
-            frame.f_code is torch.amp.GradScaler.step.__code__
-        ):  # `f_locals` of any other frame would keep its tensors alive
+        if frame.f_code is torch.amp.GradScaler.step.__code__:
+            # `f_locals` of any other frame would keep its tensors alive
             scaler = frame.f_locals["self"]
             return float(scaler.get_scale()) if scaler.is_enabled() else 1.0
         frame = frame.f_back  # type: ignore[assignment]
