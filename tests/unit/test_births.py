@@ -78,6 +78,7 @@ def test_the_birth_rate_equals_a_group_of_its_own(name: str, clock) -> None:
     reference = OPTIMIZERS[name](groups)
     run = Run(TOTAL, 1)
     births, peak = BirthRates(clock, run, optimizer), optimizer.param_groups[0]["lr"]
+    optimizer.param_groups[0]["initial_lr"] = peak  # as a scheduler would
     shares = []
     for step in range(TOTAL):
         born = step > BORN
@@ -108,14 +109,17 @@ def test_the_published_clock_names_the_schedule_it_was_made_for() -> None:
 
 
 def test_the_published_clock_is_absolute_whatever_the_hosts_schedule() -> None:
-    """Under a constant schedule the host's rate is the peak, and a newborn still follows its own linear curve to 0."""
+    """A scheduler notes the peak; a newborn follows its own linear curve to 0, also under a constant rate."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-    assert BirthRates(published, Run(60, 1), optimizer).factors(10, 12) == (0.2, 0.2)
-    assert BirthRates(published, Run(60, 1), optimizer).factors(10, 59)[1] == pytest.approx(1 / 44)
-    optimizer.param_groups[0] |= {"initial_lr": 2.0}  # a scheduler noted the peak
-    assert BirthRates(published, Run(60, 1), optimizer, start=30).factors(10, 12)[1] == pytest.approx(0.2 * 2.0 / 0.5)
-    del optimizer.param_groups[0]["initial_lr"]
-    assert BirthRates(published, Run(60, 1), optimizer, start=30).peak is None  # resumed, and nobody noted it
+    births = BirthRates(published, Run(60, 1), optimizer)
+    assert births.factors(10, 12)[1] == pytest.approx(0.2 / (48 / 55))  # no scheduler: taken to be the published one
+    optimizer.param_groups[0]["initial_lr"] = 0.5
+    assert births.factors(10, 12) == (0.2, 0.2)
+    assert births.factors(10, 59)[1] == pytest.approx(1 / 44)
+    optimizer.param_groups[0]["lr"] = 0.125
+    assert births.factors(10, 12)[1] == pytest.approx(0.2 * 0.5 / 0.125)
+    optimizer.param_groups[0]["lr"] = 0.0
+    assert births.factors(10, 12)[1] == 0.0
 
 
 def test_every_optimizer_called_exact_is_tested() -> None:
@@ -123,8 +127,8 @@ def test_every_optimizer_called_exact_is_tested() -> None:
 
 
 def test_factors_without_a_host_rate_do_not_move() -> None:
-    births = BirthRates(published, Run(60, 1), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0))
-    assert births.peak is None  # a warm-up by hand: the host is taken to follow the published schedule
+    births = BirthRates(published, Run(60, 1), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+    assert births.peak is None  # no scheduler: the host is taken to follow the published schedule
     assert births.factors(-1, 0) == (0.0, 1.0)  # the host's own
     assert births.factors(-1, 3) == (0.6, 1.0)
     assert births.factors(10, 10) == (1.0, pytest.approx(1 / (50 / 55)))
@@ -133,7 +137,7 @@ def test_factors_without_a_host_rate_do_not_move() -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "peak"), [({"lr": 0.3}, 0.3), ({"lr": 0.0, "initial_lr": 0.5}, 0.5), ({"lr": 0.0}, None)]
+    ("group", "peak"), [({"lr": 0.3}, None), ({"lr": 0.0, "initial_lr": 0.5}, 0.5), ({"lr": 0.0}, None)]
 )
 def test_the_peak_rate_is_what_a_scheduler_noted(group: dict, peak: float | None) -> None:
     optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], **group}])

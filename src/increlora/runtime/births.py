@@ -23,19 +23,18 @@ PROPORTIONAL = {"AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "RAdam", 
 class BirthRates:
     """Remembers newborn tensors before the optimizer step and shortens (or stretches) their move after it."""
 
-    def __init__(self, clock: Clock, run: Run, optimizer: Optimizer, *, start: int = 0) -> None:
+    def __init__(self, clock: Clock, run: Run, optimizer: Optimizer) -> None:
         self.clock, self.run, self.optimizer_name = clock, run, type(optimizer).__name__
         self.group = optimizer.param_groups[0]
-        self.peak = self._peak(start)
         clock(0, -1, run)  # a share of a run of unknown length is refused here, before anything moves
         self._moved: list[tuple[float, nn.Parameter, Tensor]] = []
         self._warned = False
 
-    def _peak(self, start: int) -> float | None:
-        """Peak learning rate: as a scheduler noted it, or the run's first one; None if neither tells (a warm-up by hand
-        from 0, or a resumed run without a scheduler): then the host is taken to follow the published schedule."""
-        known = self.group.get("initial_lr", self.group["lr"] if start == 0 else 0.0)
-        return float(known) or None
+    @property
+    def peak(self) -> float | None:
+        """Peak learning rate as torch's schedulers note it in the group; None without one: then the host is taken to
+        follow the published schedule. (The first rate seen would not do: a resumed run starts with another one.)"""
+        return self.group.get("initial_lr")
 
     def factors(self, created: int, step: int) -> tuple[float, float]:
         """(own factor, multiplier of the host's move) of a tensor created at `created`."""

@@ -129,7 +129,7 @@ class Controller:
         if self.method.events is not None and not self.finished:
             growth = self.method.events(run, self.holdings(), start)
         self.growth, self.run, self.step = growth, run, start
-        self.births = BirthRates(self.method.clock, run, optimizer, start=start) if self.method.clock else None
+        self.births = BirthRates(self.method.clock, run, optimizer) if self.method.clock else None
         if start == 0:
             self._forget_births()
         previous = self._optimizer() if self._optimizer is not None else None
