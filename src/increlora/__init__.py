@@ -8,8 +8,12 @@ Trainer(model=model, args=args, train_dataset=data).train()                     
 """
 
 from .errors import IncreloraError
+from .hosts.allocation import allocation_to_lora_config
+from .hosts.engines import check_export
 from .hosts.export import export_lora
+from .hosts.merge import export_merged
 from .hosts.peft import IncreLoraConfig, PlainLoraConfig, attach, rank_summary
+from .hosts.warm_start import warm_start
 from .runtime import regularization_loss
 
 __version__ = "0.1.0"
@@ -17,8 +21,12 @@ __all__ = [
     "IncreLoraConfig",
     "IncreloraError",
     "PlainLoraConfig",
+    "allocation_to_lora_config",
     "attach",
+    "check_export",
     "export_lora",
+    "export_merged",
     "rank_summary",
     "regularization_loss",
+    "warm_start",
 ]

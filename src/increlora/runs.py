@@ -2,56 +2,28 @@
 
     run/  config.toml  run.json  metrics.jsonl  events.jsonl  adapter/  lora/  checkpoints/
 
-Files and folders appear whole: temporary name, fsync, rename. The two .jsonl files grow line by line while a run
+Files and folders appear whole (`files.py`). The two .jsonl files grow line by line while a run
 goes on and are cut back to its checkpoint when it is resumed; a torn last line is not read.
 """
 
 import contextlib
 import json
 import math
-import os
 import re
-import shutil
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import RunFolderError
+from .files import remove, write_text
 
 FORMAT = "increlora-run/1"
-FILES = ("config.toml", "metrics.jsonl", "events.jsonl", "adapter", "lora", "checkpoints", "report.html", "run.json")
+FILES = (
+    "config.toml", "metrics.jsonl", "events.jsonl", "trace.jsonl", "spectra.jsonl", "adapter", "lora", "checkpoints",
+    "report.html", "run.json",
+)  # fmt: skip
 UNFINISHED = ("running", "interrupted", "failed")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically: after a crash it has its old content or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-@contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A path to write a folder to; it takes the name `path` only once everything in it is on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _remove(temporary)
-    try:
-        yield temporary
-        for item in sorted(temporary.rglob("*")):
-            _sync(item)
-        _remove(path)
-        temporary.rename(path)
-    finally:
-        _remove(temporary)
-    _sync(path.parent)
 
 
 class RunFolder:
@@ -94,7 +66,7 @@ class RunFolder:
         """Start a run: remove the files of the one before (where allowed), write run.json and config.toml."""
         self.check_free(overwrite=overwrite)
         for name in FILES:
-            _remove(self.path / name)
+            remove(self.path / name)
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_state(state)
         write_text(self.path / "config.toml", config)
@@ -164,18 +136,3 @@ def finite(value: Any) -> Any:
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(finite(row)) + "\n"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

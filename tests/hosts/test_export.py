@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from increlora import PlainLoraConfig, export_lora, rank_summary
 from increlora.deltas import Status
 from increlora.errors import CheckpointError, ExportError
+from increlora.hosts.export import Exported
 from increlora.hosts.peft.model import adapter_layers
 from tests.hosts.tiny import BUILDERS, grow, growing, inputs_for, logits, mid_growth
 
@@ -74,8 +75,9 @@ def models() -> dict[str, PeftModel]:
     }
 
 
-def keys_and_config(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    return load_file(folder / "adapter_model.safetensors"), json.loads((folder / "adapter_config.json").read_text())
+def keys_and_config(folder: Path | Exported) -> tuple[dict[str, Tensor], dict]:
+    path = Path(folder)
+    return load_file(path / "adapter_model.safetensors"), json.loads((path / "adapter_config.json").read_text())
 
 
 def test_a_process_without_increlora_computes_the_same_logits(models: dict[str, PeftModel], tmp_path: Path) -> None:
@@ -86,7 +88,7 @@ def test_a_process_without_increlora_computes_the_same_logits(models: dict[str, 
         for source in (model, tmp_path / kind / "adapter"):
             for layout in ("uniform", "pattern"):
                 out = tmp_path / kind / f"{layout}-{type(source).__name__}"
-                assert export_lora(source, out, layout) == out
+                assert export_lora(source, out, layout).path == out
                 jobs.append((BUILDERS[kind](), out, inputs_for(kind)))
                 expected.append((kind, logits(model, kind)))
     for (kind, wanted), (found, merged) in zip(expected, ask_a_stranger(tmp_path, jobs), strict=True):
@@ -317,18 +319,21 @@ def test_a_failed_export_leaves_the_earlier_one(
 
 
 def test_what_cannot_be_exported_is_refused(models: dict[str, PeftModel], tmp_path: Path) -> None:
-    lora = get_peft_model(BUILDERS["mlp"](), LoraConfig(target_modules=["up"]))
-    lora.save_pretrained(tmp_path / "lora")
     out = tmp_path / "out"
     with pytest.raises(ExportError, match="layout='wide': choose 'uniform' or 'pattern'"):
         export_lora(models["mlp"], out, "wide")  # type: ignore[arg-type]
+    for rank in (0, True, 1.5):
+        with pytest.raises(ExportError, match=f"max_rank={rank}: give an int of at least 1"):
+            export_lora(models["mlp"], out, max_rank=rank)  # type: ignore[arg-type]
     with pytest.raises(ExportError, match="no increlora adapter named None in this model; it has none"):
-        export_lora(lora, out)
+        export_lora(BUILDERS["mlp"](), out)
     with pytest.raises(ExportError, match="no increlora adapter named 'x' in this model; it has \\['default'\\]"):
         export_lora(models["mlp"], out, adapter_name="x")
-    with pytest.raises(ExportError, match="type LORA, expected one of"):
-        export_lora(tmp_path / "lora", out)
-    with pytest.raises(CheckpointError, match="nowhere/adapter_model.safetensors is missing"):
+    ia3 = get_peft_model(BUILDERS["mlp"](), IA3Config(target_modules=["up"], feedforward_modules=[]))
+    ia3.save_pretrained(tmp_path / "ia3")
+    with pytest.raises(ExportError, match="type IA3, expected one of INCRELORA, PLAINLORA, LORA, ADALORA"):
+        export_lora(tmp_path / "ia3", out)
+    with pytest.raises(CheckpointError, match="nowhere/adapter_config.json: .*No such file"):
         export_lora(tmp_path / "nowhere", out)
     assert not out.exists()
 

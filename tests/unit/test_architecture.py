@@ -16,8 +16,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # A part imports from itself and from lower levels; never from another part of its own level.
 LEVELS = [
-    {"errors"},
-    {"budget", "allocation"},
+    {"errors", "files"},
+    {"budget", "allocation", "naming"},
     {"scores", "schedules", "selection", "penalties", "projections", "deltas", "kernels"},
     {"methods"},
     {"runtime"},

@@ -20,12 +20,15 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 from typer.testing import CliRunner
 
 import increlora.cli
-from increlora.cli import train as train_module
+from increlora.cli import run as train_module
 from increlora.cli.app import app
-from increlora.cli.display import place, rank_map, short
+from increlora.cli.display import rank_map
 from increlora.cli.recorder import Recorder
-from increlora.cli.settings import TrainSettings, from_toml, parse_option, resolve
+from increlora.cli.options import parse_option
+from increlora.cli.recipes import from_toml
+from increlora.cli.settings import TrainSettings, resolve
 from increlora.errors import ConfigError, NonFiniteError, RunFolderError
+from increlora.naming import place, short
 from increlora.tasks import load_classifier
 
 TINY = "--r 2 --epochs 2.5 --batch-size 8 --max-length 16 --max-train-samples 64 --max-eval-samples 20".split()
@@ -289,7 +292,7 @@ def test_a_resumed_run_keeps_its_settings(stopped, words, named):
 def test_a_finished_run_and_no_run_cannot_be_resumed(run, tmp_path):
     assert "nothing is left to resume" in refused("train", "--resume", "--out", run[0])
     assert "holds no run to resume" in refused("train", "--resume", "--out", tmp_path)
-    assert "exclude each other" in refused("train", "--resume", "--overwrite", "--out", tmp_path)
+    assert "goes with neither --overwrite" in refused("train", "--resume", "--overwrite", "--out", tmp_path)
 
 
 def test_a_failed_run_says_why(model, tmp_path, monkeypatch):

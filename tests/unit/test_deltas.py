@@ -368,7 +368,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_idle_ranks_do_not_move(name: str, gated: bool, monkeypatch) -> None:
     """With momentum, weight decay, a schedule and clipping; also where DDP gives idle blocks a gradient of zero."""
-    monkeypatch.setattr(base, "several_processes", lambda: gated)
+    monkeypatch.setattr(base, "in_process_group", lambda: gated)
     model = net()
     optimizer = OPTIMIZERS[name]([p for p in model.parameters() if p.requires_grad])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda g: 1 / (1 + 0.1 * g))
@@ -424,7 +424,7 @@ def test_the_zero_gate_changes_nothing(monkeypatch) -> None:
     """Its gradients are zeros, so neither clipping nor the active ranks notice it."""
 
     def train(gated: bool) -> list[Tensor]:
-        monkeypatch.setattr(base, "several_processes", lambda: gated)
+        monkeypatch.setattr(base, "in_process_group", lambda: gated)
         model = net()
         optimizer = OPTIMIZERS["AdamW"]([p for p in model.parameters() if p.requires_grad])
         controller = attach(model, optimizer, total_steps=20)

@@ -7,7 +7,8 @@ import pytest
 
 from increlora import runs
 from increlora.errors import RunFolderError
-from increlora.runs import FORMAT, RunFolder, finite, whole_folder, write_text
+from increlora.files import whole_folder, write_text
+from increlora.runs import FORMAT, RunFolder, finite
 
 
 @pytest.fixture

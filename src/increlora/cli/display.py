@@ -1,7 +1,6 @@
 """What a run shows: a live bar in a terminal, a line now and then elsewhere, and the result at the end."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from ..naming import places, short
 
 LINES = 10  # of progress, where there is no terminal
 SHADES = ("grey11", "grey19", "grey30", "grey42", "grey54", "grey66", "grey78")  # the more rank, the lighter
@@ -48,9 +49,12 @@ class Progression:
 def show_result(console: Console, state: Mapping[str, Any], path: Path) -> None:
     """Metric, time, memory and parameters of a finished run, where the rank went, and where the files are."""
     metric, budget, memory = state["metric"], state["budget"], state["peak_memory_bytes"]
-    name = metric["name"]
     table = Table.grid(padding=(0, 2))
-    table.add_row(name, f"{metric['before']:.3f} → {metric['after']:.3f} (best {metric['best']:.3f})")
+    for name, after in sorted(state["metrics"]["after"].items(), key=lambda item: item[0] != metric["name"]):
+        best = f" (best {metric['best']:.3f})" if name == metric["name"] else ""
+        ignorant = state["metrics"]["baseline"].get(name)
+        floor = "" if ignorant is None else f", {ignorant:.3f} without looking"
+        table.add_row(name, f"{state['metrics']['before'][name]:.3f} → {after:.3f}{best}{floor}")
     table.add_row("time", f"{state['seconds']['train']:.0f} s training, {state['seconds']['total']:.0f} s in all")
     table.add_row("memory", "not measured" if memory is None else f"{memory / 2**20:,.0f} MiB at peak")
     table.add_row("ranks", f"{budget['ranks_used']}" + of(budget["ranks_target"]))
@@ -70,7 +74,7 @@ def of(target: int | None) -> str:
 
 def rank_map(ranks: Mapping[str, int]) -> Table:
     """Final ranks as a table layer × module type, shaded by rank; `·` where there is no such module."""
-    cells = {place(name): rank for name, rank in ranks.items()}
+    cells = {where: ranks[name] for name, where in places(ranks).items()}
     layers = list(dict.fromkeys(layer for layer, _ in cells))
     kinds = list(dict.fromkeys(kind for _, kind in cells))
     most = max(ranks.values(), default=0)
@@ -81,25 +85,6 @@ def rank_map(ranks: Mapping[str, int]) -> Table:
     for layer in layers:
         table.add_row(layer, *(shaded(cells.get((layer, kind)), most) for kind in kinds))
     return table
-
-
-def place(name: str) -> tuple[str, str]:
-    """(layer, module type) of a module: "h.layer.3.attention.query" → ("3", "attention.query")."""
-    found = re.fullmatch(r".*?\.(\d+)\.(.+)", name)
-    return (found[1], found[2]) if found else ("–", name)
-
-
-def short(names: Iterable[str]) -> list[str]:
-    """Each name from its last component on, or from as far to the left as it takes to tell it from the others."""
-    parts = [name.split(".") for name in names]
-
-    def shortest(name: list[str]) -> str:
-        for count in range(1, len(name)):
-            if sum(other[-count:] == name[-count:] for other in parts) == 1:
-                return ".".join(name[-count:])
-        return ".".join(name)
-
-    return [shortest(name) for name in parts]
 
 
 def shaded(rank: int | None, most: int) -> Text:

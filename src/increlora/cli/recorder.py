@@ -17,11 +17,11 @@ from .display import Progression
 class Recorder(TrainerCallback):
     """Writes metrics.jsonl (a row per optimizer step) and events.jsonl (a row per event of the controller).
 
-        {"step", "loss", "learning_rate", "ranks", "parameters", "seconds"[, metric]}
+        {"step", "loss", "learning_rate", "ranks", "parameters", "seconds"[, metrics]}
 
     step: optimizer steps done.   ranks: active after the step.   parameters: live during the step, in LoRA form,
-    reserve included.   seconds: of training so far, without evaluation.   The metric is there every `evaluate_every`
-    steps and at the end; row 0 has nothing but the metric before training.
+    reserve included.   seconds: of training so far, without evaluation.   The task's metrics, each under its name, are
+    there every `evaluate_every` steps and at the end; row 0 has nothing but the metrics before training.
     """
 
     def __init__(self, folder: RunFolder, task: Task, progress: Progression, *, evaluate_every: int) -> None:
@@ -45,7 +45,7 @@ class Recorder(TrainerCallback):
         seconds = self.before + time.perf_counter() - self.started
         self.row = {"ranks": rank_summary(model).active, "parameters": self.live, "seconds": round(seconds, 3)}
         if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
-            self.row[self.task.metric] = self._evaluate(model)
+            self.row |= self._evaluate(model)
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: Mapping[str, float], **kwargs: Any) -> None:
         if "loss" not in logs:  # the Trainer's summary at the end
@@ -54,11 +54,11 @@ class Recorder(TrainerCallback):
         self.folder.append("metrics.jsonl", row)
         self.progress.step(row, self.task.metric)
 
-    def _evaluate(self, model: nn.Module) -> float:
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
         begin = time.perf_counter()
-        value = self.task.evaluate(model)
+        values = self.task.evaluate(model)
         self.started += time.perf_counter() - begin
-        return value
+        return values
 
 
 def live_parameters(model: nn.Module) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..hosts.peft import rank_summary
 from ..runs import RunFolder
-from ..tasks import Task
+from ..tasks import Task, model_name
 from .settings import TrainSettings
 
 PACKAGES = ("increlora", "torch", "peft", "transformers", "accelerate")
@@ -34,7 +34,15 @@ def initial_state(settings: TrainSettings, model: Any, task: Task, path: Path) -
         "source": task.source,
         "seed": settings.seed,
         "command": settings.command(path),
-        "metric": {"name": task.metric, "before": None, "after": None, "best": None},
+        "metric": {
+            "name": task.metric,
+            "higher_is_better": task.higher_is_better,
+            "before": None,
+            "after": None,
+            "best": None,
+            "baseline": task.baseline.get(task.metric),
+        },
+        "metrics": {"before": None, "after": None, "baseline": dict(task.baseline)},
         "budget": {
             "ranks_target": summary.budget_ranks,
             "ranks_used": summary.active,
@@ -64,7 +72,7 @@ def initial_state(settings: TrainSettings, model: Any, task: Task, path: Path) -
             "metrics": [],
         },
         "meta_info": {
-            "model_info": {"name": settings.model},
+            "model_info": {"name": model_name(settings.task, settings.model)},
             "package_info": {f"{name}-version": version(name) for name in PACKAGES},
             "system_info": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
         },
@@ -78,7 +86,10 @@ def finish(state: dict[str, Any], folder: RunFolder, model: nn.Module) -> None:
     summary, name = rank_summary(model), state["metric"]["name"]
     measured = [row[name] for row in steps if name in row]
     live = [row["parameters"] for row in steps]
-    state["metric"] |= {"before": rows[0][name], "after": measured[-1], "best": max(measured)}
+    best = max if state["metric"]["higher_is_better"] else min
+    state["metric"] |= {"before": rows[0][name], "after": measured[-1], "best": best(measured)}
+    names = rows[0].keys() - {"step"}
+    state["metrics"] |= {"before": {n: rows[0][n] for n in names}, "after": {n: steps[-1][n] for n in names}}
     state["budget"] |= {
         "ranks_used": summary.active,
         "parameters_used": summary.parameters,

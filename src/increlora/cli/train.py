@@ -1,186 +1,104 @@
-"""One training run, from settings to a finished run folder."""
+"""`increlora train`: options, recipe and resumption, up to the settings of a run."""
 
-import contextlib
-import math
-import re
-import time
-import warnings
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from peft import TaskType, get_peft_model
+import typer
 from rich.console import Console
-from torch import nn
-from transformers import PreTrainedModel, PrinterCallback
-from transformers.pytorch_utils import Conv1D
 
-from ..errors import CheckpointError
-from ..hosts.export import export_lora
-from ..hosts.peft.config import check_folder
-from ..runs import RunFolder, checkpoint_step, whole_folder
-from ..runtime import controllers_of
-from ..schedules import Run
-from ..tasks import Task, load_causal, load_classifier, load_task
-from .display import Progression, show_result
-from .recorder import Recorder
-from .result import close, finish, initial_state
-from .settings import TrainSettings
-from .trainer import SampledTrainer, training_arguments
+from ..methods import METHODS
+from ..runs import RunFolder
+from ..tasks import TASKS
+from .recipes import from_toml, read_recipe
+from .settings import TrainSettings, refuse_changes, resolve
 
-PARTS = 4  # evaluations and checkpoints per run
-CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+DEFAULTS = TrainSettings()
 
 
-def train(settings: TrainSettings, folder: RunFolder, console: Console, *, resume: bool, overwrite: bool) -> None:
-    """Train, and leave a complete run folder; `resume` continues the run that is there.
-
-    Everything that can be refused is refused before the folder is touched.
-    Raises: IncreloraError, peft's and the file system's errors; run.json then says `failed`, and `interrupted` after
-    Ctrl-C.
-    """
-    began = time.perf_counter()
-    checkpoint = folder.checkpoint() if resume else None
-    if checkpoint is not None:
-        check_checkpoint(checkpoint)
-    elif not resume:
-        folder.check_free(overwrite=overwrite)
-    model, task = build(settings)
-    total = math.ceil(settings.epochs * math.ceil(len(task.train) / settings.batch_size))
-    check_schedule(model, total)
-    state = (folder.state() if resume else None) or initial_state(settings, model, task, folder.path)
-    open_folder(settings, folder, state, checkpoint, resume=resume, overwrite=overwrite)
-    with recorded(folder, state, began):
-        fit(settings, folder, model, task, console, checkpoint=checkpoint, total=total)
-        with whole_folder(folder.path / "adapter") as adapter:
-            model.save_pretrained(adapter)
-        export_lora(model, folder.path / "lora")
-        finish(state, folder, model)
-    show_result(console, state, folder.path)
+def choice(text: str, default: object) -> Any:
+    """An option that knows whether it was given; the default is the settings'."""
+    shown = "all" if default is None else default
+    return typer.Option(help=text, show_default=str(shown))
 
 
-# -- the model and the task ------------------------------------------------------------------------------------------
+def train(
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A recipe (TOML); options given beside it count.")
+    ] = None,
+    method: Annotated[str | None, choice(f"{', '.join(METHODS)}.", DEFAULTS.method)] = None,
+    task: Annotated[str | None, choice(f"{', '.join(TASKS)}.", DEFAULTS.task)] = None,
+    model: Annotated[str | None, choice("Name on the hub, or a folder.", "the task's")] = None,
+    data: Annotated[str | None, choice("Folder or file with the task's data.", "the task's own source")] = None,
+    r: Annotated[int | None, choice("Average rank per module that the budget pays for.", DEFAULTS.r)] = None,
+    preset: Annotated[str | None, choice("`paper`: settings of the published code.", "none")] = None,
+    target_modules: Annotated[
+        str | None, choice("Names with commas between, all-linear, or a regular expression.", "the trunk's linears")
+    ] = None,
+    epochs: Annotated[float | None, choice("Passes over the training examples.", DEFAULTS.epochs)] = None,
+    lr: Annotated[float | None, choice("Peak learning rate.", DEFAULTS.lr)] = None,
+    lr_warmup: Annotated[str | None, choice("Steps (int), or a share of the run (0.1).", DEFAULTS.lr_warmup)] = None,
+    weight_decay: Annotated[float | None, choice("Of all trained parameters.", DEFAULTS.weight_decay)] = None,
+    max_grad_norm: Annotated[float | None, choice("Gradients are clipped to it.", DEFAULTS.max_grad_norm)] = None,
+    head_dropout: Annotated[float | None, choice("Before a classification head.", "the model's")] = None,
+    batch_size: Annotated[int | None, choice("Examples per step.", DEFAULTS.batch_size)] = None,
+    max_length: Annotated[int | None, choice("Tokens per example.", DEFAULTS.max_length)] = None,
+    max_train_samples: Annotated[int | None, choice("Limit.", DEFAULTS.max_train_samples)] = None,
+    max_eval_samples: Annotated[int | None, choice("Limit.", DEFAULTS.max_eval_samples)] = None,
+    evaluations: Annotated[int | None, choice("How often validation is measured.", DEFAULTS.evaluations)] = None,
+    report_to: Annotated[str | None, choice("Logger of the Trainer: tensorboard, …", DEFAULTS.report_to)] = None,
+    seed: Annotated[int | None, choice("Of data order, head, adapter and dropout.", DEFAULTS.seed)] = None,
+    out: Annotated[Path | None, choice("Run folder.", "runs/METHOD-TASK, or runs/RECIPE")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print modules, budget, events, memory.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable.")
+    ] = None,
+) -> None:
+    """Fine-tune a model with an adapter, and show where the rank went."""
+    given = {
+        "method": method, "task": task, "model": model, "data": data, "r": r, "preset": preset,
+        "target_modules": target_modules, "epochs": epochs, "lr": lr, "lr_warmup": a_time(lr_warmup),
+        "weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "head_dropout": head_dropout,
+        "batch_size": batch_size, "max_length": max_length, "max_train_samples": max_train_samples,
+        "max_eval_samples": max_eval_samples, "evaluations": evaluations, "report_to": report_to, "seed": seed,
+    }  # fmt: skip
+    if resume and (overwrite or config or dry_run):
+        raise typer.BadParameter("--resume goes with neither --overwrite nor --config nor --dry-run: leave them out")
+    recipe = read_recipe(config) if config else {}
+    chosen = recipe | {name: value for name, value in given.items() if value is not None}
+    usual = config.stem if config else f"{chosen.get('method', DEFAULTS.method)}-{chosen.get('task', DEFAULTS.task)}"
+    folder = RunFolder(out or Path("runs", usual.replace("/", "-")))
+    settings = settings_of(folder, given, set_ or [], recipe=recipe, resume=resume)
+    if dry_run:
+        from .plan import show_plan
 
+        return show_plan(settings, Console())
+    from .run import train as run  # the Trainer takes a second to import; a wrong option should not wait for it
 
-def build(settings: TrainSettings) -> tuple[Any, Task]:
-    """The backbone with a fresh adapter, and the task, tokenized for it."""
-    model, tokenizer = load_classifier(settings.model, 2, settings.seed)
-    task = load_task(
-        settings.task, tokenizer, max_length=settings.max_length, max_train_samples=settings.max_train_samples,
-        max_eval_samples=settings.max_eval_samples, seed=settings.seed,
-    )  # fmt: skip
-    if task.num_labels is None:
-        model, _ = load_causal(settings.model)
-    elif task.num_labels != 2:
-        model, _ = load_classifier(settings.model, task.num_labels, settings.seed)
-    kind = TaskType.CAUSAL_LM if task.num_labels is None else TaskType.SEQ_CLS  # SEQ_CLS: the head is trained, too
-    config = settings.peft_config(target_modules(settings.target_modules, model), task_type=kind)
-    with warnings.catch_warnings():  # peft 0.21 reads a property by the name it had before transformers 5.23
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return get_peft_model(model, config), task
-
-
-def target_modules(chosen: str | None, model: PreTrainedModel) -> str | list[str]:
-    """What `--target-modules` means; by default every linear map of the trunk but a pooler's."""
-    if chosen is not None:
-        return chosen.split(",") if re.fullmatch(r"[\w.]+(,[\w.]+)*", chosen) else chosen
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and name.startswith(model.base_model_prefix + ".")
-        and "pooler" not in name.split(".")
-    ]
-
-
-def check_schedule(model: nn.Module, steps: int) -> None:
-    """Ask every schedule for its events in a run of so many steps. Raises ScheduleError if one falls short."""
-    for controller in controllers_of(model):
-        if controller.method.events is not None and not controller.finished:
-            controller.method.events(Run(steps, len(controller.names)), controller.holdings(), 0)
-
-
-# -- the folder ------------------------------------------------------------------------------------------------------
-
-
-def open_folder(
-    settings: TrainSettings, folder: RunFolder, state: dict[str, Any], checkpoint: Path | None, *, resume: bool,
-    overwrite: bool,
-) -> None:  # fmt: skip
-    """Begin the run's files, or cut them back to the checkpoint."""
-    if not resume:
-        folder.create(settings.toml(folder.path), state, overwrite=overwrite)
-        return
-    done = checkpoint_step(checkpoint) if checkpoint else 0
-    folder.keep_rows("metrics.jsonl", before=done + 1)  # counts steps done
-    folder.keep_rows("events.jsonl", before=done)  # names the step, from 0
-    state |= {"status": "running", "error": ""}
-    folder.write_state(state)
-
-
-def check_checkpoint(path: Path) -> None:
-    """Raise CheckpointError if a file of the checkpoint is missing or damaged, before anything is loaded."""
-    remedy = f"remove {path} to resume from the checkpoint before it"
-    for name in ("adapter_model.safetensors", *CHECKPOINT_FILES):
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path / name} is missing; {remedy}")
     try:
-        check_folder(path)
-        for name in CHECKPOINT_FILES:
-            check_archive(path / name)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; or {remedy}") from error
-
-
-def check_archive(path: Path) -> None:
-    """Raise CheckpointError if a file written by torch.save is not whole."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            if bad := file.testzip():
-                raise zipfile.BadZipFile(f"bad checksum of {bad}")
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({error}); restore it from a copy") from error
-
-
-@contextlib.contextmanager
-def recorded(folder: RunFolder, state: dict[str, Any], began: float) -> Iterator[None]:
-    """Whatever happens inside, run.json says how it ended."""
-    status, message = "failed", ""
-    try:
-        yield
-        status = "finished"
+        run(settings, folder, Console(), resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    except BaseException as error:
-        message = f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        close(state, status, message, seconds=time.perf_counter() - began)
-        folder.write_state(state)
+        if folder.path.exists():
+            typer.echo(f"interrupted; continue with: increlora train --resume --out {folder.path}", err=True)
+        raise typer.Exit(130) from None
 
 
-# -- training --------------------------------------------------------------------------------------------------------
+def a_time(text: str | None) -> int | float | None:
+    """Steps or a share of the run, from the command line."""
+    try:
+        return None if text is None else int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"--lr-warmup {text}: give steps as an int, or a share of the run like 0.06") from None
 
 
-def fit(
-    settings: TrainSettings, folder: RunFolder, model: Any, task: Task, console: Console, *, checkpoint: Path | None,
-    total: int,
-) -> None:  # fmt: skip
-    """Measure, train `total` steps (the rest of them after a checkpoint), measure in between and at the end."""
-    every = math.ceil(total / PARTS)
-    trainer = SampledTrainer(
-        model=model,
-        args=training_arguments(settings, folder.path / "checkpoints", total=total, save_every=every),
-        train_dataset=task.train,
-        data_collator=task.collate,
-    )
-    trainer.remove_callback(PrinterCallback)
-    if not folder.rows("metrics.jsonl"):
-        folder.append("metrics.jsonl", {"step": 0, task.metric: task.evaluate(model)})
-    done = checkpoint_step(checkpoint) if checkpoint else 0
-    budget = controllers_of(model)[0].method.budget.ranks if controllers_of(model) else None
-    with Progression(console, total=total, done=done, budget=budget) as progress:
-        trainer.add_callback(Recorder(folder, task, progress, evaluate_every=every))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+def settings_of(
+    folder: RunFolder, given: dict[str, Any], pairs: Sequence[str], *, recipe: dict[str, Any], resume: bool
+) -> TrainSettings:
+    """Settings of a new run, or those of the run to resume."""
+    if not resume:
+        return resolve(given, pairs, recipe)
+    settings = from_toml(folder.config(), folder.path)
+    refuse_changes(settings, given, pairs, folder.path)
+    return settings

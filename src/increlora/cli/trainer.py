@@ -1,6 +1,5 @@
 """The Hugging Face Trainer as this command uses it: batches that a resumed run draws again, and quiet."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +8,8 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..schedules import Run, in_steps
+from ..tasks.base import lengths
 from .settings import TrainSettings
 
 
@@ -16,8 +17,7 @@ class SampledTrainer(Trainer):
     """The Trainer with batches of similar length, drawn from (seed, epoch) alone: a resumed epoch goes on as begun."""
 
     def get_train_dataloader(self) -> DataLoader:
-        lengths = [len(example["input_ids"]) for example in self.train_dataset]
-        sampler = EpochSampler(lengths, self.args.train_batch_size, self.args.seed)
+        sampler = EpochSampler(lengths(self.train_dataset), self.args.train_batch_size, self.args.seed)
         loader = DataLoader(
             self.train_dataset, self.args.train_batch_size, sampler=sampler, collate_fn=self.data_collator
         )
@@ -49,14 +49,15 @@ def training_arguments(settings: TrainSettings, out: Path, *, total: int, save_e
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.lr,
         lr_scheduler_type="linear",
-        warmup_steps=math.ceil(settings.lr_warmup * total),
+        warmup_steps=in_steps(settings.lr_warmup, Run(total, 0), name="--lr-warmup"),
+        weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
         save_steps=save_every,
         save_total_limit=2,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to="none",
+        report_to=settings.report_to,
         disable_tqdm=True,
         log_level="error",
         remove_unused_columns=False,

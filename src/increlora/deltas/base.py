@@ -205,8 +205,8 @@ class BlockDelta(Delta):
         return y
 
     def _gate(self, value: Tensor) -> Tensor:
-        """`value`, with every idle parameter made part of the graph where several processes insist on it."""
-        if not (torch.is_grad_enabled() and several_processes()):
+        """`value`, with every idle parameter made part of the graph where a process group may insist on it."""
+        if not (torch.is_grad_enabled() and in_process_group()):
             return value
         still = [p for p in self.still() if p.requires_grad]
         return ZeroGate.apply(value, *still) if still else value
@@ -246,9 +246,10 @@ def add_product(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return total if y.dim() == 2 else total.view(y.shape)  # FSDP2 distrusts views that a module returns
 
 
-def several_processes() -> bool:
-    """Is this one of several processes? Then every parameter must take part in every backward pass (DDP insists)."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def in_process_group() -> bool:
+    """Has torch.distributed been initialised? Then every parameter must take part in every backward pass: DDP insists,
+    also in a group of one."""
+    return dist.is_available() and dist.is_initialized()
 
 
 class ZeroGate(torch.autograd.Function):

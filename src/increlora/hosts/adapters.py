@@ -1,14 +1,20 @@
-"""What an adapter of ours amounts to, from a live model or from its folder: factors of each module, and the rest."""
+"""What an adapter amounts to, whoever wrote it: factors of each module, and the rest.
 
-import json
+Read are our own adapters, peft's LoRA and peft's AdaLoRA; each from a live model, from its folder, or from the run
+folder that holds it.
+"""
+
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -16,67 +22,124 @@ from torch import Tensor, nn
 from ..deltas import BlockDelta
 from ..errors import CheckpointError, ConfigError, ExportError
 from ..methods import Method, Site
+from .foreign import adalora_factors, described, live_factors, lora_factors
+from .lora_format import PREFIX, read_config, read_shapes
 from .peft import checkpoint
 from .peft.config import CONFIGS, check_folder
 from .peft.drive import chosen_adapter
-from .peft.layer import AdapterLayer
 from .peft.model import adapter_layers
 
-PREFIX = checkpoint.PREFIX
+READERS = {"LORA": lora_factors, "ADALORA": adalora_factors}
+KNOWN = (*CONFIGS, *READERS)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an export needs to know, from a live model or from disk.
+    """What an export needs to know.
 
     Attributes:
-        config: the native config.   factors: module → (A, B) with ΔW = B A, zero components left out.
+        kind: peft type.   config: ours, or a LoraConfig that says what the adapter belongs to.
+        factors: module → (A, B) with ΔW = B A, zero components left out.
+        ranks: module → rank in use: active rank of ours, components that are not zero of others.
         others: further tensors (`modules_to_save`) by module path.
         every: names of all modules of the base model, None where only the adapter is known.
     """
 
+    kind: str
     config: Any
     factors: Mapping[str, tuple[Tensor, Tensor]]
+    ranks: Mapping[str, int]
     others: Mapping[str, Tensor]
     every: frozenset[str] | None
 
 
+def read_adapter(source: nn.Module | str | os.PathLike[str], adapter_name: str | None = None) -> Adapter:
+    """The adapter of a live model, of its folder, or of a run folder.
+
+    Raises: ExportError if there is none by that name or of a kind we read, CheckpointError if a folder is damaged."""
+    if isinstance(source, nn.Module):
+        return from_model(source, adapter_name)
+    return from_folder(adapter_folder(Path(source)) / (adapter_name or ""))
+
+
+def adapter_folder(path: Path, part: str = "adapter") -> Path:
+    """The folder of an adapter: `path` itself, or `part` of the run folder `path`."""
+    if not (path / "run.json").is_file():
+        return path
+    if not (path / part).is_dir():
+        raise CheckpointError(
+            f"{path} holds no {part}/: it is not finished; resume it, or give one of its checkpoints"
+        )
+    return path / part
+
+
 @torch.no_grad()
 def from_model(model: nn.Module, adapter_name: str | None) -> Adapter:
-    """The adapter of a live model. Raises ExportError if it has none of ours by that name."""
+    """The adapter of a live model. Raises ExportError if it has none by that name."""
+    name = foreign_adapter(model, adapter_name)
+    if name is not None:
+        config = model.peft_config[name]  # type: ignore[index]
+        pairs, rest = live_factors(model, name, config)
+        return foreign(str(config.peft_type.value), config.to_dict(), pairs, rest, base_names(model))
     try:
         name = chosen_adapter(model, adapter_name)
     except ConfigError as error:
         raise ExportError(f"nothing to export: {error}") from None
-    layers = {n.removeprefix(PREFIX): layer for n, layer in adapter_layers(model, name).items()}
+    deltas = {n.removeprefix(PREFIX): layer.delta(name) for n, layer in adapter_layers(model, name).items()}
     config = model.peft_config[name]  # type: ignore[index]
-    factors = {n: nonzero(*layer.delta(name).factors()) for n, layer in layers.items()}
-    return Adapter(config, factors, others(get_peft_model_state_dict(model, adapter_name=name)), base_names(model))
+    rest = others(get_peft_model_state_dict(model, adapter_name=name))
+    return native(config, deltas, rest, base_names(model))
+
+
+def foreign_adapter(model: nn.Module, adapter_name: str | None) -> str | None:
+    """Name of the adapter if it is one of peft's own that we read."""
+    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    active = [n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.active_adapters]
+    name = adapter_name or next(iter(active), None)
+    kinds = (PeftType.LORA, PeftType.ADALORA)
+    return name if name in configs and configs[name].peft_type in kinds else None
 
 
 @torch.no_grad()
 def from_folder(path: Path) -> Adapter:
-    """The adapter in a folder of ours; no model is built. Raises CheckpointError if it is damaged or foreign."""
+    """The adapter in a folder; no model is built. Raises as `read_adapter`."""
+    raw = read_config(path)
+    kind = raw.get("peft_type")
+    if kind not in KNOWN:
+        raise ExportError(f"{path} holds an adapter of type {kind}, expected one of {', '.join(KNOWN)}")
+    read_shapes(path)
+    state = load_file(path / SAFETENSORS_WEIGHTS_NAME)
+    state = {key: state[key] for key in sorted(state, key=natural)}
+    if kind in READERS:
+        return foreign(kind, raw, *READERS[kind](raw, state, str(path)), None)
     check_folder(path)
-    weights = path / SAFETENSORS_WEIGHTS_NAME
-    if not weights.is_file():
-        raise CheckpointError(f"{weights} is missing: give the folder that `save_pretrained` wrote")
-    kind = json.loads((path / CONFIG_NAME).read_text()).get("peft_type")
-    if kind not in CONFIGS:
-        raise ExportError(f"{path} holds an adapter of type {kind}, expected one of {sorted(CONFIGS)}")
     config: Any = CONFIGS[kind].from_pretrained(str(path))  # type: ignore[attr-defined]
-    state = load_file(weights)
     parts = checkpoint.split(state)
     if not parts:
-        raise CheckpointError(f"{weights} holds no module of ours: give the folder that `save_pretrained` wrote")
+        raise CheckpointError(f"{path / SAFETENSORS_WEIGHTS_NAME} holds no module of ours: it is damaged or foreign")
     shapes = {name: features(name, found) for name, found in parts.items()}
     totals = len(shapes), sum(m + n for m, n in shapes.values())
     method = config.settings().method(*totals)
-    factors = {
-        name: nonzero(*rebuilt(method, Site(name, *shapes[name], *totals), found).factors())
-        for name, found in parts.items()
-    }
-    return Adapter(config, factors, others(state), None)
+    deltas = {name: rebuilt(method, Site(name, *shapes[name], *totals), found) for name, found in parts.items()}
+    return native(config, deltas, others(state), None)
+
+
+def native(
+    config: Any, deltas: Mapping[str, BlockDelta], rest: Mapping[str, Tensor], every: frozenset[str] | None
+) -> Adapter:
+    factors = {name: nonzero(*delta.factors()) for name, delta in deltas.items()}
+    ranks = {name: delta.rank for name, delta in deltas.items()}
+    return Adapter(config.peft_type.value, config, factors, ranks, rest, every)
+
+
+def foreign(
+    kind: str, raw: Mapping[str, Any], pairs: Mapping[str, tuple[Tensor, Tensor]], rest: Mapping[str, Tensor],
+    every: frozenset[str] | None,
+) -> Adapter:  # fmt: skip
+    factors = {name: nonzero(*pair) for name, pair in pairs.items()}
+    ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
+    config: LoraConfig = described(raw)
+    return Adapter(kind, config, factors, ranks, rest, every)
 
 
 def others(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -114,5 +177,10 @@ def base_names(model: nn.Module) -> frozenset[str]:
     """Module names of the model as it was before any adapter."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     named = dict(base.named_modules())
-    inside = tuple(f"{n}." for n, m in named.items() if isinstance(m, AdapterLayer | AuxiliaryTrainingWrapper))
+    inside = tuple(f"{n}." for n, m in named.items() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper))
     return frozenset(name for name in named if not name.startswith(inside))
+
+
+def natural(key: str) -> list[Any]:
+    """Sorts layer 10 behind layer 2."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", key)]

@@ -4,14 +4,13 @@
     pattern   each module its own rank, `rank_pattern` = `alpha_pattern`; modules without rank are left out; smaller
 
 Scale and e are folded into A and B, as the forward pass folds them; a component that adds exactly nothing is left out.
+Only `max_rank` approximates, and says by how much.
 """
 
 import json
 import os
-import re
-import shutil
-import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -23,104 +22,133 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ExportError
-from .adapters import PREFIX, Adapter, from_folder, from_model
+from ..files import whole_folder
+from .adapters import Adapter, read_adapter
+from .lora_format import PREFIX
+from .targets import check_patterns, targets
+from .truncate import truncated
 
 Layout = Literal["uniform", "pattern"]
+Factors = Mapping[str, tuple[Tensor, Tensor]]
 MARK = "increlora"  # metadata key of our exports: a folder that bears it may be written over
+
+
+@dataclass(frozen=True)
+class Exported(os.PathLike[str]):
+    """What an export wrote; stands for its folder wherever a path is expected.
+
+    Attributes:
+        path: the folder.   layout: `uniform` or `pattern`.   ranks: module → rank of its ΔW, padding not counted.
+        errors: module → relative Frobenius error ‖ΔW' − ΔW‖/‖ΔW‖, for the modules that `max_rank` truncated.
+        parameters: numbers in A and B.   padding: how many of them are padding.   size: bytes of the weights file.
+    """
+
+    path: Path
+    layout: Layout
+    ranks: Mapping[str, int]
+    parameters: int
+    padding: int
+    size: int
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    __str__ = __fspath__
 
 
 def export_lora(
     model_or_path: nn.Module | str | os.PathLike[str],
     out: str | os.PathLike[str],
     layout: Layout = "uniform",
+    *,
+    max_rank: int | None = None,
     adapter_name: str | None = None,
-) -> Path:
+) -> Exported:
     """Write a plain LoRA adapter that stock peft and the serving engines load, equal to the forward pass as it is now
     (in mid-growth the reserve's share included).
 
     Args:
-        model_or_path: model with one of our adapters, or a folder written by its `save_pretrained`.
+        model_or_path: model with an adapter, or a folder: written by its `save_pretrained`, or of a run. The adapter is
+            one of ours, peft's LoRA (to lay it out anew or truncate it; patterns and rsLoRA are folded in) or peft's
+            AdaLoRA (E is folded in, masked triplets are dropped).
         out: folder to write; new, empty, or an earlier export, which is replaced.
         layout: `uniform` or `pattern`, see above.
+        max_rank: truncate ΔW of each module to its max_rank ≥ 1 strongest components; None keeps all.
         adapter_name: default the active adapter; of a folder: its subfolder.
-    Returns: `out`. Tensors keep their dtype. The folder appears in one piece or not at all.
-    Raises: ExportError (no adapter of ours, unknown layout, a folder in the way), CheckpointError (damaged input).
+    Returns: what was written. Tensors keep their dtype; folded factors are rounded to it once. The folder appears in
+        one piece or not at all.
+    Raises: ExportError (no adapter that we read, unknown layout, more than low-rank, a folder in the way),
+        CheckpointError (damaged input).
     """
     out = Path(out)
     if layout not in ("uniform", "pattern"):
         raise ExportError(f"layout={layout!r}: choose 'uniform' or 'pattern'")
+    if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
+        raise ExportError(f"max_rank={max_rank!r}: give an int of at least 1")
     check_out(out)
-    if isinstance(model_or_path, nn.Module):
-        adapter = from_model(model_or_path, adapter_name)
-    else:
-        adapter = from_folder(Path(model_or_path, adapter_name or ""))
-    ranks = {name: A.shape[0] for name, (A, _) in adapter.factors.items()}
-    top = max(1, *ranks.values())
-    if layout == "uniform":
-        factors = {name: padded(A, B, top) for name, (A, B) in adapter.factors.items()}
-        patterns: dict[str, int] = {}
-    else:
-        factors = {name: pair for name, pair in adapter.factors.items() if ranks[name]}
-        if not factors:
-            raise ExportError("layout='pattern': no module has any rank yet; train first, or use layout='uniform'")
-        patterns = {name: ranks[name] for name in factors}
-        check_patterns(patterns)
-    config = lora_config(adapter, list(factors), top, patterns)
-    write(out, config, lora_tensors(factors, adapter.others), layout)
-    return out
+    adapter = read_adapter(model_or_path, adapter_name)
+    factors, errors = limited(adapter.factors, max_rank)
+    laid_out = padded if layout == "uniform" else ranked
+    written, config = laid_out(adapter, factors)
+    write(out, config, lora_tensors(written, adapter.others), layout)
+    total, used = numbers(written), numbers(factors)
+    size = (out / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+    return Exported(out, layout, ranks(factors), total, total - used, size, errors)
 
 
-def padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(A, B) filled with zeros to this rank."""
-    missing = rank - A.shape[0]
-    return nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
+def limited(factors: Factors, max_rank: int | None) -> tuple[Factors, dict[str, float]]:
+    """Factors of at most `max_rank` ranks, and the error in each module that had more."""
+    if max_rank is None:
+        return factors, {}
+    found = {name: truncated(A, B, max_rank) for name, (A, B) in factors.items()}
+    errors = {name: error for name, (_, _, error) in found.items() if factors[name][0].shape[0] > max_rank}
+    return {name: (A, B) for name, (A, B, _) in found.items()}, errors
 
 
-def lora_tensors(factors: Mapping[str, tuple[Tensor, Tensor]], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def padded(adapter: Adapter, factors: Factors) -> tuple[Factors, LoraConfig]:
+    """The uniform layout: zeros fill every module up to the largest rank."""
+    top = max(1, *ranks(factors).values())
+    filled = {}
+    for name, (A, B) in factors.items():
+        missing = top - A.shape[0]
+        filled[name] = nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
+    return filled, lora_config(adapter, filled, top, {})
+
+
+def ranked(adapter: Adapter, factors: Factors) -> tuple[Factors, LoraConfig]:
+    """The pattern layout: every module with its own rank, those without left out."""
+    kept = {name: pair for name, pair in factors.items() if pair[0].shape[0]}
+    if not kept:
+        raise ExportError("layout='pattern': no module has any rank yet; train first, or use layout='uniform'")
+    check_patterns(ranks(kept))
+    return kept, lora_config(adapter, kept, max(ranks(kept).values()), ranks(kept))
+
+
+def ranks(factors: Factors) -> dict[str, int]:
+    return {name: A.shape[0] for name, (A, _) in factors.items()}
+
+
+def numbers(factors: Factors) -> int:
+    return sum(A.numel() + B.numel() for A, B in factors.values())
+
+
+def lora_config(adapter: Adapter, factors: Factors, rank: int, patterns: Mapping[str, int]) -> LoraConfig:
+    source = adapter.config
+    return LoraConfig(
+        r=rank, lora_alpha=rank, rank_pattern=dict(patterns), alpha_pattern=dict(patterns),
+        target_modules=targets(list(factors), adapter), modules_to_save=source.modules_to_save,
+        lora_dropout=source.lora_dropout, fan_in_fan_out=source.fan_in_fan_out, task_type=source.task_type,
+        auto_mapping=source.auto_mapping, base_model_name_or_path=source.base_model_name_or_path,
+        revision=source.revision, inference_mode=True,
+    )  # fmt: skip
+
+
+def lora_tensors(factors: Factors, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = {f"{PREFIX}{name}": value for name, value in others.items()}
     for name, (A, B) in factors.items():
         tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
     return {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-
-
-def lora_config(adapter: Adapter, modules: list[str], rank: int, patterns: Mapping[str, int]) -> LoraConfig:
-    native = adapter.config
-    return LoraConfig(
-        r=rank, lora_alpha=rank, rank_pattern=dict(patterns), alpha_pattern=dict(patterns),
-        target_modules=targets(modules, adapter), modules_to_save=native.modules_to_save,
-        lora_dropout=native.lora_dropout, fan_in_fan_out=native.fan_in_fan_out, task_type=native.task_type,
-        auto_mapping=native.auto_mapping, base_model_name_or_path=native.base_model_name_or_path,
-        revision=native.revision, inference_mode=True,
-    )  # fmt: skip
-
-
-def targets(modules: list[str], adapter: Adapter) -> list[str] | str:
-    """The shortest names that match these modules of the base model and no others, as peft matches them (whole name, or
-    ending after a dot); a regular expression where no list can."""
-    chosen, native = set(modules), adapter.config
-    if adapter.every is None:
-        plain = isinstance(native.target_modules, list | set) and chosen == set(adapter.factors)
-        filtered = native.exclude_modules or native.layers_to_transform is not None
-        return sorted(native.target_modules) if plain and not filtered else sorted(chosen)
-    foreign = adapter.every - chosen
-    last = {name.rpartition(".")[2] for name in chosen}
-    safe = {suffix for suffix in last if not any(matches(suffix, name) for name in foreign)}
-    names = safe | {name for name in chosen if name.rpartition(".")[2] not in safe}
-    if any(matches(target, name) for target in names for name in foreign):
-        return "|".join(re.escape(name) for name in sorted(chosen))
-    return sorted(names)
-
-
-def matches(target: str, name: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def check_patterns(patterns: Mapping[str, int]) -> None:
-    """peft takes the first key that a module's name or its ending matches, read as a regular expression."""
-    for name, rank in patterns.items():
-        first = next(key for key in patterns if re.match(rf"(.*\.)?({key})$", name))
-        if patterns[first] != rank:
-            raise ExportError(f"layout='pattern' cannot tell {name} from {first}: use layout='uniform'")
 
 
 def check_out(out: Path) -> None:
@@ -142,29 +170,10 @@ def is_our_export(folder: Path) -> bool:
 
 
 def write(out: Path, config: LoraConfig, tensors: dict[str, Tensor], layout: str) -> None:
-    """Both files, in one piece: a temporary folder beside `out`, synced, then renamed."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        folder = temporary / "new"
-        metadata = {"format": "pt", MARK: version("increlora"), "layout": layout}
+    metadata = {"format": "pt", MARK: version("increlora"), "layout": layout}
+    fields = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    with whole_folder(out) as folder:
         folder.mkdir()
-        fields = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
         (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata=metadata)
-        for file in (*folder.iterdir(), folder):
-            sync(file)
-        if out.exists():
-            out.rename(temporary / "old")
-        folder.rename(out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

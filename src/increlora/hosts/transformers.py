@@ -1,4 +1,5 @@
-"""The Hugging Face Trainer: tells controllers the length of the run, and adds penalties before clipping.
+"""The Hugging Face Trainer: tells controllers the length of the run, adds penalties before clipping, and adds ranks to
+what the Trainer logs.
 
 The callback joins every Trainer once an adapter of ours exists; it does nothing for models without one, and
 `trainer.remove_callback(increlora.hosts.transformers.IncreloraCallback)` takes it out.
@@ -7,6 +8,8 @@ The callback joins every Trainer once an adapter of ours exists; it does nothing
 import functools
 import importlib.util
 from typing import Any
+
+from torch import nn
 
 from ..runtime import Controller, controllers_of
 from ..runtime.penalty import add_penalty
@@ -18,7 +21,9 @@ def callback_class() -> type:
     from transformers.trainer_callback import TrainerCallback
 
     class IncreloraCallback(TrainerCallback):
-        """Run length at the start; the penalty's gradient before the first micro-batch of each step."""
+        """Run length at the start; the penalty's gradient before the first micro-batch of each step; ranks in the logs.
+
+        The Trainer calls default callbacks before those of `report_to`: what is added to `logs` here reaches them all."""
 
         def __init__(self) -> None:
             self.controllers: list[Controller] = []
@@ -40,7 +45,31 @@ def callback_class() -> type:
                     add_penalty(controller.deltas, rule, scale=scaler.get_scale() if scaler else 1.0)
                     controller.penalty_given = True
 
+        def on_log(self, args: Any, state: Any, control: Any, *, model: Any, logs: dict[str, float], **kw: Any) -> None:
+            if "loss" in logs and has_ranks(model):  # not what is logged of evaluations, nor the summary at the end
+                logs.update(rank_scalars(model))
+
     return IncreloraCallback
+
+
+def has_ranks(model: nn.Module) -> bool:
+    """Is an adapter of ours active in this model?"""
+    from .peft.layer import AdapterLayer
+
+    layers = (m for m in model.modules() if isinstance(m, AdapterLayer))
+    return any(name in layer.lora_delta for layer in layers for name in layer.active_adapters)
+
+
+def rank_scalars(model: nn.Module) -> dict[str, float]:
+    """Mean active rank per module, active parameters in LoRA form, and the share of the budget that is used, 0 to 1."""
+    from .peft.drive import rank_summary
+
+    ranks = rank_summary(model)
+    target, used = ranks.budget_ranks, ranks.active
+    if target is None:
+        target, used = ranks.budget_parameters, ranks.parameters
+    scalars = {"rank/mean": ranks.active / len(ranks.modules), "rank/active_parameters": ranks.parameters}
+    return scalars | ({"budget/used": used / target} if target else {})
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,9 @@
 """A method as data: which delta, which score, which schedule, which allocator. The runtime does the rest."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 
@@ -12,6 +13,8 @@ from ..deltas import Delta
 from ..penalties import OrthogonalityForm
 from ..schedules import GrowthSteps, Run
 from ..scores import Norm
+
+Value = TypeVar("Value", int, float)
 
 
 @dataclass(frozen=True)
@@ -94,3 +97,8 @@ class Method:
     def adaptive(self) -> bool:
         """Does this method need the runtime to drive it?"""
         return self.allocate is not None or self.penalty is not None
+
+
+def matching(patterns: Mapping[str, Value], name: str) -> Value | None:
+    """Value of the first pattern that matches a full module name or its ending, as peft's `rank_pattern` does."""
+    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), None)

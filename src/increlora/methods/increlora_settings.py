@@ -1,7 +1,6 @@
 """Settings of IncreLoRA: the default, the published code as `paper`, and the checks of both."""
 
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -26,20 +25,23 @@ class IncreLoraSettings:
         capacity: most ranks a module can ever hold; default max(8, 4 r).   capacity_pattern: per module name (regex).
         selection: `exact`, or `published` (ties and overshoot as in the published code).
         reserve: blocks next in line are `trained` in advance, `frozen` (published code without advance learning: they
-            count in the penalty only), or `none`.
+            count in the penalty only), or there are `none`.
         finish: when the budget is spent, `retire` the reserve, or `keep` training it without effect (published).
     Score
         score: `delta`, or the cheap `signed`.   score_norm: `sqrt_numel` (code) or `mean` (paper).
-        beta, beta_uncertainty: moving averages.   score_window: steps scored before an event; None: every step.
+        beta, beta_uncertainty: moving averages, in [0, 1).   score_window: steps scored before an event; None: all.
         score_accumulation: over micro-batches: `mean`, `last` (published) or `exact`.
     Form
-        lora_alpha: scale is α / average rank (`constant`) or α / (active rank + scale_epsilon) (`active_rank`).
+        lora_alpha: numerator α of the scale.   scaling: α / average rank of the budget (`constant`) or
+            α / (active rank + scale_epsilon) (`active_rank`).   scale_epsilon: see `scaling`.
         start, newborn: initial values of the first and of later blocks: `lora` (A Kaiming, B = 0, e = 1) or `published`
-            (A, B ~ N(0, 0.02²); e = 0, in reserve 1e-5).
+            (A, B ~ N(0, 0.02²); e = 0, in reserve 1e-5).   init_lora_weights: False draws B at random, for tests.
+        lora_dropout: on the input of ΔW, in [0, 1).
     Training
         clock: newborn tensors follow a `ramp` to the host's learning rate or the `published` restart of its linear
             schedule.   birth_warmup: length of that warm-up.
-        orthogonality: weight of the penalty; 0 turns it off.   orthogonality_form, penalty_place: see `penalties`.
+        orthogonality: weight of the penalty, ≥ 0; 0 turns it off.   orthogonality_form: `trainer` (norms, code) or
+            `squared` (paper).   penalty_place: whether gradient clipping sees the penalty.
         total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
     """
 
@@ -123,11 +125,6 @@ def paper_settings(r: int, **overrides: Any) -> dict[str, Any]:
         "penalty_place": "before_clipping", "reserve": "trained", "finish": "keep",
     } | overrides  # fmt: skip
     return {"birth_warmup": settings["warmup_steps"]} | settings
-
-
-def matching(patterns: Mapping[str, int], name: str) -> int | None:
-    """Value of the first pattern that matches a full module name or its ending, as peft's `rank_pattern` does."""
-    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
 def check_reachable(steps: GrowthSteps, first: int, stop: int, *, missing: int, per_event: int, strict: bool) -> None:

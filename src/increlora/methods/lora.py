@@ -1,16 +1,17 @@
 """LoRA: the yardstick, and the simplest row of the frame.
 
-    ΔW = (α/r) B A        A Kaiming-uniform (a = √5), B = 0; rank r everywhere, fixed
+    ΔW = (α/r) B A        A Kaiming-uniform (a = √5), B = 0; rank fixed: r everywhere, or as `rank_pattern` says
 
 Source: LoRA, section 4.1. Differs: nothing (equal to peft's LoRA step by step from equal initial values).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ..budget import Budget
 from ..deltas import LowRankDelta, Status
 from ..errors import ConfigError
-from .base import Method, Site
+from .base import Method, Site, matching
 from .initial import gaussian, kaiming, zeros
 
 
@@ -20,6 +21,7 @@ class Lora:
 
     Attributes:
         r: rank of every module, ≥ 1.   lora_alpha: numerator of the scale α/r.   lora_dropout: on the branch's input.
+        rank_pattern, alpha_pattern: other ranks ≥ 1 and α, by module name or its ending (regex, first match).
         init_lora_weights: False draws B at random too (for tests).   seed: of the initial values.
     """
 
@@ -27,20 +29,26 @@ class Lora:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     init_lora_weights: bool = True
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ConfigError(f"r={self.r}: the rank must be at least 1")
+        for name, rank in {"r": self.r, **self.rank_pattern}.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"rank of {name} is {rank!r}: give an int of at least 1, or leave the module out")
 
     def method(self, sites: int, uniform_parameters: int) -> Method:
-        return Method("lora", self._delta, Budget(self.r * sites, self.r * uniform_parameters))
+        uniform = Budget(self.r * sites, self.r * uniform_parameters)
+        return Method("lora", self._delta, Budget(None) if self.rank_pattern else uniform)
 
     def _delta(self, site: Site) -> LowRankDelta:
+        rank = matching(self.rank_pattern, site.name) or self.r
+        alpha = matching(self.alpha_pattern, site.name) or self.lora_alpha
         delta = LowRankDelta(
-            site.in_features, site.out_features, [self.r],
+            site.in_features, site.out_features, [rank],
             init={"A": kaiming, "B": zeros if self.init_lora_weights else gaussian},
-            scale=lambda rank: self.lora_alpha / self.r,
+            scale=lambda active: alpha / rank,
             name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
         )  # fmt: skip
         delta.status[0] = Status.ACTIVE

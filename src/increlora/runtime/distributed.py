@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..deltas.base import several_processes
+from ..deltas.base import in_process_group
 
 try:
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -37,7 +37,7 @@ def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 def mean_over_processes(scores: Tensor) -> Tensor:
     """Entry-wise mean over the processes that have a finite score; NaN where none has. Identical on all of them."""
-    if not several_processes():
+    if not in_process_group():
         return scores
     finite = scores.isfinite()
     sums = torch.stack([torch.where(finite, scores, 0.0), finite.to(scores.dtype)])
@@ -51,7 +51,7 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
         return torch.tensor(True)
     norms = torch._foreach_norm([local(t) for t in tensors])
     finite = torch.stack([n.to(norms[0].device) for n in norms]).isfinite().all()
-    if several_processes() and is_sharded(tensors[0]):
+    if in_process_group() and is_sharded(tensors[0]):
         flag = finite.to(torch.int32)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         finite = flag.bool()

@@ -1,55 +1,133 @@
-"""Tasks by name: data in, metric out."""
+"""Tasks by name: data in, numbers out."""
 
 import difflib
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from torch import nn
 
 from increlora.errors import TaskError
-from increlora.tasks.backbone import DEFAULT_BACKBONE, load_causal, load_classifier, resolve_backbone
-from increlora.tasks.base import Task, accuracy
+from increlora.tasks.backbone import DEFAULT_BACKBONE, load_causal, load_classifier, resolve_backbone, sketch_model
+from increlora.tasks.base import Task, TaskOptions, accuracy
+from increlora.tasks.glue import GLUE, glue_task
+from increlora.tasks.lm import lm_task
+from increlora.tasks.planted import PlantedNet, planted_task
+from increlora.tasks.sft import sft_task
 from increlora.tasks.stdlib_docs import stdlib_docs_task
 
 __all__ = [
     "DEFAULT_BACKBONE",
     "TASKS",
     "Task",
+    "TaskKind",
+    "TaskOptions",
     "accuracy",
+    "find_task",
     "load_causal",
     "load_classifier",
+    "load_model",
     "load_task",
+    "model_name",
     "resolve_backbone",
+    "sketch",
+    "train_size",
 ]
 
-TASKS: dict[str, Callable[..., Task]] = {"stdlib-docs": stdlib_docs_task}
+
+@dataclass(frozen=True)
+class TaskKind:
+    """A task before its data is read.
+
+    Attributes:
+        build: (tokenizer, options) → task.
+        model: a backbone under a fresh head (`classifier`), a language model (`causal`), or the task's `own` small net.
+        num_labels: outputs of the head, 1 for a regression.
+    """
+
+    build: Callable[[Any, TaskOptions], Task]
+    model: Literal["classifier", "causal", "own"] = "classifier"
+    num_labels: int = 2
+
+    @property
+    def task_type(self) -> str | None:
+        """peft's name of the kind; with SEQ_CLS the head is trained, too."""
+        return {"classifier": "SEQ_CLS", "causal": "CAUSAL_LM", "own": None}[self.model]
 
 
-def load_task(
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int = 64,
-    max_train_samples: int | None = None,
-    max_eval_samples: int | None = None,
-    seed: int = 0,
-) -> Task:
-    """The task called `name`, tokenized.
+TASKS: dict[str, TaskKind] = {
+    "stdlib-docs": TaskKind(stdlib_docs_task),
+    **{f"glue/{n}": TaskKind(partial(glue_task, n), num_labels=g.num_labels) for n, g in GLUE.items()},
+    "lm": TaskKind(lm_task, "causal"),
+    "sft": TaskKind(sft_task, "causal"),
+    "planted": TaskKind(planted_task, "own"),
+}
 
-    Args:
-        max_length: tokens per example, longer ones are cut.
-        max_train_samples, max_eval_samples: upper limits ≥ 2; None for all.
-        seed: draws the training examples; the validation examples do not depend on it.
-    Raises: TaskError if there is no such task, or its data cannot be had, or a limit is below 2."""
+
+def find_task(name: str) -> TaskKind:
+    """The kind of task called `name`. Raises TaskError with the nearest name there is."""
     if name not in TASKS:
         nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0)[0]
         raise TaskError(f"task {name!r} is not known; did you mean {nearest!r}? Known: {', '.join(TASKS)}")
-    for option, value in {"max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples}.items():
+    return TASKS[name]
+
+
+def load_model(task: str, model: str | None, seed: int) -> tuple[nn.Module, Any]:
+    """The model that a task trains, and its tokenizer (None where there is no text).
+
+    Args:
+        model: name on the hub or folder; None: the task's default.
+        seed: of the head, or of the task's own net.
+    Raises: TaskError if the task has no default model or takes none; BackboneError if it cannot be loaded."""
+    kind = find_task(task)
+    if kind.model == "own":
+        if model is not None:
+            raise TaskError(f"--model {model}: {task} makes its own model; leave it out")
+        return PlantedNet(seed), None
+    if kind.model == "classifier":
+        return load_classifier(model or DEFAULT_BACKBONE, kind.num_labels, seed)
+    if model is None:
+        raise TaskError(f"--task {task} trains a causal language model: name one by --model")
+    return load_causal(model)
+
+
+def sketch(task: str, model: str | None) -> nn.Module:
+    """The model that a task trains, without weights (on the meta device). Raises: as `load_model`."""
+    kind = find_task(task)
+    if kind.model == "own":
+        with torch.device("meta"):
+            return PlantedNet(0)
+    if kind.model == "causal" and model is None:
+        raise TaskError(f"--task {task} trains a causal language model: name one by --model")
+    return sketch_model(model or DEFAULT_BACKBONE, kind.num_labels if kind.model == "classifier" else None)
+
+
+def train_size(task: str, model: str | None, options: TaskOptions) -> int:
+    """Number of training examples: GLUE's official number where no data is given, else by reading the data."""
+    name = task.removeprefix("glue/")
+    if name in GLUE and options.data is None:
+        return min(GLUE[name].train_size, options.max_train_samples or GLUE[name].train_size)
+    tokenizer = load_model(task, model, options.seed)[1]
+    return len(load_task(task, tokenizer, **vars(options)).train)
+
+
+def model_name(task: str, model: str | None) -> str:
+    """What the model that `load_model` loads is called."""
+    return model or {"classifier": DEFAULT_BACKBONE, "own": f"{task}'s own net"}.get(find_task(task).model, "none")
+
+
+def load_task(name: str, tokenizer: Any, **options: Any) -> Task:
+    """The task called `name`, tokenized; `options` as in `TaskOptions`.
+
+    Raises: TaskError if there is no such task, or its data cannot be had, or a limit is below 2."""
+    kind, chosen = find_task(name), TaskOptions(**options)
+    for option in ("max_train_samples", "max_eval_samples"):
+        value = getattr(chosen, option)
         if value is not None and value < 2:
-            raise TaskError(f"{option} is {value} but a balanced sample needs 2 at least; raise it or leave it out")
-    return TASKS[name](
-        tokenizer,
-        max_length=max_length,
-        max_train_samples=max_train_samples,
-        max_eval_samples=max_eval_samples,
-        seed=seed,
-    )
+            raise TaskError(f"{option} is {value} but a sample needs 2 at least; raise it or leave it out")
+    if chosen.data is not None and not Path(chosen.data).exists():
+        raise TaskError(f"--data {chosen.data} does not exist: name a folder or file")
+    return kind.build(tokenizer, chosen)

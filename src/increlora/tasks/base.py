@@ -1,7 +1,8 @@
-"""A task: examples in, one number out."""
+"""A task: examples in, numbers out."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,40 +16,64 @@ Batches = Iterable[BatchEncoding]
 
 
 @dataclass(frozen=True)
+class TaskOptions:
+    """What a user may say about a task's data.
+
+    Attributes:
+        data: folder or file to read; None: the task's own source (the hub, the running Python, a generator).
+        max_length: tokens per example, longer ones are cut.
+        max_train_samples, max_eval_samples: upper limits ≥ 2; None for all.
+        seed: draws the training examples; the validation examples do not depend on it."""
+
+    data: Path | None = None
+    max_length: int = 64
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.data is not None:
+            object.__setattr__(self, "data", Path(self.data).expanduser())  # a string will do
+
+
+@dataclass(frozen=True)
 class Task:
     """What a model is trained on and how it is judged.
 
     `train`, `validation` and `collate` fit the HF Trainer (`train_dataset`, `eval_dataset`, `data_collator`).
 
     Attributes:
-        name: as on the command line. metric: what `measure` returns, e.g. "accuracy".
+        name: as on the command line.
+        metric: the one of `measure`'s numbers by which a run is judged, e.g. "accuracy".
         source: where the examples came from, for the record; numbers compare only where it is equal.
-        num_labels: outputs the model needs; None for a language model.
-        train, validation: tokenized, unpadded examples with `input_ids` and `labels`.
+        train, validation: tokenized, unpadded examples with `labels` and, for text, `input_ids`.
         collate: list of examples → padded batch.
-        measure: (model, batches) → the metric, a float."""
+        measure: (model, batches) → numbers by name.
+        higher_is_better: whether `metric` should rise.
+        baseline: what a model that ignores its input reaches (majority class, untrained student), by metric."""
 
     name: str
     metric: str
     source: str
-    num_labels: int | None
     train: Sequence[Example]
     validation: Sequence[Example]
     collate: Callable[[list[Example]], BatchEncoding]
-    measure: Callable[[nn.Module, Batches], float]
+    measure: Callable[[nn.Module, Batches], dict[str, float]]
+    higher_is_better: bool = True
+    baseline: Mapping[str, float] = field(default_factory=dict)
 
     def batches(self, batch_size: int, *, seed: int, epoch: int = 0) -> DataLoader:
         """One epoch of padded training batches, shuffled, with examples of similar length together.
 
         The order is a function of (seed, epoch, batch_size) alone, so a resumed run sees the same batches."""
         order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        sampler = LengthGroupedSampler(batch_size, lengths=_lengths(self.train), generator=order)
+        sampler = LengthGroupedSampler(batch_size, lengths=lengths(self.train), generator=order)
         return self._loader(self.train, batch_size, sampler=sampler)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, *, batch_size: int = 64) -> float:
+    def evaluate(self, model: nn.Module, *, batch_size: int = 64) -> dict[str, float]:
         """`measure` over the validation examples, in evaluation mode; leaves the model's mode and all random states."""
-        by_length = sorted(self.validation, key=lambda example: len(example["input_ids"]))
+        by_length = sorted(self.validation, key=length)
         device = next(model.parameters()).device
         loader = self._loader(by_length, batch_size)
         was_training = model.training
@@ -64,15 +89,26 @@ class Task:
         return DataLoader(examples, batch_size, collate_fn=self.collate, generator=own, **options)  # type: ignore[arg-type]
 
 
-def accuracy(model: nn.Module, batches: Batches) -> float:
+def length(example: Example) -> int:
+    """Tokens of an example; 1 for what is no text."""
+    return len(example.get("input_ids", (0,)))
+
+
+def lengths(examples: Sequence[Example]) -> list[int]:
+    return [length(example) for example in examples]
+
+
+def accuracy(model: nn.Module, batches: Batches) -> dict[str, float]:
     """Share of examples whose largest logit is at the label, in [0, 1]."""
     right = total = 0
     for batch in batches:
         labels = batch.pop("labels")
         right += int((model(**batch).logits.argmax(-1) == labels).sum())
         total += len(labels)
-    return right / total
+    return {"accuracy": right / total}
 
 
-def _lengths(examples: Sequence[Example]) -> list[int]:
-    return [len(example["input_ids"]) for example in examples]
+def encoded_rows(encoded: Mapping[str, Any], labels: Sequence[Any]) -> list[Example]:
+    """A tokenizer's columns and the labels as a list of examples."""
+    columns = {**encoded, "labels": labels}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -28,7 +28,7 @@ from pathlib import Path
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from increlora.errors import TaskError
-from increlora.tasks.base import Example, Task, accuracy
+from increlora.tasks.base import Example, Task, TaskOptions, accuracy, encoded_rows
 
 SKIPPED_FOLDERS = frozenset(
     "__pycache__ dist-packages idle_test lib2to3 pydoc_data site-packages test tests turtledemo".split()
@@ -61,25 +61,20 @@ class Pair:
     label: int
 
 
-def stdlib_docs_task(
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    max_train_samples: int | None,
-    max_eval_samples: int | None,
-    seed: int,
-) -> Task:
-    """The task; arguments and errors as for `load_task`."""
-    train, validation = load_pairs(seed=seed)
+def stdlib_docs_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
+    """The task, tokenized. Raises TaskError if this Python comes without its library's sources, or for `data`."""
+    if options.data is not None:
+        raise TaskError(f"--data {options.data}: stdlib-docs reads the running Python's own library; leave it out")
+    train, validation = load_pairs(seed=options.seed)
     return Task(
         name="stdlib-docs",
         metric="accuracy",
         source=f"standard library of {platform.python_implementation()} {platform.python_version()}",
-        num_labels=2,
-        train=_encode(tokenizer, train[:max_train_samples], max_length),
-        validation=_encode(tokenizer, validation[:max_eval_samples], max_length),
+        train=_encode(tokenizer, train[: options.max_train_samples], options.max_length),
+        validation=_encode(tokenizer, validation[: options.max_eval_samples], options.max_length),
         collate=DataCollatorWithPadding(tokenizer),
         measure=accuracy,
+        baseline={"accuracy": 0.5},
     )
 
 
@@ -203,6 +198,4 @@ def _take_turns(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int) -> list[Example]:
     texts = [p.signature for p in pairs], [p.summary for p in pairs]
-    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-    columns = {**encoded, "labels": [p.label for p in pairs]}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return encoded_rows(tokenizer(*texts, truncation=True, max_length=max_length), [p.label for p in pairs])

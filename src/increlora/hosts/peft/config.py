@@ -16,6 +16,7 @@ from ...errors import CheckpointError, ConfigError
 from ...methods import IncreLora, Lora
 from ...methods.increlora_settings import paper_settings
 from . import checkpoint
+from .card import update_card
 
 # Fields of peft's LoraConfig that mean the same here; any other must keep its default.
 SUPPORTED = {
@@ -56,6 +57,10 @@ class MethodConfig(LoraConfig):
     def settings(self) -> Any:
         """The method's own frozen settings."""
         return self.settings_cls(**{f.name: getattr(self, f.name) for f in fields(self.settings_cls)})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        update_card(Path(save_directory), self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

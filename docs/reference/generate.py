@@ -1,0 +1,124 @@
+"""What mkdocs puts into the reference pages: read from the code, at build time, so that it cannot fall behind.
+
+A page says `<!-- generated: options -->`; `on_page_markdown` (a hook of mkdocs) puts the text there.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, fields
+from typing import Any, get_type_hints
+
+import typer
+from typer.cli import get_docs_for_click
+
+import increlora
+from increlora import errors
+from increlora.cli.app import app
+from increlora.cli.options import described
+from increlora.hosts.peft.config import CONFIGS, INSTEAD, SUPPORTED
+
+# Set by us or by peft, never by the user.
+NOT_CHOSEN = {"peft_type", "auto_mapping", "peft_version", "runtime_config", "inference_mode"}
+
+
+def on_page_markdown(markdown: str, **context: Any) -> str:
+    return re.sub(r"<!-- generated: (\w+) -->", lambda found: GENERATED[found[1]](), markdown)
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+def api() -> str:
+    """Every public function and class but the configs and errors, which have their own pages."""
+    elsewhere = {c.__name__ for c in CONFIGS.values()} | set(vars(errors))
+    return "\n\n".join(f"::: increlora.{name}" for name in increlora.__all__ if name not in elsewhere)
+
+
+def error_types() -> str:
+    own = [c for c in vars(errors).values() if inspect.isclass(c) and c.__module__ == errors.__name__]
+    rows = [[f"`{c.__name__}`", ", ".join(f"`{b.__name__}`" for b in c.__bases__), c.__doc__ or ""] for c in own]
+    return table(["error", "is a", "when"], rows)
+
+
+# -- options of the methods ----------------------------------------------------------------------------------------
+
+
+def options() -> str:
+    """A section per config class: its own options by group."""
+    return "\n\n".join(section for config_cls in CONFIGS.values() for section in config_section(config_cls))
+
+
+def config_section(config_cls: Any) -> Iterator[str]:
+    settings = config_cls.settings_cls
+    known, hints = {f.name: f for f in fields(settings)}, get_type_hints(settings)
+    yield f"## {config_cls.__name__}"
+    yield cell(inspect.cleandoc(settings_doc(settings)).partition("\n")[0])
+    for group, entries in meanings(settings_doc(settings)):
+        rows = [[f"`{n}`", values(hints[n]), f"`{default(known[n])}`", text] for n, text in entries if n in known]
+        yield f"**{group}**" if group else ""
+        yield table(["option", "value", "default", "meaning"], rows)
+
+
+def settings_doc(settings: Any) -> str:
+    """The docstring of the class that has the fields."""
+    owner = next(c for c in settings.__mro__ if "__annotations__" in vars(c))
+    return owner.__doc__ or ""
+
+
+def meanings(docstring: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """(group, [(option, meaning)]) out of a docstring of lines `name, name: meaning.   name: meaning.`"""
+    text = re.sub(r"\n {8,}", " ", inspect.cleandoc(docstring))
+    for block in re.split(r"\n(?=\S)", text):
+        group, _, body = block.partition("\n")
+        found = [entry.partition(": ") for line in body.splitlines() for entry in re.split(r" {3,}", line.strip())]
+        entries = [(name, meaning) for names, colon, meaning in found if colon for name in names.split(", ")]
+        if entries:
+            yield ("" if group == "Attributes:" else group), entries
+
+
+def values(hint: Any) -> str:
+    if hint == int | float:
+        return "steps (int) or share of the run (float in [0, 1])"
+    return described(hint).replace("'", "`")
+
+
+def default(option: Field[Any]) -> Any:
+    return option.default_factory() if option.default_factory is not MISSING else option.default
+
+
+def shared_options() -> str:
+    own = {f.name for config_cls in CONFIGS.values() for f in fields(config_cls.settings_cls)}
+    return ", ".join(f"`{name}`" for name in sorted(SUPPORTED - own - NOT_CHOSEN))
+
+
+def refused_options() -> str:
+    return table(["option of LoraConfig", "instead"], [[f"`{name}`", remedy] for name, remedy in INSTEAD.items()])
+
+
+# -- the command line ----------------------------------------------------------------------------------------------
+
+
+def command_line() -> str:
+    """What `typer utils docs` prints, below the page's own heading."""
+    group: Any = typer.main.get_command(app)
+    text = get_docs_for_click(obj=group, ctx=group.context_class(group, info_name="increlora"), name="increlora")
+    return re.sub(r"\[default: \((.*)\)\]", r"Default: \1", text.partition("\n")[2])
+
+
+# -- Markdown ------------------------------------------------------------------------------------------------------
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "api": api, "errors": error_types, "options": options, "shared": shared_options, "refused": refused_options,
+    "cli": command_line,
+}  # fmt: skip
+

@@ -1,0 +1,144 @@
+"""`--dry-run`: what a run would do, from shapes and schedules alone; no weights are loaded, nothing is written."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ..allocation import Holding, Plan, parameters_used, ranks_used
+from ..hosts.peft import rank_summary
+from ..methods import Method
+from ..runtime import controllers_of
+from ..schedules import Run
+from ..tasks import TaskOptions, model_name, sketch, train_size
+from .build import adapted, check_schedule
+from .display import of
+from .run import total_steps
+from .settings import TrainSettings
+
+FLOAT_BYTES = 4
+ADAM_STATES = 2
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One growth event, or the start (step −1): ranks and parameters afterwards.
+
+    Which modules will grow is not known; parameters are those of even growth."""
+
+    step: int
+    modules: int
+    ranks: int
+    parameters: int
+
+
+def show_plan(settings: TrainSettings, console: Console) -> None:
+    """Print modules, budget, events and their steps, parameters and memory of a run.
+
+    Raises: what training would raise before its first step, as far as no weights are needed for it."""
+    examples = train_size(settings.task, settings.model, TaskOptions(
+        Path(settings.data) if settings.data else None, settings.max_length, settings.max_train_samples,
+        settings.max_eval_samples, settings.seed,
+    ))  # fmt: skip
+    steps = total_steps(settings, examples)
+    model = adapted(settings, sketch(settings.task, settings.model))
+    check_schedule(model, steps)
+    summary, forecasts = rank_summary(model), forecast_events(model, steps)
+    last = forecasts[-1] if forecasts else Forecast(-1, 0, summary.active, summary.parameters)
+    modules = kinds([m.module for m in summary.modules])
+    console.print(f"{settings.method} on {settings.task}: {model_name(settings.task, settings.model)}", highlight=False)
+    table = Table.grid(padding=(0, 2))
+    table.add_row(
+        "steps", f"{steps:,}: {examples:,} examples, {settings.batch_size} a step, {settings.epochs:g} epochs"
+    )
+    table.add_row("modules", f"{len(summary.modules)}: {modules}")
+    table.add_row("ranks", f"{summary.active} at the start, {last.ranks} at the end, {summary.capacity:,} possible")
+    table.add_row("parameters", parameters_forecast(forecasts, steps, summary.parameters, summary.budget_parameters))
+    table.add_row("memory", memory_forecast(model, last.parameters))
+    console.print(table, soft_wrap=True)
+    if forecasts:
+        console.print(events_table(forecasts))
+
+
+def kinds(names: Sequence[str]) -> str:
+    """`12 × attention.self.query, …`: how many modules of each kind."""
+    counts = Counter(re.sub(r"^.*?\.\d+\.", "", name) for name in names)
+    return ", ".join(f"{count} × {kind}" for kind, count in counts.items())
+
+
+def forecast_events(model: nn.Module, steps: int) -> list[Forecast]:
+    """The start and every growth event until the budget is spent; nothing for a method without growth."""
+    for controller in controllers_of(model):
+        method, holdings = controller.method, controller.holdings()
+        if method.events is not None and method.allocate is not None:
+            return simulated(method, holdings, steps)
+    return []
+
+
+def simulated(method: Method, holdings: list[Holding], steps: int) -> list[Forecast]:
+    assert method.events is not None and method.allocate is not None
+    growth = method.events(Run(steps, len(holdings)), holdings, 0)
+    found = [Forecast(-1, 0, ranks_used(holdings), parameters_used(holdings))]
+    step = growth.next(0)
+    while step < steps:
+        plan = method.allocate([1 / (1 + h.rank + i / len(holdings)) for i, h in enumerate(holdings)], holdings)
+        holdings = grown(holdings, plan)
+        if plan.grants:
+            found.append(Forecast(step, len(plan.grants), ranks_used(holdings), parameters_used(holdings)))
+        if plan.spent or not plan.grants:
+            break
+        step = growth.next(step + 1)
+    return found
+
+
+def grown(holdings: Sequence[Holding], plan: Plan) -> list[Holding]:
+    """Holdings after a plan was carried out."""
+    after = list(holdings)
+    for grant in plan.grants:
+        old = after[grant.module]
+        free = tuple(size for i, size in enumerate(old.free) if i not in grant.blocks)
+        after[grant.module] = replace(old, rank=old.rank + grant.ranks, free=free)
+    return after
+
+
+def parameters_forecast(forecasts: Sequence[Forecast], steps: int, now: int, budget: int | None) -> str:
+    """Adapter parameters in LoRA form: at the end, and their average over the steps."""
+    if not forecasts:
+        return f"{now:,} throughout"
+    begins = [max(0, f.step + 1) for f in forecasts] + [steps]
+    spans = [later - first for first, later in pairwise(begins)]
+    average = sum(f.parameters * span for f, span in zip(forecasts, spans, strict=True)) / steps
+    last = forecasts[-1].parameters
+    return f"about {last:,}{of(budget)} at the end, {average:,.0f} on average (if growth is even)"
+
+
+def memory_forecast(model: nn.Module, adapter: int) -> str:
+    """Weights, adapter at full capacity, gradients and two optimizer states of what is active; no activations."""
+    trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+    capacity = sum(p.numel() for n, p in model.named_parameters() if ".lora_delta." in n)
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in trained)
+    heads = sum(trained.values()) - capacity
+    moving = (adapter + heads) * FLOAT_BYTES * (1 + ADAM_STATES)
+    parts = {
+        "frozen weights": frozen,
+        "adapter and head": sum(trained.values()) * FLOAT_BYTES,
+        "gradients and Adam": moving,
+    }
+    listed = " + ".join(f"{size / 2**20:,.1f} MiB {name}" for name, size in parts.items())
+    return f"{listed} = {sum(parts.values()) / 2**20:,.1f} MiB, activations not counted"
+
+
+def events_table(forecasts: Sequence[Forecast]) -> Table:
+    table = Table(title="growth events", title_justify="left")
+    for column in ("step", "modules that grow", "ranks", "parameters"):
+        table.add_column(column, justify="right")
+    for f in forecasts:
+        step = "start" if f.step < 0 else f"{f.step:,}"
+        table.add_row(step, str(f.modules or ""), str(f.ranks), f"{f.parameters:,}")
+    return table

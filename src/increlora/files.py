@@ -1,0 +1,61 @@
+"""Files and folders that appear whole or not at all: temporary name, fsync, rename."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file atomically: after a crash it has its old content or the new one."""
+    temporary = _temporary(path, "new")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A name to make a folder under; it becomes `path` only once everything in it is on disk, and what was there
+    stays until then."""
+    new, old = _temporary(path, "new"), _temporary(path, "old")
+    remove(new)
+    try:
+        yield new
+        for item in (*new.rglob("*"), new):
+            _sync(item)
+        remove(old)
+        if path.exists() or path.is_symlink():
+            path.rename(old)
+        new.rename(path)
+        remove(old)
+    finally:
+        remove(new)
+    _sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder with all in it, or a link (never what it points to); fine if nothing is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _temporary(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

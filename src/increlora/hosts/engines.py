@@ -1,0 +1,116 @@
+"""Will this engine serve that adapter, and compute the right thing? What each engine does, as one table.
+
+peft         rank and scale of every module by the patterns
+vllm<0.32    one scale lora_alpha / r for all modules; patterns are ignored without a word
+vllm>=0.32   as peft; everything that is not low-rank is refused
+sglang       one scale lora_alpha / r; every lora_A must have exactly r rows
+llama.cpp    scale lora_alpha / rows of this lora_B; whatever is not a low-rank factor is refused
+"""
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import ConfigError
+from .engine_rules import (
+    BEYOND_LORA,
+    Engine,
+    contents,
+    one_scale,
+    one_scale_or_rslora,
+    problems,
+    scale_by_pattern,
+    scale_by_rows,
+)
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank accepts
+HEADS = frozenset({"classifier", "score"})
+ENGINES = {
+    "peft": Engine(scale_by_pattern, rank="pattern", saved=None, options=(), any_type=True),
+    "vllm<0.32": Engine(one_scale_or_rslora, limits=VLLM_RANKS, default_limit=16, saved=HEADS),
+    "vllm>=0.32": Engine(scale_by_pattern, rank="pattern", limits=VLLM_RANKS, default_limit=16, saved=HEADS),
+    "sglang": Engine(one_scale, rank="r", limits=(), named_targets=True),
+    "llama.cpp": Engine(
+        scale_by_rows,
+        passes=("_layernorm", ".norm"),
+        options=tuple(option for option in BEYOND_LORA if option != "alora_invocation_tokens"),
+    ),
+}
+ALIASES = {"vllm": "vllm>=0.32"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something an engine does not serve as peft does.
+
+    Attributes:
+        engine: name in ENGINES.   level: `error` (refused, or wrong without a word) or `warning` (served if the remedy
+            is followed).   where: module or option.   problem, remedy: in words.
+    """
+
+    engine: str
+    level: Literal["error", "warning"]
+    where: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.engine}: {self.where}: {self.problem}; {self.remedy}"
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """Outcome of a check.   engines: those asked about.   findings: in their order."""
+
+    path: Path
+    engines: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Does every engine serve the adapter, warnings aside?"""
+        return not any(finding.level == "error" for finding in self.findings)
+
+    def of(self, engine: str) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.engine == engine)
+
+
+def check_export(
+    path: str | os.PathLike[str], engine: str | None = None, *, max_lora_rank: int | None = None
+) -> EngineReport:
+    """Ask whether an engine would serve the adapter in a folder with the function it has in peft.
+
+    Nothing is loaded but the config and the shapes of the tensors; no engine needs to be installed.
+
+    Args:
+        path: adapter folder.
+        engine: `peft`, `vllm<0.32`, `vllm>=0.32` (or `vllm`), `sglang`, `llama.cpp`; default: all of them.
+        max_lora_rank: the limit the server runs with, where it has one (vLLM: 1, 8, 16, 32, 64, 128, 256, 320 or 512;
+            SGLang: any); default: the server may be started anew with the limit that fits.
+    Returns: findings, each with the module or option, the limit, and what mends it.
+    Raises: ConfigError (unknown engine, a limit that no server can have), CheckpointError (no adapter folder).
+    """
+    names = tuple(ENGINES) if engine is None else (engine_named(engine),)
+    if max_lora_rank is not None:
+        for name in names:
+            check_limit(name, max_lora_rank)
+    found = contents(Path(path))
+    findings = [Finding(name, *problem) for name in names for problem in problems(ENGINES[name], found, max_lora_rank)]
+    return EngineReport(Path(path), names, tuple(findings))
+
+
+def check_limit(name: str, limit: int) -> None:
+    allowed = ENGINES[name].limits
+    if limit < 1 or (allowed and limit not in allowed):
+        raise ConfigError(f"max_lora_rank={limit}: {name} accepts {', '.join(map(str, allowed or ())) or 'at least 1'}")
+
+
+def engine_named(name: str) -> str:
+    """Key of ENGINES. Raises ConfigError for an unknown name, with the nearest known one."""
+    known = [*ENGINES, *ALIASES]
+    if name not in known:
+        near = difflib.get_close_matches(name.lower(), known, 1, cutoff=0)
+        raise ConfigError(f"engine {name!r} is not known; did you mean {near[0]!r}? Known are {', '.join(known)}")
+    return ALIASES.get(name, name)

@@ -1,0 +1,82 @@
+"""What peft reads out of a plain LoRA folder: which tensors belong together, and the rank and scale of each module.
+
+<prefix><module>.lora_A.weight (r, in)      <prefix><module>.lora_B.weight (out, r)      y += s · B A x
+r, α: the first matching entry of rank_pattern, alpha_pattern, else r, lora_alpha      s = α/r, rsLoRA: α/√r
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError
+from .peft.checkpoint import PREFIX
+
+Shape = tuple[int, ...]
+ENDINGS = (".lora_A.weight", ".lora_B.weight")
+# Initialisations that change the base weights when the adapter is made: their A and B mean nothing on another base.
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
+
+
+def configured_rank(config: Mapping[str, Any], module: str) -> int:
+    """Rank that peft gives a module."""
+    return int(matched(config.get("rank_pattern"), module, config.get("r", 8)))
+
+
+def configured_scale(config: Mapping[str, Any], module: str) -> float:
+    """Scale that peft applies to a module."""
+    rank = configured_rank(config, module)
+    alpha = float(matched(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def matched(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """Value of the first key that matches the module's name or its ending, as a regular expression."""
+    return (pattern or {}).get(get_pattern_key(list(pattern or {}), module), default)
+
+
+def changes_base(config: Mapping[str, Any]) -> bool:
+    """Was the adapter made by an initialisation that changes the base weights?"""
+    return str(config.get("init_lora_weights")).lower().startswith(BASE_CHANGING)
+
+
+def lora_modules(keys: Iterable[str]) -> list[str]:
+    """Modules with both factors, in the order of the keys."""
+    known = set(keys)
+    modules = [key.removesuffix(ENDINGS[0]) for key in keys if key.endswith(ENDINGS[0])]
+    return [name.removeprefix(PREFIX) for name in modules if name + ENDINGS[1] in known]
+
+
+def other_keys(keys: Iterable[str]) -> list[str]:
+    """Keys that are no factor of a linear map: what `modules_to_save` and the like wrote."""
+    return [key for key in keys if not key.endswith(ENDINGS)]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json as it stands. Raises CheckpointError."""
+    path = folder / CONFIG_NAME
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}; give the folder of an adapter, or restore it from a copy") from error
+    return found
+
+
+def read_shapes(folder: Path) -> tuple[dict[str, Shape], dict[str, str]]:
+    """Shape of every tensor, and the file's metadata, without reading any weights. Raises CheckpointError."""
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: give the folder that `save_pretrained` wrote (safetensors only)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            return shapes, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({error}); restore it from a copy") from error

@@ -1,0 +1,160 @@
+"""Our section of an adapter's model card: ranks, budget, and how to load it natively and as plain LoRA.
+
+peft writes README.md before it writes the config, and only the main process writes either; so the config's
+`save_pretrained` is the place to add to it. The section stands between two comments and is replaced on every save; the
+rest of the card is peft's and the user's. An adapter in a subfolder (any name but "default") gets a card there.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from ...naming import places, short
+from . import checkpoint
+
+BEGIN, END = "<!-- increlora: begin (rewritten by save_pretrained) -->", "<!-- increlora: end -->"
+TAGS = {"increlora", "lora"}
+COLUMNS = 16  # module types that fit beside each other; with more of them modules are listed
+ROWS = 40  # modules in such a list
+
+SECTION = """{begin}
+## Ranks, and how to load this adapter
+
+Trained with `{config}` of increlora. {figures}
+
+{table}
+
+To load it, `base` being the base model (increlora makes its methods known to peft when it is imported):
+
+```python
+import increlora
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+
+For use without increlora, write it as a plain LoRA adapter with the same function; peft and serving engines load that:
+
+```sh
+increlora export path/to/this/folder lora
+```
+
+```python
+model = PeftModel.from_pretrained(base, "lora")
+```
+{end}"""
+
+
+def update_card(folder: Path, config: Any) -> None:
+    """Write our section and tags into the README.md of an adapter folder; nothing happens where no weights are."""
+    weights = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).is_file()]
+    if not weights or not config.ranks:
+        return
+    path = folder / "README.md"
+    card = ModelCard.load(path) if path.exists() else new_card(folder, config)
+    card.data["tags"] = sorted(TAGS | set(card.data.get("tags") or ()))
+    card.text = with_section(card.text, section(config, costs(weights[0])))
+    card.save(path)
+
+
+def new_card(folder: Path, config: Any) -> ModelCard:
+    card = ModelCard(f"---\nlibrary_name: peft\n---\n\n# {escaped(folder.name)}\n")
+    if config.base_model_name_or_path:
+        card.data["base_model"] = config.base_model_name_or_path
+    return card
+
+
+def with_section(text: str, section: str) -> str:
+    """The card's text with its section replaced, or put before its first second-level heading."""
+    old = re.search(rf"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", text, re.DOTALL)
+    if old:
+        return text[: old.start()] + section + text[old.end() :]
+    heading = re.search(r"^## ", text, re.MULTILINE)
+    if heading:
+        return f"{text[: heading.start()]}{section}\n\n{text[heading.start() :]}"
+    return f"{text.rstrip()}\n\n{section}\n"
+
+
+def section(config: Any, costs: Mapping[str, int]) -> str:
+    return SECTION.format(
+        begin=BEGIN, end=END, config=type(config).__name__, figures=figures(config, costs),
+        table=rank_table(config.ranks),
+    )  # fmt: skip
+
+
+def costs(weights: Path) -> dict[str, int]:
+    """Parameters of one rank, in + out, per module; empty if the file cannot be read in part (a pickle of torch's)."""
+    if weights.suffix != ".safetensors":
+        return {}
+    modules = checkpoint.split(checkpoint.contents(weights))
+    return {
+        name: found[f"lora_A{i}"].shape[1] + found[f"lora_B{i}"].shape[0]
+        for name, found in modules.items()
+        for i in checkpoint.present(found)[:1]
+    }
+
+
+def figures(config: Any, costs: Mapping[str, int]) -> str:
+    """Ranks and parameters in use, against the budget."""
+    ranks = config.ranks
+    known = ranks.keys() <= costs.keys()
+    budget = config.settings().method(len(ranks), sum(costs[name] for name in ranks) if known else 0).budget
+    text = f"{len(ranks)} modules hold {sum(ranks.values()):,} ranks{limit(budget.ranks)}"
+    if known:
+        used = sum(rank * costs[name] for name, rank in ranks.items())
+        text += f" and {used:,} parameters in LoRA form{limit(budget.parameters)}"
+    return f"{text}; a module has {span(list(ranks.values()))}."
+
+
+def limit(budget: int | None) -> str:
+    return "" if budget is None else f" (budget {budget:,})"
+
+
+# -- the table -------------------------------------------------------------------------------------------------------
+
+
+def rank_table(ranks: Mapping[str, int]) -> str:
+    """Ranks by layer and module type; numbered modules of a layer (experts) share a column and show their range."""
+    cells: dict[tuple[str, str], list[int]] = {}
+    for name, (layer, kind) in places(sorted(ranks, key=natural)).items():
+        cells.setdefault((layer, re.sub(r"(?<![^.])\d+(?![^.])", "*", kind)), []).append(ranks[name])
+    layers, kinds = list(dict.fromkeys(cell[0] for cell in cells)), list(dict.fromkeys(cell[1] for cell in cells))
+    if len(kinds) > COLUMNS:
+        return rank_list(ranks)
+    rows = [[layer, *(span(cells.get((layer, kind), [])) for kind in kinds)] for layer in layers]
+    return markdown_table(["layer", *short(kinds)], rows)
+
+
+def rank_list(ranks: Mapping[str, int]) -> str:
+    """The modules with the most ranks, and a line for the rest."""
+    ordered = sorted(ranks.items(), key=lambda item: (-item[1], natural(item[0])))
+    rows = [[name, str(rank)] for name, rank in ordered[:ROWS]]
+    rest = [rank for _, rank in ordered[ROWS:]]
+    return markdown_table(["module", "rank"], [*rows, *([[f"{len(rest)} more", span(rest)]] if rest else [])])
+
+
+def natural(name: str) -> list[str | int]:
+    """Sort key that puts layer 2 before layer 10; the order of the model is lost in a saved config."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
+
+
+def span(ranks: list[int]) -> str:
+    if not ranks:
+        return "·"
+    return str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(
+        "| " + " | ".join(row) + " |" for row in [[*map(escaped, head)], rule, *([*map(escaped, r)] for r in rows)]
+    )
+
+
+def escaped(text: str) -> str:
+    """Text from outside as Markdown that says just that: a character reference is never markup."""
+    return re.sub(r"(?<!\w)_|_(?!\w)|[^\w .–·-]", lambda found: f"&#{ord(found[0])};", text)

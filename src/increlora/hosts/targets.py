@@ -1,0 +1,37 @@
+"""Names for modules, as peft matches them: whole, or the ending after a dot; patterns as regular expressions."""
+
+import re
+from collections.abc import Mapping
+
+from ..errors import ExportError
+from .adapters import Adapter
+from .lora_format import matched
+
+
+def targets(modules: list[str], adapter: Adapter) -> list[str] | str:
+    """The shortest names that match these modules of the base model and no others; a regular expression where no list
+    can. Without the base model at hand: the adapter's own names if all its modules are meant, else names in full."""
+    chosen, native = set(modules), adapter.config
+    if adapter.every is None:
+        plain = isinstance(native.target_modules, list | set) and chosen == set(adapter.factors)
+        filtered = native.exclude_modules or native.layers_to_transform is not None
+        return sorted(native.target_modules) if plain and not filtered else sorted(chosen)
+    foreign = adapter.every - chosen
+    last = {name.rpartition(".")[2] for name in chosen}
+    safe = {suffix for suffix in last if not any(ends(suffix, name) for name in foreign)}
+    names = safe | {name for name in chosen if name.rpartition(".")[2] not in safe}
+    if any(ends(target, name) for target in names for name in foreign):
+        return "|".join(re.escape(name) for name in sorted(chosen))
+    return sorted(names)
+
+
+def ends(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def check_patterns(patterns: Mapping[str, float]) -> None:
+    """Raise ExportError if peft would read another module's entry for some module: it takes the first that matches."""
+    ordered = dict(sorted(patterns.items()))  # as adapter_config.json lists them
+    for name, value in patterns.items():
+        if matched(ordered, name, None) != value:
+            raise ExportError(f"no pattern can tell {name} from the others: use layout='uniform'")

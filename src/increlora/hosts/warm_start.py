@@ -1,0 +1,131 @@
+"""A plain LoRA adapter as the starting point of one of ours: the same function, and training goes on from there."""
+
+import itertools
+import os
+from collections.abc import Mapping
+
+import torch
+from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..allocation import Holding
+from ..deltas import BlockDelta, Status
+from ..errors import ConfigError, DriveError
+from ..runtime import controllers_of
+from ..runtime.scoring import check_budget
+from .adapters import Adapter, read_adapter
+from .lora_format import PREFIX
+from .peft.drive import chosen_adapter
+from .peft.model import adapter_layers
+
+Deltas = Mapping[str, BlockDelta]
+
+
+@torch.no_grad()
+def warm_start(
+    model: nn.Module, source: nn.Module | str | os.PathLike[str], *, adapter_name: str | None = None
+) -> None:
+    """Give a fresh adapter of ours the function of another adapter; its first blocks take over the factors.
+
+        blocks 0 … m, the fewest that hold the rank:  A, B as in the source (its scale over ours folded into B), e = 1
+
+    A block that the source fills only in part keeps its own A and gets B = 0 for the rest: it adds nothing yet, and
+    counts against the budget. Growth goes on from there, within the budget.
+
+    Args:
+        model: PeftModel or injected model with a fresh adapter of ours, not trained yet.
+        source: what `export_lora` reads: an adapter's folder or model (LoRA, AdaLoRA, or one of ours).
+        adapter_name: adapter of `model`; default the active one.
+    Raises: ConfigError (modules of the source that the adapter does not have; ranks above `capacity` or `r`),
+        BudgetError (the start is above the budget), DriveError (training has begun), CheckpointError, ExportError
+        (source). The model is then unchanged.
+    """
+    name = chosen_adapter(model, adapter_name)
+    deltas = {n.removeprefix(PREFIX): layer.delta(name) for n, layer in adapter_layers(model, name).items()}
+    given = read_adapter(source)
+    check_fresh(deltas)
+    check_shapes(given, deltas)
+    counts = {n: blocks_for(n, delta, given.factors[n][0].shape[0] if n in given.factors else 0)
+              for n, delta in deltas.items()}  # fmt: skip
+    costs = [d.in_features + d.out_features for d in deltas.values()]
+    method = model.peft_config[name].settings().method(len(deltas), sum(costs))  # type: ignore[index]
+    check_budget([holding(n, delta, counts[n]) for n, delta in deltas.items()], method.budget)
+    saved = saved_tensors(model, name, given)
+    for n, delta in deltas.items():
+        fill(delta, counts[n], given.factors.get(n))
+    for tensor, value in saved:
+        tensor.copy_(value)
+    for controller in controllers_of(model):
+        controller.on_change()
+
+
+def check_fresh(deltas: Deltas) -> None:
+    for name, delta in deltas.items():
+        steps = delta.observer.state()[0] if delta.observer is not None else delta.remembered[0]
+        if steps or delta.indices(Status.ACTIVE) != [0]:
+            raise DriveError(f"{name} has been trained already: call warm_start on a fresh adapter, before training")
+
+
+def check_shapes(given: Adapter, deltas: Deltas) -> None:
+    """Raise ConfigError unless every module of the source has its place here."""
+    for name, (A, B) in given.factors.items():
+        if name not in deltas:
+            raise ConfigError(f"the source adapts {name}, this adapter does not: add it to `target_modules`")
+        here, there = (deltas[name].in_features, deltas[name].out_features), (A.shape[1], B.shape[0])
+        if here != there:
+            raise ConfigError(f"{name} maps {here} (in, out), in the source {there}: it belongs to another model")
+
+
+def blocks_for(name: str, delta: BlockDelta, rank: int) -> int:
+    """How many of the first blocks hold this rank, at least one."""
+    for count, total in enumerate(itertools.accumulate(delta.sizes), start=1):
+        if total >= rank:
+            return count
+    raise ConfigError(
+        f"{name}: the source has rank {rank}, here is room for {sum(delta.sizes)}: raise `capacity` "
+        f"(of PlainLoraConfig: `r`), or give an export of the source with max_rank={sum(delta.sizes)}"
+    )
+
+
+def holding(name: str, delta: BlockDelta, count: int) -> Holding:
+    """What the module will hold with so many active blocks."""
+    sizes = delta.sizes
+    return Holding(name, sum(sizes[:count]), tuple(sizes[count:]), delta.in_features + delta.out_features)
+
+
+def fill(delta: BlockDelta, count: int, pair: tuple[Tensor, Tensor] | None) -> None:
+    """Make the first `count` blocks active and equal to B A together."""
+    for i in range(count):
+        delta.status[i] = Status.ACTIVE
+    done = 0
+    for i in range(count):
+        block, end = delta.block(i), done + delta.sizes[i]
+        block["B"].zero_()
+        if "E" in block:
+            block["E"].fill_(1)
+        if pair is not None:
+            A, B = pair[0][done:end], pair[1][:, done:end]
+            block["A"][: len(A)] = A.to(block["A"])
+            block["B"][:, : len(A)] = (B / delta.scale).to(block["B"])  # the scale of all active blocks
+        done = end
+
+
+def saved_tensors(model: nn.Module, adapter: str, given: Adapter) -> list[tuple[Tensor, Tensor]]:
+    """(tensor here, its value in the source) for what the source holds beside factors: trained heads."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    wrappers = {n: m for n, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    here = {
+        f"{n}.{key}": tensor
+        for n, wrapper in wrappers.items()
+        if adapter in wrapper.modules_to_save
+        for key, tensor in wrapper.modules_to_save[adapter].state_dict().items()
+    }
+    for key, value in given.others.items():
+        if key not in here or here[key].shape != value.shape:
+            found = tuple(here[key].shape) if key in here else "nothing"
+            raise ConfigError(
+                f"the source also holds {key} of shape {tuple(value.shape)}, here is {found}: name its module in "
+                f"`modules_to_save`"
+            )
+    return [(here[key], value) for key, value in given.others.items()]

@@ -1,0 +1,38 @@
+"""Where a module stands in its model, read off its name: layer and module type."""
+
+import re
+from collections.abc import Iterable
+
+
+def place(name: str) -> tuple[str, str]:
+    """(layer, module type) of a module: "h.layer.3.attention.query" → ("3", "attention.query")."""
+    _, layer, kind = parts(name)
+    return layer, kind
+
+
+def places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """`place` of each name; with several stacks of layers, the layer says in which: "decoder.block.3"."""
+    found = {name: parts(name) for name in names}
+    several = len({stack for stack, layer, _ in found.values() if stack}) > 1
+    return {
+        name: (f"{stack}.{layer}" if several and stack else layer, kind) for name, (stack, layer, kind) in found.items()
+    }
+
+
+def parts(name: str) -> tuple[str, str, str]:
+    """(stack, layer, module type): "h.layer.3.attention.query" → ("h.layer", "3", "attention.query")."""
+    found = re.fullmatch(r"(.*?)\.(\d+)\.(.+)", name, re.DOTALL)
+    return (found[1], found[2], found[3]) if found else ("", "–", name)
+
+
+def short(names: Iterable[str]) -> list[str]:
+    """Each name from its last component on, or from as far to the left as it takes to tell it from the others."""
+    split = [name.split(".") for name in names]
+
+    def shortest(name: list[str]) -> str:
+        for count in range(1, len(name)):
+            if sum(other[-count:] == name[-count:] for other in split) == 1:
+                return ".".join(name[-count:])
+        return ".".join(name)
+
+    return [shortest(name) for name in split]

@@ -1,0 +1,210 @@
+"""Rows out of files: Parquet, JSON, JSON lines, text; the start of a file's name tells its split."""
+
+import hashlib
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import parquet
+
+from increlora.errors import TaskError
+
+SPLITS = {
+    "train": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
+    "test": "test",
+}  # fmt: skip
+SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})(?![a-z])", re.IGNORECASE)  # train_5k and dev.clean, but not trainer
+HELD_OUT = 20  # one row in so many, where there is no validation file
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table that is not empty, and the file it is from; rows are counted from 0 in messages."""
+
+    origin: str
+    table: pa.Table
+
+    def __post_init__(self) -> None:
+        if not len(self.table):
+            raise TaskError(f"{self.origin} has no rows; name a file with some")
+
+    def require(self, columns: Sequence[str], what: str) -> None:
+        """Raise TaskError unless all `columns` of `what` are there."""
+        if not set(columns) <= set(self.table.column_names):
+            there, expected = ", ".join(self.table.column_names), ", ".join(columns)
+            raise TaskError(f"{self.origin} has the columns {there} but {what} reads {expected}; rename or add them")
+
+    def require_text(self, column: str) -> None:
+        """Raise TaskError if `column` holds anything but strings and nulls."""
+        kind = self.table[column].type
+        if not (_is_text(kind) or pa.types.is_null(kind)):
+            raise TaskError(f"{self.origin}: column {column!r} holds {kind}, not text; name a file with text there")
+
+    def refuse_nulls(self, column: str) -> None:
+        if self.table[column].null_count:
+            row = pc.index(pc.is_null(self.table[column]), True).as_py()
+            raise TaskError(f"{self.origin}: column {column!r} is null at row {row}; remove or mend it")
+
+    def column(self, name: str) -> list[Any]:
+        return self.table[name].to_pylist()
+
+    def sample(self, limit: int | None, seed: int) -> "Rows":
+        """At most `limit` of the rows, drawn by `seed`, in their order."""
+        if limit is None or limit >= len(self.table):
+            return self
+        return Rows(self.origin, self.table.take(sorted(random.Random(seed).sample(range(len(self.table)), limit))))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What `--data` holds, and its description for the record; no `validation`: part of `train` has to be held out."""
+
+    train: Rows
+    validation: Rows | None
+    source: str
+
+    def rows(self) -> tuple[Rows, Rows]:
+        """Training and validation; the last twentieth of the rows is held out where there is no validation file."""
+        if self.validation is not None:
+            return self.train, self.validation
+        if len(self.train.table) < 2:
+            raise TaskError(f"{self.train.origin} has one row only, so none can be held out; add rows")
+        train, validation = (Rows(self.train.origin, table) for table in held_out(self.train.table))
+        return train, validation
+
+
+def read_splits(path: Path) -> Splits:
+    """A folder with a training and perhaps a validation (or else a test) file, or a single file.
+
+    Raises: TaskError if the files cannot be told apart or read."""
+    files = split_files(path) if path.is_dir() else {"train": [path]}
+    train, source = read_rows(files["train"]), f"training on {names(files['train'])}"
+    other = files.get("validation") or files.get("test")
+    if other is None:
+        return Splits(train, None, f"{source} without its last twentieth, validation on that, {digest(files['train'])}")
+    note = "" if "validation" in files else " (there is no validation file)"
+    source += f", validation on {names(other)}{note}, {digest(files['train'] + other)}"
+    return Splits(train, read_rows(other), source)
+
+
+def split_files(folder: Path) -> dict[str, list[Path]]:
+    """The data files of a folder by split, each split's in order of their names; a file alone is for training.
+
+    Raises: TaskError if none is for training."""
+    found = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in READERS)
+    files: dict[str, list[Path]] = defaultdict(list)
+    for path in found:
+        if match := SPLIT_NAME.match(path.name):
+            files[SPLITS[match[1].lower()]].append(path)
+    if not files and len(found) == 1:
+        files["train"] = found
+    if not files["train"]:
+        there = names(found) or f"no {', '.join(READERS)}"
+        raise TaskError(f"{folder} has no training file but {there}; give one a name like train.parquet")
+    return dict(files)
+
+
+def read_rows(paths: Sequence[Path]) -> Rows:
+    """The rows of all files, one after the other; a file of no known kind is read as one text.
+
+    Raises: TaskError if a file is damaged, or if two have other columns."""
+    try:
+        tables = [_read(path) for path in paths]
+        return Rows(str(paths[0]), pa.concat_tables(tables, promote_options="permissive"))
+    except (pa.ArrowException, OSError) as error:
+        there = paths[0].parent / names(paths)
+        raise TaskError(f"{there} cannot be read ({first_line(error)}); restore or convert it") from error
+
+
+def held_out(rows: Any) -> tuple[Any, Any]:
+    """A sequence (or a table, or a text) without its last twentieth, and that twentieth (one at least)."""
+    cut = len(rows) - max(1, len(rows) // HELD_OUT)
+    return rows[:cut], rows[cut:]
+
+
+def text_columns(table: pa.Table) -> list[str]:
+    return [field.name for field in table.schema if _is_text(field.type)]
+
+
+def names(paths: Iterable[Path]) -> str:
+    return " + ".join(path.name for path in paths)
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """Tells data sets apart in a record, whatever folder they were in."""
+    sha = hashlib.sha256()
+    for path in paths:
+        sha.update(path.read_bytes())
+    return f"sha256 {sha.hexdigest()[:12]}"
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+# -- one file --------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> pa.Table:
+    return READERS.get(path.suffix.lower(), _read_text)(path)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+
+
+def _read_text(path: Path) -> pa.Table:
+    return pa.table({"text": [_text(path)]})
+
+
+def _read_json(path: Path) -> pa.Table:
+    rows = _parsed(_text(path), str(path))
+    if not isinstance(rows, list):
+        raise TaskError(f"{path} holds a JSON {type(rows).__name__}, not a list of rows; write [{{…}}, {{…}}]")
+    return _from_rows(rows, path)
+
+
+def _read_json_lines(path: Path) -> pa.Table:
+    lines = enumerate(_text(path).split("\n"), 1)  # splitlines would also cut inside strings
+    return _from_rows([_parsed(line, f"{path}, line {number}") for number, line in lines if line.strip()], path)
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TaskError(f"{place}: is not JSON ({error}); mend it, or give a text another ending, like .txt") from error
+
+
+def _from_rows(rows: list[Any], path: Path) -> pa.Table:
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise TaskError(f"{path}: row {number} is {str(row)[:40]!r}, not an object with named columns; mend it")
+    columns = dict.fromkeys(chain.from_iterable(rows))  # of all rows: the first one may leave some out
+    return pa.table({name: [row.get(name) for row in rows] for name in columns})
+
+
+READERS: dict[str, Callable[[Path], pa.Table]] = {
+    ".parquet": partial(parquet.read_table, partitioning=None),  # else a folder called a=b adds a column a
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".txt": _read_text,
+}
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

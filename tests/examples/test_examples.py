@@ -1,0 +1,101 @@
+"""Every example runs as a script would, in this process, on a tiny model and a small library to read."""
+
+import json
+import runpy
+import socket
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from increlora import rank_summary
+from increlora.tasks import stdlib_docs
+from tests.examples.tiny import save_bert, save_llama
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STEPS = 16  # enough for the default schedule: ten events from the second step on
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(autouse=True)
+def small_library(monkeypatch):
+    """A few files of the standard library are quicker to read than all."""
+    root = Path(sysconfig.get_path("stdlib"), "asyncio")
+    monkeypatch.setattr(stdlib_docs.sysconfig, "get_path", lambda name: str(root))
+
+
+def run(name, *words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def loaded(bert, out):
+    base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
+    return rank_summary(PeftModel.from_pretrained(base, out))
+
+
+def assert_spent(summary):
+    """The budget is used to the last rank, and not everywhere alike."""
+    assert summary.active == summary.budget_ranks == 8 * len(summary.modules)
+    assert len({m.active for m in summary.modules}) > 1
+
+
+@pytest.mark.parametrize("name", ("trainer.py", "plain_loop.py", "accelerate_loop.py"))
+def test_one_process(name, bert, tmp_path, monkeypatch, capsys):
+    run(name, "--model", bert, "--steps", STEPS, "--out", tmp_path, monkeypatch=monkeypatch)
+    assert_spent(loaded(bert, tmp_path))
+    assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides")  # DDP, of gradients of one column
+@pytest.mark.parametrize("name", ("ddp.py", "fsdp2.py"))
+def test_a_process_group_of_one(name, bert, tmp_path, monkeypatch, capsys):
+    """The real thing, but for the number of processes: tests/distributed has two."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    group = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for key, value in group.items():
+        monkeypatch.setenv(key, str(value))
+    try:
+        run(name, "--model", bert, "--steps", STEPS, "--out", tmp_path, monkeypatch=monkeypatch)
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert_spent(loaded(bert, tmp_path))
+
+
+def test_an_interrupted_run_goes_on(bert, tmp_path, monkeypatch, capsys):
+    run("resume.py", "--model", bert, "--steps", STEPS, "--out", tmp_path, monkeypatch=monkeypatch)
+    interrupted, continued = (line for line in capsys.readouterr().out.splitlines() if "active:" in line)
+    budget = loaded(bert, tmp_path / f"checkpoint-{STEPS}").budget_ranks
+    assert f"active: {budget} of {budget}" in continued and f"active: {budget} of" not in interrupted
+
+
+def test_sft_then_export(tmp_path, monkeypatch, capsys):
+    llama, native, lora = save_llama(tmp_path / "llama"), tmp_path / "native", tmp_path / "lora"
+    words = ("--model", llama, "--steps", STEPS, "--max-length", 48, "--out", native)
+    run("trl_sft.py", *words, monkeypatch=monkeypatch)
+    assert_spent(rank_summary(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), native)))
+    capsys.readouterr()
+    run("export_and_serve.py", "--adapter", native, "--out", lora, "--prompt", "def f(x)", monkeypatch=monkeypatch)
+    shown = capsys.readouterr().out
+    difference = float(shown.partition("export: ")[2].split()[0])
+    assert difference < 1e-5 and f"tuned={lora}" in shown
+    assert json.loads((lora / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert any(tensor.any() for key, tensor in load_file(lora / "adapter_model.safetensors").items() if "lora_B" in key)
+
+
+def test_no_example_is_left_out():
+    text = Path(__file__).read_text()
+    assert all(f'"{path.name}"' in text for path in EXAMPLES.glob("*.py"))
