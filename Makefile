@@ -16,7 +16,7 @@ empty :=
 space := $(empty) $(empty)
 CORE  := $(subst $(space),$(comma),$(addprefix src/increlora/,*.py deltas/* methods/* runtime/*))
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test docs lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -41,6 +41,9 @@ demo: setup ## train IncreLoRA on stdlib-docs with MiniLM; writes runs/demo, rep
 test: setup ## all tests, with coverage; the core and the runtime must reach 95 % of lines
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 	$(BIN)/python -m coverage report --include='$(CORE)' --fail-under=95
+
+docs: setup ## build/site, the documentation; opens from the folder and loads nothing from a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: setup ## ruff, formatting, types
 	$(BIN)/ruff check .

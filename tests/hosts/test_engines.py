@@ -292,7 +292,7 @@ def edited(folder: Path, **changes: object) -> Path:
     ({"init_lora_weights": "pissa"}, "init_lora_weights", {"peft"}),
     ({"init_lora_weights": "CorDA"}, "init_lora_weights", {"peft"}),
     ({"init_lora_weights": "gaussian"}, "", set(ENGINES)),
-    ({"lora_alpha": "gone"}, "lora_alpha", set()),
+    ({"lora_alpha": "gone"}, "lora_alpha", {"peft"}),
     ({"peft_type": "IA3"}, "peft_type", {"peft"}),
 ])  # fmt: skip
 def test_options(changes: dict, where: str, served_by: set[str], tmp_path: Path) -> None:

@@ -166,7 +166,9 @@ def test_a_damaged_state_shows_the_steps(folder):
 
 
 @pytest.mark.parametrize("value", [None, 3, "text", [], {}, {"name": 3}, float("nan"), 10**400])
-@pytest.mark.parametrize("key", ["metric", "budget", "ranks", "seconds", "environment", "run_info", "status", "metrics"])
+@pytest.mark.parametrize(
+    "key", ["metric", "budget", "ranks", "seconds", "environment", "run_info", "status", "metrics"]
+)
 def test_a_strange_value_in_the_state_breaks_nothing(tmp_path, key, value):
     run = read(write_run(tmp_path / "run", **{key: value}))
     assert len(tiles(run)) == 5 and len(comparison_table([run, run])["rows"]) == 2

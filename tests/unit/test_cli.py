@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,14 +19,11 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 from typer.testing import CliRunner
 
 import increlora.cli
-from increlora.cli import run as train_module
 from increlora.cli.app import app
+from increlora.cli.build import target_modules
 from increlora.cli.display import rank_map
 from increlora.cli.recorder import Recorder
-from increlora.cli.options import parse_option
-from increlora.cli.recipes import from_toml
-from increlora.cli.settings import TrainSettings, resolve
-from increlora.errors import ConfigError, NonFiniteError, RunFolderError
+from increlora.errors import NonFiniteError
 from increlora.naming import place, short
 from increlora.tasks import load_classifier
 
@@ -398,64 +394,6 @@ def test_without_the_extra_one_sentence_says_how_to_get_it(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: the command line needs typer: pip install 'increlora[cli]'\n"
 
 
-# ---------------------------------------------------------------------------------------------- options and settings
-
-
-@pytest.mark.parametrize(
-    ("pair", "value"),
-    (
-        ("top_h=3", 3),
-        ("warmup_steps=0.1", 0.1),
-        ("warmup_steps=100", 100),
-        ("lora_alpha=16", 16),
-        ("score=signed", "signed"),
-        ("reserve=none", "none"),
-        ("score_window=none", None),
-        ("init_lora_weights=false", False),
-        ("capacity_pattern={query = 4}", {"query": 4}),
-        ("exclude_modules=['pooler.dense']", ["pooler.dense"]),
-    ),
-)
-def test_set_reads_values_as_toml_and_bare_words(pair, value):
-    key, found = parse_option("increlora", pair)
-    assert key == pair.partition("=")[0] and found == value and type(found) is type(value)
-
-
-@pytest.mark.parametrize("pair", ("lora_alpha=true", "top_h=true", "reserve=None", "capacity_pattern=4", "seed=1"))
-def test_set_refuses_what_the_option_is_not(pair):
-    with pytest.raises(ConfigError, match=f"--set {pair}"):
-        parse_option("increlora", pair)
-
-
-def test_settings_survive_the_config_file(tmp_path):
-    pairs = ["score_window=none", "capacity_pattern={'a.b' = 4}", "reserve=frozen", "lora_alpha=16"]
-    settings = resolve({"r": 4, "lr": 2e-5, "model": None, "target_modules": "query,value"}, pairs)
-    text = settings.toml(Path("o"))
-    table = tomllib.loads(text)
-    again = from_toml(table, tmp_path)
-    assert again.peft_config() == settings.peft_config() and again.toml(Path("o")) == text
-    assert (again.lr, again.r, again.target_modules) == (2e-5, 4, "query,value")
-    words = shlex.split(text.partition("\n")[0])
-    sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
-    assert resolve({"r": 4}, sets).options == settings.options
-    with pytest.raises(RunFolderError, match="unknown setting 'new'"):
-        from_toml(table | {"new": 1}, tmp_path)
-
-
-def test_target_modules_are_names_a_shorthand_or_an_expression(model):
-    bert, _ = load_classifier(str(model), 2, 0)
-    default = train_module.target_modules(None, bert)
-    assert len(default) == MODULES and not [n for n in default if "pooler" in n or "classifier" in n]
-    assert train_module.target_modules("query,value", bert) == ["query", "value"]
-    assert train_module.target_modules("self.query", bert) == ["self.query"]
-    for text in ("all-linear", r".*\.(query|key)"):
-        assert train_module.target_modules(text, bert) == text
-
-
-def test_every_default_is_the_settings_default():
-    assert resolve({"method": None, "r": None}, []) == TrainSettings()
-
-
 # ------------------------------------------------------------------------------------------------------------- rank map
 
 
@@ -477,3 +415,13 @@ def test_more_rank_is_lighter():
     table = rank_map({"h.0.q": 0, "h.0.v": 5, "h.0.k": 10})
     shades = [next(iter(column.cells)).style for column in table.columns[1:]]
     assert shades == ["white on grey11", "white on grey42", "black on grey78"]
+
+
+def test_target_modules_are_names_a_shorthand_or_an_expression(model):
+    bert, _ = load_classifier(str(model), 2, 0)
+    default = target_modules(None, bert)
+    assert len(default) == MODULES and not [n for n in default if "pooler" in n or "classifier" in n]
+    assert target_modules("query,value", bert) == ["query", "value"]
+    assert target_modules("self.query", bert) == ["self.query"]
+    for text in ("all-linear", r".*\.(query|key)"):
+        assert target_modules(text, bert) == text

@@ -8,6 +8,9 @@ from peft import NoMatchingPeftModuleError
 from typer.core import TyperGroup
 
 from ..errors import IncreloraError
+from .check import check
+from .export import export
+from .inspect import inspect
 from .options import nearest
 from .report import report
 from .train import train
@@ -51,5 +54,5 @@ def increlora() -> None:
     """Low-rank adapters whose rank grows during fine-tuning, where it matters most."""
 
 
-for command in (train, report):
+for command in (train, report, export, check, inspect):
     app.command()(command)

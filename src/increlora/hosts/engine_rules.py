@@ -55,7 +55,8 @@ class Engine:
 
 @dataclass(frozen=True)
 class Contents:
-    """A folder as an engine sees it.   rows: module → rows of lora_A.   others: keys that are no factors."""
+    """A folder as an engine sees it.   rows: module → rows of lora_A.   others: keys that are no
+    factors of linear maps."""
 
     config: Config
     rows: Mapping[str, int]
@@ -66,10 +67,13 @@ def contents(folder: Path) -> Contents:
     """What the folder holds. Raises CheckpointError if it is no whole adapter."""
     config = read_config(folder)
     shapes, _ = read_shapes(folder)
-    rows = {name: shapes[PREFIX + name + ENDINGS[0]][0] for name in lora_modules(shapes)}
-    if config.get("peft_type") == "LORA" and 2 * len(rows) != len(shapes) - len(other_keys(shapes)):
+    modules = lora_modules(shapes)
+    if config.get("peft_type") == "LORA" and 2 * len(modules) != len(shapes) - len(other_keys(shapes)):
         raise CheckpointError(f"{folder}: some lora_A has no lora_B, or the reverse; the adapter is damaged")
-    return Contents(config, rows, tuple(other_keys(shapes)))
+    factors = {name: shapes[PREFIX + name + ENDINGS[0]] for name in modules}
+    rows = {name: shape[0] for name, shape in factors.items() if len(shape) == 2}
+    others = [*other_keys(shapes), *(PREFIX + name + ENDINGS[0] for name in modules if name not in rows)]
+    return Contents(config, rows, tuple(others))
 
 
 # -- scales: what an engine multiplies B A x with ---------------------------------------------------------------------
@@ -116,7 +120,8 @@ def foreign_type(engine: Engine, kind: object) -> Problem:
 
 
 def missing_options(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
-    missing = [option for option in ("r", "lora_alpha", "target_modules") if found.config.get(option) is None]
+    needed = () if engine.any_type else ("r", "lora_alpha", "target_modules")
+    missing = [option for option in needed if found.config.get(option) is None]
     return [("error", option, "is missing in adapter_config.json", "restore the file") for option in missing]
 
 
@@ -191,7 +196,7 @@ def saved_modules(engine: Engine, found: Contents, limit: int | None) -> list[Pr
     left = list(dict.fromkeys(refused))
     if not left:
         return []
-    what = "token embeddings" if "embed" in left[0] or "lm_head" in left[0] else "a module trained in full"
+    what = "token embeddings" if "embed" in left[0] or "lm_head" in left[0] else "no low-rank factor of a linear map"
     only = f"only {' and '.join(sorted(accepted))}" if accepted else "low-rank factors only"
     return [("error", modules(left), f"is {what}; it loads {only}", "merge it: `increlora export --merge`")]
 

@@ -45,7 +45,10 @@ HARMLESS = {
 
 def described(config: Mapping[str, Any]) -> LoraConfig:
     """A LoraConfig with the options that say what the adapter belongs to."""
-    return LoraConfig(**{key: config[key] for key in DESCRIPTION if config.get(key) is not None})
+    try:
+        return LoraConfig(**{key: config[key] for key in DESCRIPTION if config.get(key) is not None})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"adapter_config.json: {error}; restore it from a copy") from error
 
 
 def refuse_nonlinear(config: Mapping[str, Any], where: str) -> None:
@@ -104,7 +107,8 @@ def adalora_factors(
         if set(part) != set("ABE") or not part["A"].shape[0] == part["B"].shape[1] == part["E"].shape[0]:
             shapes = {letter: tuple(value.shape) for letter, value in part.items()}
             raise CheckpointError(f"{where}: {name} has {shapes}, expected A, B and E of one rank; it is damaged")
-        alpha = config["lora_alpha"] if config["lora_alpha"] > 0 else part["A"].shape[0]
+        given = config.get("lora_alpha", 8)
+        alpha = given if given > 0 else part["A"].shape[0]
         factors[name] = triplets(part["A"], part["E"], part["B"], alpha / (config["init_r"] + ADALORA_EPSILON))
     check_complete(where, factors, 2 * len(factors), others)
     return factors, others
@@ -120,9 +124,7 @@ def check_complete(where: str, factors: Factors, tensors: int, others: Mapping[s
     """Raise unless every factor found its partner and nothing else is left of an adapter."""
     strange = next((key for key in others if ".lora_" in key or "trainable_tokens" in key), None)
     if strange is not None:
-        raise ExportError(
-            f"{where}: {strange} belongs to no linear map: merge it with peft's merge_and_unload"
-        )
+        raise ExportError(f"{where}: {strange} belongs to no linear map: merge it with peft's merge_and_unload")
     if not factors or tensors != 2 * len(factors):
         raise CheckpointError(f"{where}: {tensors} factors of {len(factors)} modules; the adapter is damaged or empty")
 

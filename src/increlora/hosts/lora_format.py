@@ -6,6 +6,7 @@ r, α: the first matching entry of rank_pattern, alpha_pattern, else r, lora_alp
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,12 @@ def configured_scale(config: Mapping[str, Any], module: str) -> float:
 
 def matched(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """Value of the first key that matches the module's name or its ending, as a regular expression."""
-    return (pattern or {}).get(get_pattern_key(list(pattern or {}), module), default)
+    try:
+        return (pattern or {}).get(get_pattern_key(list(pattern or {}), module), default)
+    except re.error as error:
+        raise CheckpointError(
+            f"a pattern of the adapter is no regular expression ({error}): restore its config"
+        ) from None
 
 
 def changes_base(config: Mapping[str, Any]) -> bool:
@@ -58,15 +64,33 @@ def other_keys(keys: Iterable[str]) -> list[str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json as it stands. Raises CheckpointError."""
+    """adapter_config.json as it stands. Raises CheckpointError if it cannot be read, or names senseless ranks."""
     path = folder / CONFIG_NAME
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("not a JSON object")
+        check_values(found)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}; give the folder of an adapter, or restore it from a copy") from error
     return found
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a rank that is no int ≥ 1, or an alpha that is no number."""
+    lora, ada = config.get("peft_type") == "LORA", config.get("peft_type") == "ADALORA"
+    tables = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern") if lora}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ValueError(f"{name} is {table!r}, not a table")
+    counts = [config.get("init_r")] if ada else [config.get("r", 8), *tables.get("rank_pattern", {}).values()]
+    amounts = [config.get("lora_alpha", 8), *tables.get("alpha_pattern", {}).values()]
+    for count in counts if lora or ada else ():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{count!r} is no rank")
+    for amount in amounts if lora or ada else ():
+        if isinstance(amount, bool) or not isinstance(amount, int | float):
+            raise ValueError(f"{amount!r} is no alpha")
 
 
 def read_shapes(folder: Path) -> tuple[dict[str, Shape], dict[str, str]]:
@@ -77,6 +101,10 @@ def read_shapes(folder: Path) -> tuple[dict[str, Shape], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            return shapes, file.metadata() or {}
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or truncated ({error}); restore it from a copy") from error
+    strange = next((key for key in shapes if not key.isprintable()), None)
+    if strange is not None:  # names are shown in terminals
+        raise CheckpointError(f"{path}: the tensor name {strange!r} is not printable: the file is damaged or foreign")
+    return shapes, metadata

@@ -36,7 +36,7 @@ class Lora:
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ConfigError(f"rank of {name} is {rank!r}: give an int of at least 1, or leave the module out")
+                raise ConfigError(f"{name}={rank!r}: give an int of at least 1; a module without rank is left out")
 
     def method(self, sites: int, uniform_parameters: int) -> Method:
         uniform = Budget(self.r * sites, self.r * uniform_parameters)

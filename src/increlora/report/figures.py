@@ -142,7 +142,8 @@ FIGURES = (
     Figure(
         "learning", "Did it help",
         "The faint line is the loss of each step, the strong one the mean around it (a dotted one what ignoring the "
-        "input reaches): see what growth changed, and whether the metric was still moving at the end.", learning, marked=True,
+        "input reaches): see what growth changed, and whether the metric was still moving at the end.",
+        learning, marked=True,
     ),
     Figure(
         "budget", "What it cost",

@@ -20,6 +20,12 @@ def facets(figure: Chart, types: Sequence[str]) -> Chart:
     return figure.facet(alt.Facet("type:N", sort=order, header=header), columns=min(3, len(types)), spacing=18)
 
 
+def powers(rows: Sequence[Row], name: str) -> alt.Scale:
+    """A logarithmic scale over all values of a column of lists, and a little more."""
+    values = [value for row in rows for value in row[name]]
+    return alt.Scale(type="log", domain=[min(values) / 1.2, max(values) * 1.2], nice=False)
+
+
 def panel_width(types: Sequence[str]) -> int:
     return (WIDTH - 120) // min(3, max(1, len(types)))
 
@@ -44,7 +50,7 @@ def scores(run: Run) -> Chart | None:
     rows = [row | {"grant": 0} for row in lines] + [row | {"grant": 1} for row in grants]
     end = tables.spent_at(run) or max(1, run.steps)
     step = alt.X("step:Q", title="training step", scale=alt.Scale(domain=[0, end], nice=False), axis=FEW_STEPS)
-    value = alt.Y("importance:Q", title="importance", scale=alt.Scale(type="log"), axis=POWERS)
+    value = alt.Y("importance:Q", title="importance", scale=powers(rows, "importance"), axis=POWERS)
     base = alt.Chart(width=panel_width(where.types), height=130).encode(step, value, by_layer(where.layers))
     line = base.transform_filter("datum.grant == 0").mark_line(strokeWidth=1.5, clip=True)
     dot = base.transform_filter("datum.grant == 1").mark_circle(size=55, opacity=1)
@@ -85,10 +91,7 @@ def spectra(run: Run) -> Chart | None:
     now = slider("at", min(row["since"] for row in rows), max(row["since"] for row in rows))
     shown = alt.Chart(alt.Data(values=ordered(rows, where.types)), width=panel_width(where.types), height=130)
     shown = shown.transform_filter("datum.since <= at && at < datum.until").transform_flatten(["index", "sigma"])
-    sigma = [value for row in rows for value in row["sigma"]]
-    value = alt.Y(
-        "sigma:Q", title="singular value", scale=alt.Scale(type="log", domain=[min(sigma), max(sigma)]), axis=POWERS
-    )
+    value = alt.Y("sigma:Q", title="singular value", scale=powers(rows, "sigma"), axis=POWERS)
     most = max(len(row["sigma"]) for row in rows)
     index = alt.X(
         "index:Q",

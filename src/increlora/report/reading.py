@@ -51,7 +51,9 @@ class Run:
     @property
     def steps(self) -> int:
         """Steps done, as far as the files know."""
-        return max((rows[-1]["step"] for rows in (self.metrics, self.trace, self.events) if rows), default=0)
+        return max(
+            (rows[-1]["step"] for rows in (self.metrics, self.trace, self.events, self.spectra) if rows), default=0
+        )
 
     @property
     def metric_names(self) -> list[str]:

@@ -1,9 +1,9 @@
 """From the rows of a run to the rows of its figures: small tables with plain column names."""
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -189,13 +189,12 @@ def spectra(run: Run) -> list[Row]:
     values = sum(len(sigma) for row in run.spectra[-1:] for sigma in row["modules"].values())
     taken = thin(run.spectra, max(2, VALUES // max(1, values)))
     where = grid([name for row in taken for name in row["modules"]]).cells
-    ends = [row["step"] for row in taken[1:]] + [math.inf]
     rows = []
-    for row, until in zip(taken, ends, strict=True):
+    for row, after in pairwise([*taken, {"step": run.steps + 1}]):
         for name, sigma in row["modules"].items():
             kept = [v for v in sigma if v > 1e-6 * max(sigma)]
             rows.append(
                 {"layer": where[name][0], "type": where[name][1], "since": row["step"],
-                 "until": min(until, run.steps + 1), "index": list(range(1, len(kept) + 1)), "sigma": kept}
+                 "until": after["step"], "index": list(range(1, len(kept) + 1)), "sigma": kept}
             )  # fmt: skip
     return rows

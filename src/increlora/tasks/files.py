@@ -25,6 +25,7 @@ SPLITS = {
 }  # fmt: skip
 SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})(?![a-z])", re.IGNORECASE)  # train_5k and dev.clean, but not trainer
 HELD_OUT = 20  # one row in so many, where there is no validation file
+VALIDATION_SEED = 0  # draws validation examples, fixed: every run answers the same questions
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,7 @@ class Rows:
 
     def sample(self, limit: int | None, seed: int) -> "Rows":
         """At most `limit` of the rows, drawn by `seed`, in their order."""
-        if limit is None or limit >= len(self.table):
-            return self
-        return Rows(self.origin, self.table.take(sorted(random.Random(seed).sample(range(len(self.table)), limit))))
+        return Rows(self.origin, self.table.take(draw(len(self.table), limit, seed)))
 
 
 @dataclass(frozen=True)
@@ -130,6 +129,11 @@ def held_out(rows: Any) -> tuple[Any, Any]:
     """A sequence (or a table, or a text) without its last twentieth, and that twentieth (one at least)."""
     cut = len(rows) - max(1, len(rows) // HELD_OUT)
     return rows[:cut], rows[cut:]
+
+
+def draw(count: int, limit: int | None, seed: int) -> list[int]:
+    """At most `limit` of the numbers below `count`, drawn by `seed`, in rising order."""
+    return sorted(random.Random(seed).sample(range(count), count if limit is None else min(limit, count)))
 
 
 def text_columns(table: pa.Table) -> list[str]:

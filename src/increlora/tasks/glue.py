@@ -14,10 +14,9 @@ from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedToken
 
 from increlora.errors import TaskError
 from increlora.tasks.base import Batches, Example, Task, TaskOptions, encoded_rows
-from increlora.tasks.files import Rows, digest, first_line, names, read_rows, split_files
+from increlora.tasks.files import VALIDATION_SEED, Rows, digest, first_line, names, read_rows, split_files
 
 HUB_NAME = "nyu-mll/glue"
-VALIDATION_SEED = 0  # fixed: every run answers the same questions
 MAX_SCORE = 5.0  # of stsb
 MISMATCHED = "mismatched"  # mnli's second validation set: other genres than in training
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from increlora.errors import TaskError
 from increlora.tasks.base import Example, Task, TaskOptions
 from increlora.tasks.causal import causal_loss, ending, opening, right_padding, token_ids
-from increlora.tasks.files import HELD_OUT, Rows, held_out, read_splits, text_columns
+from increlora.tasks.files import HELD_OUT, VALIDATION_SEED, Rows, draw, held_out, read_splits, text_columns
 
 # Tokenizers slow down on very long texts (10 MB: 35 s and 1.8 GB): pieces end at a line's end where one is near.
 PIECE = re.compile(r"(?s).{1,10000}(?:(?<=\n)|\Z)|.{10000}")
@@ -23,7 +23,8 @@ PIECES_AT_ONCE = 128
 
 
 def lm_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
-    """The task, tokenized; its limits count blocks from the start of the text, and no more is tokenized.
+    """The task, tokenized. Its limits count blocks: the training text's first ones (the rest is not even tokenized),
+    and a fixed sample of all validation blocks.
 
     Raises: TaskError without `options.data`, without one column of text, or if the text is too short."""
     if options.data is None:
@@ -31,10 +32,8 @@ def lm_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
     splits = read_splits(options.data)
     documents = _documents(splits.train)
     parts = _cut(documents) if splits.validation is None else (documents, _documents(splits.validation))
-    train, validation = (
-        blocks(tokens(tokenizer, part), options.max_length, limit)
-        for part, limit in zip(parts, (options.max_train_samples, options.max_eval_samples), strict=True)
-    )
+    streams = (blocks(tokens(tokenizer, part), options.max_length) for part in parts)
+    train, validation = list(islice(next(streams), options.max_train_samples)), list(next(streams))
     if not (train and validation):
         raise TaskError(f"--data {options.data}: too short to train on one part and measure on another; add text")
     return Task(
@@ -42,7 +41,7 @@ def lm_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
         metric="perplexity",
         source=splits.source,
         train=train,
-        validation=validation,
+        validation=[validation[i] for i in draw(len(validation), options.max_eval_samples, VALIDATION_SEED)],
         collate=right_padding(tokenizer),
         measure=causal_loss,
         higher_is_better=False,
@@ -60,10 +59,10 @@ def tokens(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iter
             yield from chain(before if first else (), ids, after if last else ())
 
 
-def blocks(stream: Iterator[int], size: int, limit: int | None) -> list[Example]:
-    """The stream cut into at most `limit` blocks; the last one is shorter, or dropped if it predicts nothing."""
+def blocks(stream: Iterator[int], size: int) -> Iterator[Example]:
+    """The stream in blocks of `size` tokens; the last one is shorter, or left out if it predicts nothing."""
     cut = iter(lambda: list(islice(stream, size)), [])
-    return [{"input_ids": block, "labels": block} for block in islice(cut, limit) if len(block) > 1]
+    return ({"input_ids": block, "labels": block} for block in cut if len(block) > 1)
 
 
 def _documents(rows: Rows) -> list[str]:

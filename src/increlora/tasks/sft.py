@@ -17,12 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from increlora.errors import TaskError
 from increlora.tasks.base import Example, Task, TaskOptions
 from increlora.tasks.causal import IGNORED, causal_loss, ending, opening, right_padding, token_ids
-from increlora.tasks.files import Rows, read_splits
+from increlora.tasks.files import VALIDATION_SEED, Rows, read_splits
 
 LAYOUTS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
 CONTEXT = "input"  # Alpaca's third column, often empty
 BLANK_LINE = "\n\n"
-VALIDATION_SEED = 0  # fixed: every run answers the same questions
 
 Pair = tuple[str, str]  # prompt and response
 
