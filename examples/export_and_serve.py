@@ -13,9 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from increlora import export_lora
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank accepts
+from increlora import check_export, export_lora
 
 
 def main() -> None:
@@ -26,6 +24,8 @@ def main() -> None:
     options = parser.parse_args()
 
     export_lora(options.adapter, options.out)
+    for finding in check_export(options.out).findings:  # of all engines; an error would be one that cannot serve it
+        print(f"{finding.level}: {finding}")
 
     config = json.loads((options.out / "adapter_config.json").read_text())
     name = config["base_model_name_or_path"]
@@ -41,7 +41,7 @@ def main() -> None:
     print(f"largest difference of logits, native against export: {difference:.1e}")
     answer = exported.generate(**prompt, max_new_tokens=20, do_sample=False)
     print(tokenizer.decode(answer[0], skip_special_tokens=True))
-    limit = next(size for size in VLLM_RANKS if size >= config["r"])
+    limit = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= config["r"])  # what vLLM accepts
     print(f"vllm serve {name} --enable-lora --max-lora-rank {limit} --lora-modules tuned={options.out}")
 
 

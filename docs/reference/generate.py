@@ -5,9 +5,9 @@ A page says `<!-- generated: options -->`; `on_page_markdown` (a hook of mkdocs)
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import typer
 from typer.cli import get_docs_for_click
@@ -79,7 +79,9 @@ def meanings(docstring: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 def values(hint: Any) -> str:
     if hint == int | float:
-        return "steps (int) or share of the run (float in [0, 1])"
+        return "steps (int) or a share (float)"
+    if get_origin(hint) is Mapping:
+        return "module name → number"
     return described(hint).replace("'", "`")
 
 
@@ -121,4 +123,3 @@ GENERATED: dict[str, Callable[[], str]] = {
     "api": api, "errors": error_types, "options": options, "shared": shared_options, "refused": refused_options,
     "cli": command_line,
 }  # fmt: skip
-

@@ -2,6 +2,7 @@
 
 import html
 import importlib.util
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -68,5 +69,5 @@ def test_every_command_and_its_options_are_in_the_reference(page):
         for parameter in command.params:
             known = parameter.opts if parameter.param_type_name == "option" else [parameter.metavar or parameter.name]
             assert parameter.help, f"increlora {name}: {known[0]} has no help"
-            (line,) = (line for line in section.splitlines() if line.startswith(f"* `{known[0]}"))
+            (line,) = (line for line in section.splitlines() if re.match(rf"\* `{re.escape(known[0])}[` ,]", line))
             assert parameter.help in line and all(word in line for word in known)

@@ -72,7 +72,9 @@ def trace(names: list[str]) -> list[dict[str, Any]]:
     return [
         {
             "step": step,
-            "modules": {n: {"rank": ranks_at(n, step), "importance": 1e-9 * step * (i + 1)} for i, n in enumerate(names)},
+            "modules": {
+                name: {"rank": ranks_at(name, step), "importance": 1e-9 * step * i} for i, name in enumerate(names, 1)
+            },
             "lr_factor": {str(e): min(1.0, (step - e - 1) / 4) for e in EVENTS if e + 1 < step},
         }
         for step in steps

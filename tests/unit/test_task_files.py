@@ -107,8 +107,8 @@ def test_a_sample_is_drawn_by_its_seed_in_order_of_the_rows():
 
 def test_text_may_be_large_or_dictionary_encoded():
     words = pa.array(["a", "b", "a"])
-    table = pa.table({"s": words, "large": words.cast(pa.large_string()), "d": words.dictionary_encode(), "n": [1, 2, 3]})
-    assert text_columns(table) == ["s", "large", "d"]
+    columns = {"s": words, "large": words.cast(pa.large_string()), "d": words.dictionary_encode(), "n": [1, 2, 3]}
+    assert text_columns(pa.table(columns)) == ["s", "large", "d"]
 
 
 @pytest.mark.parametrize(

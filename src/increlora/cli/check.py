@@ -28,15 +28,13 @@ def check(
 
 
 def verdicts(report: EngineReport) -> Table:
-    """One line per finding; an engine without any serves the adapter."""
-    table = Table(title=f"engines and {report.path}", title_justify="left")
-    for column in ("engine", "verdict", "where", "why", "remedy"):
-        table.add_column(column, overflow="fold")
+    """What each engine does with the folder, one line per finding."""
+    table = Table.grid(padding=(0, 2))
     for engine in report.engines:
         findings = report.of(engine)
         if not findings:
             table.add_row(engine, "serves it")
         for finding in findings:
-            verdict = "refused or wrong" if finding.level == "error" else "serves it, if"
-            table.add_row(engine, verdict, finding.where, finding.problem, finding.remedy)
+            verdict = "refuses it, or is wrong" if finding.level == "error" else "serves it on a condition"
+            table.add_row(engine, verdict, f"{finding.where}: {finding.problem}; {finding.remedy}")
     return table

@@ -65,8 +65,11 @@ def show(console: Console, done: Exported) -> None:
 
 def merged(source: Path, out: Path, name: str | None) -> None:
     """Load the base model and merge the adapter into it."""
+    from transformers.utils import logging
+
     from ..tasks import load_causal, load_classifier  # transformers' model classes take a second to import
 
+    logging.disable_progress_bar()
     folder = adapter_folder(source)
     adapter = read_adapter(folder)
     name = name or adapter.config.base_model_name_or_path

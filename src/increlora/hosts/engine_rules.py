@@ -196,7 +196,7 @@ def saved_modules(engine: Engine, found: Contents, limit: int | None) -> list[Pr
     left = list(dict.fromkeys(refused))
     if not left:
         return []
-    what = "token embeddings" if "embed" in left[0] or "lm_head" in left[0] else "no low-rank factor of a linear map"
+    what = "token embeddings" if "embed" in left[0] or "lm_head" in left[0] else "trained in full, or no linear map"
     only = f"only {' and '.join(sorted(accepted))}" if accepted else "low-rank factors only"
     return [("error", modules(left), f"is {what}; it loads {only}", "merge it: `increlora export --merge`")]
 

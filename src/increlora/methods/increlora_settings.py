@@ -12,7 +12,7 @@ from ..schedules import GrowthSteps, Time
 
 @dataclass(frozen=True)
 class IncreLoraSettings:
-    """Every option of IncreLoRA. Times are steps (int) or shares of the run (float).
+    """Every option of IncreLoRA. Counts are at least 1; times are steps (int) or shares of the run (float in [0, 1]).
 
     Budget, one of
         r: average rank per module at the end, ≥ 1: r · modules ranks exactly, at most LoRA's adapter parameters.

@@ -31,9 +31,9 @@ def lm_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
         raise TaskError("task lm trains on a text of yours: name a file or folder by --data")
     splits = read_splits(options.data)
     documents = _documents(splits.train)
-    parts = _cut(documents) if splits.validation is None else (documents, _documents(splits.validation))
-    streams = (blocks(tokens(tokenizer, part), options.max_length) for part in parts)
-    train, validation = list(islice(next(streams), options.max_train_samples)), list(next(streams))
+    text, other = _cut(documents) if splits.validation is None else (documents, _documents(splits.validation))
+    train = list(islice(blocks(tokens(tokenizer, text), options.max_length), options.max_train_samples))
+    validation = list(blocks(tokens(tokenizer, other), options.max_length))
     if not (train and validation):
         raise TaskError(f"--data {options.data}: too short to train on one part and measure on another; add text")
     return Task(

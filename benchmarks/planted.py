@@ -1,0 +1,100 @@
+"""Who finds the plant? Every method on task `planted`, beside uniform ranks and the planted ranks themselves.
+
+    .venv/bin/python benchmarks/planted.py --seeds 4
+
+Trains each row of ROWS with each seed (runs/planted/ROW-SEED, finished runs are kept) and prints a table: mean and
+range over the seeds. All rows have the same budget, data, learning rate and number of steps."""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from increlora.cli.run import train
+from increlora.cli.settings import TrainSettings
+from increlora.runs import RunFolder
+from increlora.tasks.planted import planted_ranks
+
+R, ALPHA = 2, 8
+REACHED = 0.1  # "learnt": a tenth of the untrained distance to the teacher
+
+
+def fixed(method: str, **settings: Any) -> Callable[[int], dict[str, Any]]:
+    return lambda seed: {"method": method, **settings}
+
+
+def oracle(seed: int) -> dict[str, Any]:
+    """LoRA with the planted ranks from the start, at the scale of the others."""
+    ranks = {name: rank for name, rank in planted_ranks(seed).items() if rank}
+    alphas = {name: ALPHA / R * rank for name, rank in ranks.items()}
+    options = {"rank_pattern": ranks, "alpha_pattern": alphas}
+    return {"method": "lora", "target_modules": ",".join(ranks), "options": options}
+
+
+ROWS: Mapping[str, Callable[[int], dict[str, Any]]] = {
+    "uniform (LoRA)": fixed("lora"),
+    "IncreLoRA": fixed("increlora"),
+    "IncreLoRA, ranks bounded only in total": fixed("increlora", options={"total_ranks": 36}),
+    "IncreLoRA, paper preset": fixed("increlora", preset="paper"),
+    "planted ranks (oracle)": oracle,
+}
+
+
+def main(
+    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, … of net, plant and data.")] = 4,
+    epochs: Annotated[float, typer.Option(help="Of 128 steps each.")] = 8.0,
+    lr: Annotated[float, typer.Option(help="Peak learning rate, the same for all.")] = 5e-3,
+    out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/planted"),
+    only: Annotated[str, typer.Option(help="Rows whose name contains this.")] = "",
+) -> None:
+    """Train what is missing, and print the table."""
+    print("| ranks by | excess loss | recovery | steps to excess 0.1 | parameters average / end |")
+    print("| --- | --- | --- | --- | --- |")
+    for row, settings in ROWS.items():
+        if only in row:
+            shared = {"task": "planted", "r": R, "epochs": epochs, "lr": lr, "batch_size": 64, "evaluations": 64}
+            runs = [finished(out, row, TrainSettings(**shared, seed=s, **settings(s))) for s in range(seeds)]
+            print(table_row(row, runs), flush=True)
+
+
+def finished(out: Path, row: str, settings: TrainSettings) -> Path:
+    """The folder of a finished run with these settings; trained now if it is not there."""
+    name = "".join(c if c.isalnum() else "-" for c in row)
+    folder = RunFolder(out / f"{name}-{settings.seed}")
+    state = folder.state()
+    if state is None or state["status"] != "finished":
+        train(settings, folder, Console(quiet=True), resume=False, overwrite=True)
+    return folder.path
+
+
+def table_row(name: str, runs: Sequence[Path]) -> str:
+    states = [json.loads((run / "run.json").read_text()) for run in runs]
+    budgets = [state["budget"] for state in states]
+    cells = [
+        spread([state["metrics"]["after"]["excess_loss"] for state in states], "{:.4f}"),
+        spread([state["metrics"]["after"]["recovery"] for state in states], "{:.2f}"),
+        spread([reached(run) for run in runs], "{:.0f}"),
+        f"{statistics.mean(b['parameters_average'] for b in budgets):,.0f} / "
+        f"{statistics.mean(b['parameters_used'] for b in budgets):,.0f}",
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def reached(run: Path) -> float:
+    """First measured step with an excess loss of at most REACHED; infinite if none."""
+    rows = RunFolder(run).rows("metrics.jsonl")
+    return next((row["step"] for row in rows if row.get("excess_loss", 1.0) <= REACHED), float("inf"))
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean and range."""
+    mean, low, high = (form.format(f(values)) for f in (statistics.mean, min, max))
+    return f"{mean} ({low} – {high})"
+
+
+if __name__ == "__main__":
+    typer.run(main)
