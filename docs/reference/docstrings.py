@@ -1,6 +1,7 @@
-"""Our docstrings put several short entries on a line; the reference shows each on its own.
+"""How the reference shows our docstrings: every entry on its own, every closing remark as a paragraph.
 
-rank: active ranks.   cost: parameters of one rank.
+    rank, reserve: ranks in use and to come.   cost: parameters of one rank.
+    Raises: ConfigError.
 """
 
 import re
@@ -8,18 +9,21 @@ from typing import Any
 
 import griffe
 
-ENTRY = re.compile(r"^( *)(\S.*?)  +(?=\w+(?:, \w+)*: )", re.MULTILINE)
+NEXT_ENTRY = re.compile(r"^( +)(\S.*?) {3,}(?=\w+(?:, \w+)*: )", re.MULTILINE)
+SHARED_ENTRY = re.compile(r"^( +)(\w+(?:, \w+)+): (.*(?:\n\1 +\S.*)*)", re.MULTILINE)
+REMARK = re.compile(r"^(Returns|Raises|Source): (?=\S)", re.MULTILINE)
 
 
 class OneEntryPerLine(griffe.Extension):
-    """Breaks lines of entries three spaces apart, before the docstring is parsed."""
+    """Rewrites docstrings before they are parsed."""
 
     def on_object(self, *, obj: Any, **context: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = split(obj.docstring.value)
+            obj.docstring.value = spread(obj.docstring.value)
 
 
-def split(text: str) -> str:
-    while ENTRY.search(text):
-        text = ENTRY.sub(r"\1\2\n\1", text)
-    return text
+def spread(text: str) -> str:
+    while NEXT_ENTRY.search(text):
+        text = NEXT_ENTRY.sub(r"\1\2\n\1", text)
+    text = SHARED_ENTRY.sub(lambda m: "\n".join(f"{m[1]}{name}: {m[3]}" for name in m[2].split(", ")), text)
+    return REMARK.sub(r"\n**\1:** ", text)

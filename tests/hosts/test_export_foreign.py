@@ -135,7 +135,7 @@ def test_an_incomplete_adalora_folder_is_refused(lost: str, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------ plain LoRA
+# ---------------------------------------------------------------------------------------------------------- plain LoRA
 
 
 @pytest.mark.parametrize("layout", ["uniform", "pattern"])
@@ -208,7 +208,7 @@ def test_adapters_of_other_layers_are_refused(tmp_path: Path) -> None:
         export_lora(tmp_path / "in", tmp_path / "out")
 
 
-# ------------------------------------------------------------------------------------------------------------ truncation
+# ---------------------------------------------------------------------------------------------------------- truncation
 
 
 def test_truncation_is_the_best_approximation_and_says_its_error() -> None:

@@ -15,6 +15,7 @@ from increlora.tasks import TASKS, load_classifier, load_task
 from increlora.tasks.backbone import DEFAULT_BACKBONE
 from increlora.tasks.glue import GLUE
 
+NO_CORRELATION = {"pearson": 0, "spearmanr": 0}
 WORDS = "a b c d 0 1 2 3 4 5 nan"
 
 
@@ -67,9 +68,9 @@ class Obedient(torch.nn.Module):
         ("mrpc", (0, 0, 0, 0), (0, 0, 0, 0), {"accuracy": 1, "f1": 0}, {"accuracy": 1, "f1": 0}),
         ("cola", (1, 1, 0, 0), (1, 1, 1, 0), {"matthews_correlation": 2 / 12**0.5}, {"matthews_correlation": 0}),
         ("cola", (1, 1, 1, 1), (1, 1, 1, 1), {"matthews_correlation": 0}, {"matthews_correlation": 0}),
-        ("stsb", (0, 2, 1, 4), (0.0, 1, 2, 5), {"pearson": 10 / 122.5**0.5, "spearmanr": 0.8}, {"pearson": 0, "spearmanr": 0}),
-        ("stsb", (3, 3, 3, 3), (0.0, 1, 2, 5), {"pearson": 0, "spearmanr": 0}, {"pearson": 0, "spearmanr": 0}),
-        ("stsb", (1,), (5.0,), {"pearson": 0, "spearmanr": 0}, {"pearson": 0, "spearmanr": 0}),
+        ("stsb", (0, 2, 1, 4), (0.0, 1, 2, 5), {"pearson": 10 / 122.5**0.5, "spearmanr": 0.8}, NO_CORRELATION),
+        ("stsb", (3, 3, 3, 3), (0.0, 1, 2, 5), NO_CORRELATION, NO_CORRELATION),
+        ("stsb", (1,), (5.0,), NO_CORRELATION, NO_CORRELATION),
         ("mnli", (0, 1, 2, 0), (0, 1, 2, 2), {"accuracy": 3 / 4}, {"accuracy": 1 / 2}),
     ),
 )  # fmt: skip
@@ -161,7 +162,9 @@ def test_without_a_hub_the_remedy_is_named(monkeypatch, tokenizer):
         raise ConnectionError("no network\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(TaskError, match=r"\(ConnectionError: no network\); name the folder .*rte/train.parquet.* --data"):
+    with pytest.raises(
+        TaskError, match=r"\(ConnectionError: no network\); name the folder .*rte/train.parquet.* --data"
+    ):
         load_task("glue/rte", tokenizer)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(TaskError, match="ModuleNotFoundError.* --data"):
@@ -176,7 +179,10 @@ GOOD = {"sentence1": ["a", "b", "c"], "sentence2": ["a", "b", "c"], "label": [0,
 @pytest.mark.parametrize(
     "bad, message",
     (
-        ({"sentence1": None}, "has the columns sentence2, label but glue/rte reads sentence1, sentence2, label; rename"),
+        (
+            {"sentence1": None},
+            "has the columns sentence2, label but glue/rte reads sentence1, sentence2, label; rename",
+        ),
         ({"label": None}, "has the columns sentence1, sentence2 but glue/rte reads"),
         ({"label": [0, 1, 2]}, "label 2 at row 2 but glue/rte has 0 entailment, 1 not_entailment; remove or mend it"),
         ({"label": [-1, -1, -1]}, "label -1 at row 0 .*a test set's labels are hidden: name another file"),
@@ -205,7 +211,9 @@ def test_a_score_out_of_range_is_refused(tmp_path, tokenizer, label):
 
 
 def test_missing_files_are_named(tmp_path, tokenizer):
-    with pytest.raises(TaskError, match="rte has no validation file beside train.parquet; glue/rte reads train.parquet"):
+    with pytest.raises(
+        TaskError, match="rte has no validation file beside train.parquet; glue/rte reads train.parquet"
+    ):
         load_task("glue/rte", tokenizer, data=write(tmp_path / "a" / "rte", train=GOOD).parent)
     with pytest.raises(TaskError, match="b has no training file but validation.parquet"):
         load_task("glue/rte", tokenizer, data=write(tmp_path / "b", validation=GOOD))

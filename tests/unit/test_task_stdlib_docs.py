@@ -7,10 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from increlora.errors import TaskError
-from increlora.tasks import load_task, resolve_backbone
 from increlora.tasks.stdlib_docs import documented_functions, is_validation, load_pairs
 
 STDLIB = Path(sysconfig.get_path("stdlib"))

@@ -23,6 +23,7 @@ from .display import Progression, show_result
 from .recorder import Recorder
 from .result import close, finish, initial_state
 from .settings import TrainSettings
+from .tracer import Tracer
 from .trainer import SampledTrainer, training_arguments
 
 CHECKPOINTS = 4  # per run
@@ -145,4 +146,5 @@ def fit(
     budget = controllers_of(model)[0].method.budget.ranks if controllers_of(model) else None
     with Progression(console, total=total, done=done, budget=budget) as progress:
         trainer.add_callback(Recorder(folder, task, progress, evaluate_every=math.ceil(total / settings.evaluations)))
+        trainer.add_callback(Tracer(folder))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -112,7 +112,7 @@ EXPORT = "export it with `increlora export`"
 
 
 def foreign_type(engine: Engine, kind: object) -> Problem:
-    if engine.any_type and kind in CONFIGS:
+    if engine.any_type and str(kind) in CONFIGS:
         return "warning", "peft_type", f"{kind} is known after `import increlora` only", f"import it first, or {EXPORT}"
     if engine.any_type:
         return "warning", "peft_type", f"{kind} is not checked here", "load it in peft to see"

@@ -24,9 +24,10 @@ def chart(rows: Sequence[Row], **properties: Any) -> Chart:
     return alt.Chart(alt.Data(values=list(rows)), **properties)
 
 
-def steps(run: Run, title: str | None = "training step") -> Any:
+def steps(run: Run) -> Any:
     scale = alt.Scale(domain=[0, max(1, run.steps)], nice=False)
-    return alt.X("step:Q", title=title, scale=scale, axis=alt.Axis(grid=False, tickMinStep=1))
+    axis = alt.Axis(grid=False, tickMinStep=1, tickCount=10, labelOverlap=True)
+    return alt.X("step:Q", title="training step", scale=scale, axis=axis)
 
 
 def categories(field: str, names: Sequence[str], title: str | None) -> Any:

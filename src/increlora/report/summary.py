@@ -28,7 +28,7 @@ def of(used: float | None, target: float | None) -> str:
 def seconds(value: float | None) -> str:
     if value is None:
         return NONE
-    if value < 120:
+    if value < 600:
         return f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
 
