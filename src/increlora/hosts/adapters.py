@@ -67,9 +67,7 @@ def adapter_folder(path: Path, part: str = "adapter") -> Path:
     if not (path / "run.json").is_file():
         return path
     if not (path / part).is_dir():
-        raise CheckpointError(
-            f"{path} holds no {part}/: it is not finished; resume it, or give one of its checkpoints"
-        )
+        raise CheckpointError(f"{path} holds no {part}/: it is not finished; resume it, or give one of its checkpoints")
     return path / part
 
 
