@@ -147,8 +147,8 @@ FIGURES = (
     ),
     Figure(
         "budget", "What it cost",
-        "The area under a curve is the cost of the run: below the dashed budget, steps were cheaper than those of a "
-        "fixed rank.", budget,
+        "The area under a curve is what the run trained: below the dashed line, less than a fixed rank.",
+        budget,
     ),
     Figure(
         "scores", "Why there",
