@@ -165,6 +165,8 @@ class RankPruner:
         if self.settled or self.schedule is None or not self.schedule.observed(step):
             return
         there = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+        if not there:  # a step that was judged bad
+            return
         dtype = self.sensitivity[0].dtype
         gradients = [full(self.parameters[i].grad).to(dtype) for i in there]  # type: ignore[arg-type]
         if scale != 1.0:
