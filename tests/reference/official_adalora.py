@@ -137,7 +137,7 @@ class Step:
     loss: float
     kept: dict[str, list[bool]] | None
     tensors: dict[str, Tensor]
-    I: dict[str, Tensor]  # noqa: E741
+    I: dict[str, Tensor]
     U: dict[str, Tensor]
 
 

@@ -52,7 +52,7 @@ def test_t1_forward() -> None:
     [("target", (2, 0.5), (0.15, 0.1275, 0.019125)), ("", (2, -0.25), (0.2025, 0.153, 0.0309825))],
 ])  # fmt: skip
 def test_t2_averages_of_one_entry(changes) -> None:
-    I, U = [tensor([0.0])], [tensor([0.0])]  # noqa: E741
+    I, U = [tensor([0.0])], [tensor([0.0])]
     for _, (w, g), (i, u, s) in changes:
         smooth_entries(I, U, [tensor([w])], [tensor([g])], beta=0.85, beta_uncertainty=0.85)
         assert close(I[0], [i]) and close(U[0], [u]) and close(I[0] * U[0], [s])
@@ -61,7 +61,7 @@ def test_t2_averages_of_one_entry(changes) -> None:
 def after_one_update(module: dict, gradients: dict) -> Tensor:
     """Scores of a module's triplets after one update of the averages."""
     weights, grads = [tensor(module[x]) for x in "AEB"], [tensor(gradients[x]) for x in "AEB"]
-    I, U = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]  # noqa: E741
+    I, U = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
     smooth_entries(I, U, weights, grads, beta=0.85, beta_uncertainty=0.85)
     return triplet_scores(*(i * u for i, u in zip(I, U, strict=True)))
 
@@ -146,7 +146,7 @@ def test_a_score_that_is_not_finite_comes_last() -> None:
 
 
 modules = st.lists(
-    st.tuples(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0]), min_size=1, max_size=3), st.sampled_from([3, 5, 8])),
+    st.tuples(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=3), st.sampled_from([3, 5, 8])),
     min_size=1, max_size=3,
 )  # fmt: skip
 
@@ -193,11 +193,11 @@ def test_t6_orthogonality() -> None:
 
 
 def test_t8_products_of_averages_survive_half_precision() -> None:
-    I, U = [torch.zeros(1)], [torch.zeros(1)]  # noqa: E741
+    I, U = [torch.zeros(1)], [torch.zeros(1)]
     w, g = torch.tensor([1e-2]).half(), torch.tensor([1e-4]).half()
     smooth_entries(I, U, [w.float()], [g.float()], beta=0.85, beta_uncertainty=0.85)
     assert float(I[0] * U[0]) == pytest.approx(1.9125e-14, rel=1e-2)
-    assert float((I[0].half() * U[0].half())) == 0
+    assert float(I[0].half() * U[0].half()) == 0
 
 
 # ---- settings

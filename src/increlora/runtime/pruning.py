@@ -41,8 +41,12 @@ class Pruner(Protocol):
         """Has everything been decided?"""
         ...
 
+    def check(self, run: Run) -> None:
+        """Raise ScheduleError if the schedule does not fit this run."""
+        ...
+
     def start(self, run: Run) -> None:
-        """A run begins, or goes on from a checkpoint. Raises ScheduleError if the schedule does not fit it."""
+        """A run begins, or goes on from a checkpoint. Raises ScheduleError."""
         ...
 
     def before_step(self, step: int, *, scale: float) -> None:
@@ -106,6 +110,10 @@ class RankPruner:
         start, target = self.first.ranks, self.last.ranks
         assert start is not None and target is not None
         return self.rule.schedule(run, start, target)
+
+    def check(self, run: Run) -> None:
+        if not self.settled:
+            self.schedule_of(run)
 
     def start(self, run: Run) -> None:
         if not self.settled:
