@@ -12,12 +12,13 @@ from .hosts.allocation import allocation_to_lora_config
 from .hosts.engines import check_export
 from .hosts.export import export_lora
 from .hosts.merge import export_merged
-from .hosts.peft import IncreLoraConfig, PlainLoraConfig, attach, rank_summary
+from .hosts.peft import AdaLoraConfig, IncreLoraConfig, PlainLoraConfig, attach, rank_summary
 from .hosts.warm_start import warm_start
 from .runtime import regularization_loss
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaLoraConfig",
     "IncreLoraConfig",
     "IncreloraError",
     "PlainLoraConfig",

@@ -42,13 +42,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a module at a step; the row of `events.jsonl`."""
+    """Something that happened to a module at a step; the row of `events.jsonl`.
+
+    ranks: by how many the module's rank changed; below 0 for a retirement.   rank: active rank afterwards."""
 
     step: int
     kind: Kind
     module: str
     ranks: int
-    rank: int  # active rank afterwards
+    rank: int
     importance: float | None = None
 
     def as_dict(self) -> dict[str, object]:

@@ -55,3 +55,17 @@ def block_sizes(*, start: int, grow_by: int, capacity: int, tails: int) -> list[
 def default_capacity(r: int, in_features: int, out_features: int) -> int:
     """max(8, 4 r), never more than a matrix of this shape can use."""
     return min(max(8, 4 * r), in_features, out_features)
+
+
+def falling(start: Budget, end: Budget, ranks: int) -> Budget:
+    """The budget on the way from `start` to `end` when it pays for `ranks`: its parameter bound falls in proportion.
+
+        P = P_end + ⌊(P_start − P_end) (ranks − r_end)/(r_start − r_end)⌋
+
+    The cheapest choice of `ranks` ranks is convex in their number, so it fits at every step if it fits at the end.
+    """
+    assert start.ranks is not None and end.ranks is not None
+    if end.parameters is None or start.parameters is None or start.ranks == end.ranks:
+        return Budget(ranks, end.parameters, end.exact)
+    spread, span = start.parameters - end.parameters, start.ranks - end.ranks
+    return Budget(ranks, end.parameters + spread * (ranks - end.ranks) // span, end.exact)

@@ -57,6 +57,64 @@ class GrowthSteps:
         return 0 if first >= stop else (stop - 1 - first) // self.interval + 1
 
 
+@dataclass(frozen=True)
+class CubicDecay:
+    """Budget that falls from `start` to `end` ranks along a cubic, then holds.
+
+        b(t) = ⌊ end + (start − end) · (1 − (t − warmup)/(total − settle − warmup))³ ⌋      warmup < t ≤ total − settle
+
+    The cut to b(t) happens at multiples of `interval`; from the step of `last_cut` on nothing changes any more.
+
+    Args: ranks over all modules, start ≥ end.   warmup, settle: steps at `start` before, at `end` after.
+        interval ≥ 1.   total: steps of the run.   late: the last cut waits one step where total − settle is no multiple
+        of `interval`, as in the published code.
+    Raises: ScheduleError if the phases overlap or the last cut falls behind the run.
+    Source: AdaLoRA's published code; the paper's equation 14 exceeds `start` after the warm-up and misses `end`.
+    """
+
+    start: int
+    end: int
+    warmup: int
+    settle: int
+    interval: int
+    total: int
+    late: bool = False
+
+    def __post_init__(self) -> None:
+        if self.warmup + self.settle >= self.total or self.last_cut >= self.total:
+            raise ScheduleError(
+                f"the schedule (warmup_steps={self.warmup}, settle_steps={self.settle}) leaves no step between them in "
+                f"a run of {self.total} steps: shorten one of them, or train longer"
+            )
+
+    @property
+    def last_cut(self) -> int:
+        """Step after which what is kept is fixed."""
+        falls_until = self.total - self.settle
+        return falls_until + (self.late and falls_until % self.interval != 0)
+
+    def ranks(self, step: int) -> int:
+        """Ranks that may stay after this step."""
+        if step <= self.warmup:
+            return self.start
+        if step >= self.total - self.settle:
+            return self.end
+        left = 1 - (step - self.warmup) / (self.total - self.settle - self.warmup)
+        return int(self.end + (self.start - self.end) * left**3)
+
+    def due(self, step: int) -> bool:
+        """Is there a cut at this step?"""
+        return self.warmup < step and (step % self.interval == 0 or step == self.last_cut) and step <= self.last_cut
+
+    def observed(self, step: int) -> bool:
+        """Do the scores of this step count?"""
+        return step < self.total - self.settle
+
+    def cuts(self, first: int = 0) -> list[int]:
+        """Steps of all cuts from `first` on."""
+        return [step for step in range(max(first, self.warmup + 1), self.last_cut + 1) if self.due(step)]
+
+
 def linear_clock(step: int, created: int, *, warmup: int, total: int) -> float:
     """Published learning-rate factor of a tensor created in step `created` (−1: with the model), in units of the peak.
 

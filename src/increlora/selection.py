@@ -1,7 +1,9 @@
-"""Allocators: importance and holdings in, grants out. Pure, deterministic, the same on every process."""
+"""Allocators: importance and holdings in, grants out; or scores of ranks in, what stays out. Pure, deterministic, the
+same on every process."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 
 from .allocation import Grant, Holding, Plan, parameters_used, ranks_used
@@ -108,3 +110,60 @@ def _one_per_size(free: Sequence[int]) -> list[int]:
 def _granted(holding: Holding, position: int) -> Holding:
     free = (*holding.free[:position], *holding.free[position + 1 :])
     return Holding(holding.name, holding.rank + holding.free[position], free, holding.cost)
+
+
+def keep_top(scores: Sequence[Sequence[float]], costs: Sequence[int], budget: Budget) -> list[list[bool]]:
+    """The most important ranks stay, exactly `budget.ranks` of them, within `budget.parameters`.
+
+    A rank stays if the rest of the budget can still be met exactly within the bound; ties go to the earlier module and
+    rank; scores that are not finite come last.
+
+    Args: scores: of each rank, module by module; at least `budget.ranks` in all.   costs: parameters of one rank, by
+        module.   budget: its parameter bound, if any, must allow the cheapest `budget.ranks` ranks.
+    Returns: of each rank, whether it stays.
+    Source: AdaLoRA, algorithm 1. Differs: exact under ties (see `keep_published`), and the bound.
+    """
+    assert budget.ranks is not None
+    kept = [[False] * len(of_module) for of_module in scores]
+    undecided = Counter(dict.fromkeys(costs, 0))
+    for of_module, cost in zip(scores, costs, strict=True):
+        undecided[cost] += len(of_module)
+    ranks, parameters = budget.ranks, math.inf if budget.parameters is None else budget.parameters
+    for i, j in _best_first(scores):
+        undecided[costs[i]] -= 1
+        if ranks and costs[i] + _cheapest(undecided, ranks - 1) <= parameters:
+            kept[i][j] = True
+            ranks, parameters = ranks - 1, parameters - costs[i]
+    return kept
+
+
+def keep_published(scores: Sequence[Sequence[float]], costs: Sequence[int], budget: Budget) -> list[list[bool]]:
+    """The published rule: with n ranks of which b may stay, all at or below the (n − b)-th smallest score go.
+
+    Ties at the threshold go together: four equal scores and b = 2 leave nothing. Arguments as for `keep_top`; the
+    bound is not looked at. Source: AdaLoRA, published code.
+    """
+    assert budget.ranks is not None
+    flat = sorted(score for of_module in scores for score in of_module)
+    gone = len(flat) - budget.ranks
+    threshold = flat[gone - 1] if gone > 0 else -math.inf
+    return [[score > threshold for score in of_module] for of_module in scores]
+
+
+def _best_first(scores: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
+    """(module, rank) of every score, largest first."""
+    found = [
+        (-score if math.isfinite(score) else math.inf, i, j)
+        for i, of_module in enumerate(scores)
+        for j, score in enumerate(of_module)
+    ]
+    return [(i, j) for _, i, j in sorted(found)]
+
+
+def _cheapest(undecided: Mapping[int, int], count: int) -> float:
+    """Fewest parameters of `count` ranks out of `undecided` (cost → number); infinite if there are not so many."""
+    total = 0
+    for cost, there in sorted(undecided.items()):
+        taken = min(there, count)
+        total, count = total + taken * cost, count - taken
+    return math.inf if count else total

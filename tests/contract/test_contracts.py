@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from increlora import IncreLoraConfig, PlainLoraConfig, rank_summary
+from increlora import AdaLoraConfig, IncreLoraConfig, PlainLoraConfig, rank_summary
 from increlora.deltas import BlockDelta, Status
 from increlora.errors import DriveError, ScheduleError
 from increlora.hosts.peft.layer import AdapterLayer
@@ -28,7 +28,8 @@ class Row:
 
     Attributes:
         config: of a run of STEPS steps in which the whole budget is spent.
-        adaptive: does it need an optimizer that it can follow?   shares: times as shares of a run of unknown length.
+        ranks: do they grow from a start below the budget, are they pruned from one above, or are they fixed?
+        shares: times as shares of a run of unknown length.
         jump: (rank before, after growth) → factor on the ΔW already learnt.
         at_most_lora: does `r` promise at most LoRA's parameters? (The published code counts ranks alone.)
     """
@@ -36,13 +37,18 @@ class Row:
     name: str
     config: Callable[..., Any]
     options: dict[str, Any]
-    adaptive: bool = True
+    ranks: Literal["grow", "pruned", "fixed"] = "grow"
     shares: dict[str, Any] = field(default_factory=lambda: {"warmup_steps": 0.1, "total_steps": None})
     jump: Callable[[int, int], float] = lambda before, after: 1.0
     at_most_lora: bool = True
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def adaptive(self) -> bool:
+        """Does it need an optimizer that it can follow?"""
+        return self.ranks != "fixed"
 
     def build(self, **changes: Any) -> PeftModel:
         base = seeded(Mlp).double()
@@ -53,6 +59,14 @@ def grown(name: str, **options: Any) -> Row:
     """A row of IncreLoRA with events at steps 2, 4, …"""
     chosen = {"r": 3, "warmup_steps": 1, "interval_steps": 2, "top_h": 2, "total_steps": STEPS} | options
     return Row(name, IncreLoraConfig, chosen)
+
+
+def pruned(name: str, config: Callable[..., Any] = AdaLoraConfig, **options: Any) -> Row:
+    """A row of AdaLoRA with cuts at steps 2, 4, … 10."""
+    chosen = {"r": 3, "warmup_steps": 1, "interval_steps": 2, "settle_steps": 6, "total_steps": STEPS} | options
+    return Row(
+        name, config, chosen, ranks="pruned", at_most_lora=config is AdaLoraConfig and "total_ranks" not in chosen
+    )
 
 
 ADVANCE = {"reserve": "trained", "newborn": "published", "orthogonality": 0.1}  # as published
@@ -80,9 +94,18 @@ ROWS = [
         {"r": 3, "grow_by": 1, "top_h": 2, "warmup_steps": 1, "interval_steps": 2, "total_steps": STEPS},
         jump=lambda before, after: published(before) / published(after), at_most_lora=False,
     ),
-    Row("lora", PlainLoraConfig, {"r": 3}, adaptive=False, shares={}),
+    pruned("adalora"),
+    pruned("adalora, after the step", observe="after_step"),
+    pruned("adalora, penalty", orthogonality=0.1, start="published"),
+    pruned("adalora, total ranks", total_ranks=4, init_r=6),
+    pruned("adalora, nothing to prune", init_r=3),
+    pruned("adalora, odd interval", interval_steps=3),
+    pruned("adalora, paper", AdaLoraConfig.paper, lora_alpha=8),
+    Row("lora", PlainLoraConfig, {"r": 3}, ranks="fixed", shares={}),
 ]  # fmt: skip
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
+growing_rows = pytest.mark.parametrize("row", [row for row in ROWS if row.ranks == "grow"], ids=str)
+pruned_rows = pytest.mark.parametrize("row", [row for row in ROWS if row.ranks == "pruned"], ids=str)
 
 
 # -- what the contracts share --------------------------------------------------------------------------------------
@@ -199,7 +222,7 @@ def test_an_adapter_loads_under_another_name(row: Row, steps: int, tmp_path: Pat
     assert ranks(loaded) == ranks(model)
 
 
-@every_row
+@growing_rows
 def test_growth_keeps_what_was_learnt_up_to_the_stated_factor(row: Row) -> None:
     model = row.build()
     optimizer = optimizer_of(model)
@@ -211,13 +234,56 @@ def test_growth_keeps_what_was_learnt_up_to_the_stated_factor(row: Row) -> None:
     before, old = ranks(model), weights(model)
     next(steps)
     after, new = ranks(model), weights(model)
-    assert (after != before) == row.adaptive
+    assert after != before
     for name, layer in layers(model).items():
         module = layer.delta("default").name
         assert close(new[name], old[name] * row.jump(before[module], after[module]), 1e-6)  # 1e-5: e in reserve
 
 
-@every_row
+@pruned_rows
+def test_a_cut_takes_the_dropped_components_away_and_nothing_else(row: Row) -> None:
+    model = row.build()
+    optimizer = optimizer_of(model)
+    steps = train(model, optimizer)
+    next(steps), next(steps), next(steps), next(steps)
+    optimizer.param_groups[0]["lr"] = 0.0
+    deltas = {n: layer.delta("default") for n, layer in layers(model).items()}
+    triplets = {n: components(delta) for n, delta in deltas.items()}
+    for _ in range(4):
+        next(steps)
+    for name, delta in deltas.items():
+        left = [part for part, kept in zip(triplets[name], delta.kept, strict=True) if kept]
+        assert close(delta.weight(), torch.stack(left).sum(0) if left else torch.zeros_like(delta.weight()))
+
+
+def components(delta: BlockDelta) -> list[Tensor]:
+    """ΔW of each rank alone."""
+    A, B = (factor.detach() for factor in delta.factors())
+    return [torch.outer(B[:, i], A[i]) for i in range(A.shape[0])]
+
+
+@pruned_rows
+@pytest.mark.parametrize("steps", [11, STEPS])
+def test_what_was_dropped_stays_dropped_once_the_budget_has_settled(row: Row, steps: int) -> None:
+    model = trained(row, steps)
+    for layer in layers(model).values():
+        delta = layer.delta("default")
+        assert delta.settled
+        assert [bool(e) for e in delta.block(0)["E"].flatten()] == delta.kept
+
+
+@pruned_rows
+def test_the_budget_is_never_undercut_and_met_at_the_end(row: Row) -> None:
+    model = row.build()
+    summary = rank_summary(model)
+    history = [summary.active]
+    for _ in train(model, optimizer_of(model)):
+        history.append(rank_summary(model).active)
+    assert history == sorted(history, reverse=True)
+    assert history[0] == summary.capacity and history[-1] == summary.budget_ranks
+
+
+@growing_rows
 def test_the_budget_is_never_exceeded_and_met_at_the_end(row: Row) -> None:
     model = row.build()
     summary = rank_summary(model)
@@ -273,7 +339,7 @@ def test_the_order_of_target_modules_does_not_matter(row: Row) -> None:
     assert all(torch.equal(p, expected[name]) for name, p in other.named_parameters())
 
 
-@every_row
+@growing_rows
 def test_a_dormant_block_has_no_optimizer_state_and_does_not_move(row: Row) -> None:
     model = row.build()
     optimizer = optimizer_of(model)
@@ -282,7 +348,7 @@ def test_a_dormant_block_has_no_optimizer_state_and_does_not_move(row: Row) -> N
         for layer in layers(model).values():
             assert all(p not in optimizer.state for p in dormant(layer.delta("default")))
     still = {id(p) for layer in layers(model).values() for p in dormant(layer.delta("default"))}
-    assert still or not row.adaptive
+    assert still
     moved = {n for n, p in model.named_parameters() if p.requires_grad and not torch.equal(p, start[n])}
     assert moved
     assert not moved & {n for n, p in model.named_parameters() if id(p) in still}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from increlora import IncreLoraConfig, IncreloraError, PlainLoraConfig
-from increlora.deltas.base import STATE_FORMAT
+from increlora.deltas.state import STATE_FORMAT
 from increlora.errors import BudgetError, CheckpointError, ConfigError
 from tests.hosts.tiny import BUILDERS, grow, growing, logits
 

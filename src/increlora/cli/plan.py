@@ -12,6 +12,8 @@ from rich.table import Table
 from torch import nn
 
 from ..allocation import Holding, Plan, parameters_used, ranks_used
+from ..budget import Budget, falling
+from ..deltas import BlockDelta
 from ..hosts.peft import rank_summary
 from ..methods import Method
 from ..runtime import controllers_of
@@ -24,13 +26,14 @@ from .settings import TrainSettings
 
 FLOAT_BYTES = 4
 ADAM_STATES = 2
+ROWS = 12  # of the table of events
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """One growth event, or the start (step −1): ranks and parameters afterwards.
+    """One event, or the start (step −1): ranks and parameters afterwards.
 
-    Which modules will grow is not known; parameters are those of even growth."""
+    Which modules will change is not known; parameters are those of even growth, or of even cuts."""
 
     step: int
     modules: int
@@ -60,7 +63,7 @@ def show_plan(settings: TrainSettings, console: Console) -> None:
     table.add_row("modules", f"{len(summary.modules)}: {modules}")
     table.add_row("ranks", f"{summary.active} at the start, {last.ranks} at the end, {summary.capacity:,} possible")
     table.add_row("parameters", parameters_forecast(forecasts, steps, summary.parameters, summary.budget_parameters))
-    table.add_row("memory", memory_forecast(model, last.parameters))
+    table.add_row("memory", memory_forecast(model, max((f.parameters for f in forecasts), default=last.parameters)))
     console.print(table, soft_wrap=True)
     if forecasts:
         console.print(events_table(forecasts))
@@ -73,12 +76,29 @@ def kinds(names: Sequence[str]) -> str:
 
 
 def forecast_events(model: nn.Module, steps: int) -> list[Forecast]:
-    """The start and every growth event until the budget is spent; nothing for a method without growth."""
+    """The start and every event until the budget is met; nothing for a method whose ranks are fixed."""
     for controller in controllers_of(model):
         method, holdings = controller.method, controller.holdings()
         if method.events is not None and method.allocate is not None:
             return simulated(method, holdings, steps)
+        if method.prune is not None:
+            return cuts(method, holdings, steps)
     return []
+
+
+def cuts(method: Method, holdings: Sequence[Holding], steps: int) -> list[Forecast]:
+    """The start and every cut that leaves fewer ranks than there were."""
+    assert method.prune is not None and method.budget.ranks is not None
+    start, end = Budget(ranks_used(holdings), parameters_used(holdings)), method.budget
+    assert start.ranks is not None and start.parameters is not None and end.ranks is not None
+    end = Budget(end.ranks, end.parameters or start.parameters * end.ranks // start.ranks)
+    schedule = method.prune.schedule(Run(steps, len(holdings)), start.ranks, end.ranks)
+    found = [Forecast(-1, 0, start.ranks, start.parameters)]
+    for step in schedule.cuts():
+        now = falling(start, end, schedule.ranks(step))
+        if now.ranks != found[-1].ranks:
+            found.append(Forecast(step, 0, now.ranks or 0, now.parameters or 0))
+    return found
 
 
 def simulated(method: Method, holdings: list[Holding], steps: int) -> list[Forecast]:
@@ -115,11 +135,13 @@ def parameters_forecast(forecasts: Sequence[Forecast], steps: int, now: int, bud
     spans = [later - first for first, later in pairwise(begins)]
     average = sum(f.parameters * span for f, span in zip(forecasts, spans, strict=True)) / steps
     last = forecasts[-1].parameters
-    return f"about {last:,}{of(budget)} at the end, {average:,.0f} on average (if growth is even)"
+    what = "growth is" if last > forecasts[0].parameters else "cuts are"
+    return f"about {last:,}{of(budget)} at the end, {average:,.0f} on average (if {what} even)"
 
 
 def memory_forecast(model: nn.Module, adapter: int) -> str:
-    """Weights, adapter at full capacity, gradients and two optimizer states of what is active; no activations."""
+    """Weights, adapter at full capacity, gradients and two optimizer states of `adapter` active parameters, statistics
+    of a pruning method; no activations."""
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
     capacity = sum(p.numel() for n, p in model.named_parameters() if ".lora_delta." in n)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in trained)
@@ -129,16 +151,23 @@ def memory_forecast(model: nn.Module, adapter: int) -> str:
         "frozen weights": frozen,
         "adapter and head": sum(trained.values()) * FLOAT_BYTES,
         "gradients and Adam": moving,
+        "statistics": sum(m.statistics.nbytes for m in model.modules() if isinstance(m, BlockDelta)),
     }
+    parts = {name: size for name, size in parts.items() if size}
     listed = " + ".join(f"{size / 2**20:,.1f} MiB {name}" for name, size in parts.items())
     return f"{listed} = {sum(parts.values()) / 2**20:,.1f} MiB, activations not counted"
 
 
 def events_table(forecasts: Sequence[Forecast]) -> Table:
-    table = Table(title="growth events", title_justify="left")
-    for column in ("step", "modules that grow", "ranks", "parameters"):
+    """The start, and the events; of many some, the first and the last among them."""
+    events = len(forecasts) - 1
+    grows = any(f.modules for f in forecasts)
+    shown = forecasts if grows or events <= ROWS else [forecasts[round(i * events / ROWS)] for i in range(ROWS + 1)]
+    title = "growth events" if grows else "cuts" + (f" ({ROWS} of {events:,})" if len(shown) <= events else "")
+    table = Table(title=title, title_justify="left")
+    for column in ("step", *(["modules that grow"] if grows else []), "ranks", "parameters"):
         table.add_column(column, justify="right")
-    for f in forecasts:
+    for f in shown:
         step = "start" if f.step < 0 else f"{f.step:,}"
-        table.add_row(step, str(f.modules or ""), str(f.ranks), f"{f.parameters:,}")
+        table.add_row(step, *([str(f.modules or "")] if grows else []), str(f.ranks), f"{f.parameters:,}")
     return table

@@ -3,7 +3,8 @@
     ΔW = Σ_blocks s · B_i diag(e_i) A_i        A_i (k, in)   e_i (k, 1)   B_i (out, k)
 
 A block is born once and never reshaped: dormant → reserve → active, or retired. Only active and reserve blocks are
-computed; a dormant block has no gradient, hence no optimizer state, and cannot move.
+computed; a dormant block has no gradient, hence no optimizer state, and cannot move. Pruning works within blocks: it
+says which ranks count (`kept`) and sets the others to zero.
 """
 
 import hashlib
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-STATE_FORMAT = 1
+from .state import ModuleState, unpack
+
 Init = Callable[[tuple[int, int], torch.Generator, int], Tensor]
 
 
@@ -88,6 +90,9 @@ class BlockDelta(Delta):
             and block alone, so every process and every order of construction draws the same numbers.
         scale: active rank → s.
         name: full module name; part of the seed.
+    Attributes:
+        kept: of each rank, whether it counts, where ranks are pruned; else empty.   settled: this will not change.
+        statistics: what pruning knows of the parameters' entries, flat; filled by the runtime, and only while training.
     """
 
     letters: tuple[str, ...] = ()
@@ -111,6 +116,9 @@ class BlockDelta(Delta):
         self.status: list[Status] = []
         self.born: list[int] = []  # step after which the block became active; -1: with the model
         self.reserved: list[int] = []  # step after which it entered the reserve, else as `born`
+        self.kept: list[bool] = []
+        self.settled = False
+        self.statistics = torch.zeros(0)
         for size in sizes:
             self._append_block(size, dtype or torch.get_default_dtype())
 
@@ -155,7 +163,7 @@ class BlockDelta(Delta):
 
     @property
     def rank(self) -> int:
-        return sum(self.sizes[i] for i in self.indices(Status.ACTIVE))
+        return sum(self.sizes[i] for i in self.indices(Status.ACTIVE)) - self.kept.count(False)
 
     @property
     def capacity(self) -> int:
@@ -214,22 +222,24 @@ class BlockDelta(Delta):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """[format, step, sensitivity, uncertainty, status…, born…, reserved…] in float64: all that a resumed run needs
-        beside the parameters. It travels inside the state dict, so any way of saving a model saves it."""
+        """All that a resumed run needs beside the parameters, see `state`. It travels inside the state dict, so any way
+        of saving a model saves it."""
         own = self.observer.state() if self.observer is not None else self.remembered
-        values = [STATE_FORMAT, *own, *self.status, *self.born, *self.reserved]
-        return torch.tensor([float(v) for v in values], dtype=torch.float64)
+        status = [int(s) for s in self.status]
+        return ModuleState(own, status, self.born, self.reserved, self.kept, self.settled, self.statistics).pack()
 
     def set_extra_state(self, state: Tensor) -> None:
-        values = [float(v) for v in state]
-        own, table = values[1:4], [int(v) for v in values[4:]]
-        n = len(table) // 3
-        spare = len(self.sizes) - n  # blocks that the checkpoint did not know
-        self.status = [Status(s) for s in table[:n]] + [Status.DORMANT] * spare
-        self.born, self.reserved = table[n : 2 * n] + [-1] * spare, table[2 * n :] + [-1] * spare
-        self.remembered = own
+        found = unpack(state)
+        spare = len(self.sizes) - len(found.status)  # blocks that the checkpoint did not know
+        self.status = [Status(s) for s in found.status] + [Status.DORMANT] * spare
+        self.born, self.reserved = found.born + [-1] * spare, found.reserved + [-1] * spare
+        self.kept, self.settled = found.kept, found.settled
+        if len(self.statistics):  # somebody trains here
+            given = found.statistics.to(self.statistics, copy=True)
+            self.statistics = given if len(given) else torch.zeros_like(self.statistics)
+        self.remembered = found.own
         if self.observer is not None:
-            self.observer.load_state(own)
+            self.observer.load_state(found.own)
 
 
 def matched(x: Tensor, A: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Methods by name. Adding one is a line here and a file beside it."""
 
-from .base import Method, PenaltyRule, ScoreRule, Site
+from .adalora import AdaLora
+from .base import Method, PenaltyRule, RankPruning, ScoreRule, Site
 from .increlora import IncreLora
 from .lora import Lora
 
-METHODS = {"increlora": IncreLora, "lora": Lora}
+METHODS = {"adalora": AdaLora, "increlora": IncreLora, "lora": Lora}
 
-__all__ = ["METHODS", "IncreLora", "Lora", "Method", "PenaltyRule", "ScoreRule", "Site"]
+__all__ = ["METHODS", "AdaLora", "IncreLora", "Lora", "Method", "PenaltyRule", "RankPruning", "ScoreRule", "Site"]

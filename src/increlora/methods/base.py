@@ -11,7 +11,7 @@ from ..allocation import Holding, Plan
 from ..budget import Budget
 from ..deltas import Delta
 from ..penalties import OrthogonalityForm
-from ..schedules import GrowthSteps, Run
+from ..schedules import CubicDecay, GrowthSteps, Run
 from ..scores import Norm
 
 Value = TypeVar("Value", int, float)
@@ -58,6 +58,24 @@ class PenaltyRule:
     place: Literal["after_clipping", "before_clipping"] = "after_clipping"
 
 
+@dataclass(frozen=True)
+class RankPruning:
+    """Start rich and keep the ranks that matter, by the sensitivity of each entry of their parameters.
+
+    Attributes:
+        schedule: (run, ranks at the start, ranks at the end) → how many may stay at each step.
+        keep: (scores of the ranks by module, parameters of one rank by module, budget now) → which stay.
+        observe: entries are scored as |w_t · g_t|, `before_step`, or as |w_{t+1} · g_t|, `after_step` (published code).
+        beta, beta_uncertainty: moving averages, see `scores.smooth_entries`.
+    """
+
+    schedule: Callable[[Run, int, int], CubicDecay]
+    keep: Callable[[Sequence[Sequence[float]], Sequence[int], Budget], list[list[bool]]]
+    observe: Literal["before_step", "after_step"] = "before_step"
+    beta: float = 0.85
+    beta_uncertainty: float = 0.85
+
+
 class Clock(Protocol):
     """Learning rate of a tensor created at `created` (−1: with the model), as (own, host).
 
@@ -79,6 +97,7 @@ class Method:
             the penalty alone), or there is `none`.
         on_finish: what happens to the reserve when the budget is spent: `retire` it, or keep training it with e = 0.
         penalty, clock: regulariser, and learning rate of newborn tensors.
+        prune: what is done to the parameters after the host's step.
     """
 
     name: str
@@ -91,12 +110,13 @@ class Method:
     on_finish: Literal["retire", "keep"] = "retire"
     penalty: PenaltyRule | None = None
     clock: Clock | None = None
+    prune: RankPruning | None = None
     total_steps: int | None = None
 
     @property
     def adaptive(self) -> bool:
         """Does this method need the runtime to drive it?"""
-        return self.allocate is not None or self.penalty is not None
+        return self.allocate is not None or self.penalty is not None or self.prune is not None
 
 
 def matching(patterns: Mapping[str, Value], name: str) -> Value | None:

@@ -3,11 +3,12 @@
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Self, get_args, get_origin
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
 from ..errors import BudgetError, ConfigError, ScheduleError
 from ..schedules import GrowthSteps, Time
+from .checks import check_choices, check_counts, check_shares, check_weight
 
 
 @dataclass(frozen=True)
@@ -92,27 +93,17 @@ class IncreLoraSettings:
         return self.grow_by or max(1, self.r // 2)
 
     def __post_init__(self) -> None:
-        for name in ("r", "init_r", "grow_by", "top_h", "capacity", "total_ranks", "total_parameters", "total_steps"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name}={value!r}: give an int of at least 1")
-        for name, options in LITERALS.items():
-            if getattr(self, name) not in options:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: give one of {', '.join(options)}")
-        for name in ("beta", "beta_uncertainty", "lora_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: give a number in [0, 1)")
-        if self.orthogonality < 0:
-            raise ConfigError(f"orthogonality={self.orthogonality!r}: give a weight ≥ 0")
+        counts = ("r", "init_r", "grow_by", "top_h", "capacity", "total_ranks", "total_parameters", "total_steps")
+        check_counts(self, counts)
+        check_choices(self)
+        check_shares(self, ("beta", "beta_uncertainty", "lora_dropout"))
+        check_weight(self, "orthogonality")
         if self.total_ranks is None and self.total_parameters is None and self.r < self.init_r:
             raise BudgetError(f"r={self.r} is below the start of init_r={self.init_r} ranks per module: lower `init_r`")
         if self.reserve == "trained" and self.newborn != "published":
             raise ConfigError("reserve='trained' learns with e fixed at 1e-5: set newborn='published' beside it")
         if self.selection == "published" and self.total_parameters is not None:
             raise ConfigError("selection='published' counts ranks: use `r` or `total_ranks`, or selection='exact'")
-
-
-LITERALS = {f.name: get_args(f.type) for f in fields(IncreLoraSettings) if get_origin(f.type) is Literal}
 
 
 def paper_settings(r: int, **overrides: Any) -> dict[str, Any]:

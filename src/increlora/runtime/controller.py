@@ -3,7 +3,7 @@ shapes, groups or the loss.
 
     before the step   overflow, or no backward of ours? leave · scores · penalty · silence idle blocks
     the step          the host's optimizer, untouched
-    after the step    birth learning rates · moving averages · due? scores → plan → apply → events
+    after the step    birth learning rates · pruning · moving averages · due? scores → plan → apply → events
 """
 
 import weakref
@@ -25,6 +25,7 @@ from .distributed import all_finite, mean_over_processes
 from .health import Health
 from .ownership import check_optimizer
 from .penalty import add_penalty
+from .pruning import Pruner, pruner_of
 from .records import record
 from .taps import Watcher
 
@@ -54,6 +55,7 @@ class Controller:
         self.run = Run(method.total_steps, len(self.names))
         self.growth: GrowthSteps | None = None
         self.births: BirthRates | None = None
+        self.pruner = pruner_of(method, deltas)
         self.health = Health()
         self.used = False  # a forward pass of ours since the last step
         self.penalty_given = False  # the penalty's gradient of this step is already there
@@ -128,6 +130,8 @@ class Controller:
         growth = None
         if self.method.events is not None and not self.finished:
             growth = self.method.events(run, self.holdings(), start)
+        if self.pruner is not None:
+            self.pruner.start(run)
         self.growth, self.run, self.step = growth, run, start
         self.births = BirthRates(self.method.clock, run, optimizer) if self.method.clock else None
         if start == 0:
@@ -188,6 +192,8 @@ class Controller:
             add_penalty(self.deltas, self.method.penalty, scale=amp.gradient_scale(optimizer))
         if self.births is not None:
             self.births.remember(self.deltas, self.step)
+        if self.pruner is not None:
+            self.pruner.before_step(self.step, scale=amp.gradient_scale(optimizer))
         self.stepping = True
         return True
 
@@ -204,6 +210,8 @@ class Controller:
                 beta=rule.beta, beta_uncertainty=rule.beta_uncertainty,
             )  # fmt: skip
         before = self.ranks if self.recording else {}
+        if self.pruner is not None:
+            self._prune(self.pruner)
         if growing:
             self._fill_reserve()
             if self.growth is not None and self.growth.due(self.step):
@@ -279,6 +287,18 @@ class Controller:
         if plan.spent:
             self._finish()
         self.on_change()
+
+    def _prune(self, pruner: Pruner) -> None:
+        settled = pruner.settled
+        changes = pruner.after_step(self.step)
+        for change in changes:
+            self._note("birth" if change.ranks > 0 else "retirement", change.module, change.ranks, change.score)
+        if pruner.settled and not settled:
+            self.health.read()
+            for i in range(len(self.deltas)):
+                self._note("finish", i, 0, None)
+        if changes:
+            self.on_change()
 
     def _finish(self) -> None:
         for i, delta in enumerate(self.deltas):

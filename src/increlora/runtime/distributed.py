@@ -32,7 +32,7 @@ def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, sharded as `like` is."""
     if not is_sharded(like):
         return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.contiguous(), like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
 def mean_over_processes(scores: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The checkpoint format, through peft's state-dict hooks: compact, and read by tensor shapes alone.
 
-    <module>.lora_A0 …  parameters of active and reserve blocks      <module>.lora_state  see BlockDelta.get_extra_state
+    <module>.lora_A0 …  parameters of active and reserve blocks      <module>.lora_state  see `deltas.state`
 
 Dormant and retired blocks are not written. The tensors say everything: whatever loads a state dict resumes a run.
 """
@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...deltas import BlockDelta, Status
-from ...deltas.base import STATE_FORMAT
+from ...deltas.state import STATE_FORMAT, unpack, without_idle_statistics
 from ...errors import CheckpointError
 
 PREFIX = "base_model.model."
@@ -33,12 +33,15 @@ def compact(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) 
     """The entries worth saving: those of active and reserve blocks, and the states."""
     from .model import adapter_layers
 
-    unwanted = set()
+    kept = dict(state_dict)
     for name, layer in adapter_layers(model, adapter_name).items():
-        delta = layer.delta(adapter_name)
+        delta, place = layer.delta(adapter_name), f"{name}.lora_delta.{adapter_name}."
         for i in delta.indices(Status.DORMANT, Status.RETIRED):
-            unwanted |= {f"{name}.lora_delta.{adapter_name}.lora_{letter}{i}" for letter in delta.letters}
-    return {key: value for key, value in state_dict.items() if key not in unwanted}
+            for letter in delta.letters:
+                kept.pop(f"{place}lora_{letter}{i}", None)
+        if f"{place}_extra_state" in kept:
+            kept[f"{place}_extra_state"] = without_idle_statistics(kept[f"{place}_extra_state"])
+    return kept
 
 
 def fit(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], *, trainable: bool) -> None:
@@ -121,8 +124,12 @@ def check_blocks(name: str, delta: BlockDelta, found: Mapping[str, Tensor]) -> N
         raise CheckpointError(
             f"{name}: written in format {version}, this version reads {STATE_FORMAT}; upgrade increlora"
         )
-    if len(found["lora_state"]) < 7 or (len(found["lora_state"]) - 4) % 3:
-        raise CheckpointError(f"{name}.lora_state has {len(found['lora_state'])} entries: the adapter file is damaged")
+    try:
+        state = unpack(found["lora_state"])
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(f"{name}.lora_state ({error}): the adapter file is damaged") from error
+    if delta.kept and not state.kept:
+        raise CheckpointError(f"{name}.lora_state does not say which ranks count: it belongs to another method")
     for i, status in enumerate(states(found)):
         if status in (Status.ACTIVE, Status.RESERVE):
             for letter in delta.letters:
@@ -145,8 +152,7 @@ def present(found: Mapping[str, Tensor]) -> list[int]:
 
 def states(found: Mapping[str, Tensor]) -> list[Status]:
     """Block states out of a module's state vector."""
-    values = [int(v) for v in found["lora_state"][4:].tolist()]
-    return [Status(v) for v in values[: len(values) // 3]]
+    return [Status(v) for v in unpack(found["lora_state"]).status]
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError
-from ...methods import IncreLora, Lora
-from ...methods.increlora_settings import paper_settings
+from ...methods import AdaLora, IncreLora, Lora
+from ...methods import adalora_settings as adalora
+from ...methods import increlora_settings as increlora
 from . import checkpoint
 from .card import update_card
 
@@ -142,18 +143,23 @@ def naming_nearest(init: Callable[..., None], name: str) -> Callable[..., None]:
     return checked
 
 
-IncreLoraConfig = derive("IncreLoraConfig", IncreLora)
+def with_paper(config_cls: type, paper_settings: Callable[..., dict[str, Any]]) -> type:
+    """The config class with the preset `paper`, whose settings are `paper_settings(r, **own options)`."""
+
+    def paper(r: int = 2, **overrides: Any) -> Any:
+        """The published code, step by step; `overrides` are further options by name."""
+        names = {f.name for f in fields(config_cls.settings_cls)}  # type: ignore[attr-defined]
+        own = {k: v for k, v in overrides.items() if k in names}
+        return config_cls(**paper_settings(r, **own), **{k: v for k, v in overrides.items() if k not in names})
+
+    config_cls.paper = staticmethod(paper)  # type: ignore[attr-defined]
+    return config_cls
+
+
+AdaLoraConfig = with_paper(derive("AdaLoraConfig", AdaLora), adalora.paper_settings)
+IncreLoraConfig = with_paper(derive("IncreLoraConfig", IncreLora), increlora.paper_settings)
 PlainLoraConfig = derive("PlainLoraConfig", Lora)
 
-
-def paper(r: int = 2, **overrides: Any) -> Any:
-    """The published code, step by step, its quirks included; `overrides` are further options by name."""
-    names = {f.name for f in fields(IncreLora)}
-    own = {k: v for k, v in overrides.items() if k in names}
-    return IncreLoraConfig(**paper_settings(r, **own), **{k: v for k, v in overrides.items() if k not in names})
-
-
-IncreLoraConfig.paper = staticmethod(paper)  # type: ignore[attr-defined]
-
-CONFIGS = {"INCRELORA": IncreLoraConfig, "PLAINLORA": PlainLoraConfig}
+# peft's own method is called ADALORA
+CONFIGS = {"INCRELORA_ADALORA": AdaLoraConfig, "INCRELORA": IncreLoraConfig, "PLAINLORA": PlainLoraConfig}
 TYPE_NAMES = {config_cls.__name__: name for name, config_cls in CONFIGS.items()}

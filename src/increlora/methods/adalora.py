@@ -1,0 +1,80 @@
+"""AdaLoRA: every module starts with more ranks than it may keep; the triplets that matter least go, a few at a time.
+
+    ΔW = s · B diag(e) A                                     one triplet (column of B, entry of e, row of A) per rank
+    I ← β₁ I + (1−β₁) |w ∘ ∂L/∂w|    U ← β₂ U + (1−β₂) | |w ∘ ∂L/∂w| − I |          for every entry w of A, e and B
+    S_i = s(e_i) + mean_j s(A_ij) + mean_j s(B_ji)           with s = I · U
+    after each `interval_steps`: e_i ← 0 for all but the b(t) ranks with the largest S_i over all modules
+
+b(t) falls from the initial ranks to the target along a cubic; a dropped triplet may come back until it has fallen.
+
+Source: AdaLoRA (arXiv 2303.10512), algorithm 1, and its published code.   Differs: docs/methods/adalora.md
+"""
+
+from functools import partial
+
+from ..budget import Budget, resolve
+from ..deltas import Status, TripletDelta
+from ..schedules import CubicDecay, Run, in_steps
+from ..selection import keep_published, keep_top
+from .adalora_settings import AdaLoraSettings, first_rank
+from .base import Method, PenaltyRule, RankPruning, Site
+from .initial import gaussian, kaiming, ones, zeros
+
+
+class AdaLora(AdaLoraSettings):
+    """Settings (see `AdaLoraSettings`) and how they become a method for a model with `sites` adapted modules."""
+
+    def method(self, sites: int, uniform_parameters: int) -> Method:
+        budget = resolve(
+            r=self.r, total_ranks=self.total_ranks, total_parameters=None, uniform_parameters=uniform_parameters,
+            modules=sites,
+        )  # fmt: skip
+        if self.selection == "published":
+            budget = Budget(budget.ranks, exact=False)  # the published code knows no parameter bound
+        mean_rank = (budget.ranks or 0) / sites
+        keep = {"exact": keep_top, "published": keep_published}[self.selection]
+        return Method(
+            name="adalora",
+            make_delta=partial(self._delta, mean_rank=mean_rank),
+            budget=budget,
+            prune=RankPruning(self._schedule, keep, self.observe, self.beta, self.beta_uncertainty),
+            penalty=PenaltyRule(self.orthogonality, self.orthogonality_form, self.penalty_place)
+            if self.orthogonality
+            else None,
+            total_steps=self.total_steps,
+        )
+
+    def _delta(self, site: Site, *, mean_rank: float) -> TripletDelta:
+        wanted = self.init_r or first_rank(mean_rank)
+        rank = wanted if self.selection == "published" else min(wanted, site.in_features, site.out_features)
+        published = self.start == "published"
+        delta = TripletDelta(
+            site.in_features, site.out_features, [rank],
+            init={
+                "A": gaussian if published else kaiming,
+                "E": zeros if published else ones,
+                "B": gaussian if published or not self.init_lora_weights else zeros,
+            },
+            scale=lambda active: self._scale(wanted, mean_rank),
+            name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
+        )  # fmt: skip
+        delta.status[0], delta.kept = Status.ACTIVE, [True] * rank
+        return delta
+
+    def _scale(self, start: int, mean_rank: float) -> float:
+        if self.scaling == "constant":
+            return self.lora_alpha / mean_rank
+        return (self.lora_alpha if self.lora_alpha > 0 else start) / (start + self.scale_epsilon)
+
+    def _schedule(self, run: Run, start: int, end: int) -> CubicDecay:
+        if run.steps is None:
+            in_steps(1.0, run, name="the cubic of the budget")
+        return CubicDecay(
+            start,
+            end,
+            warmup=in_steps(self.warmup_steps, run, name="warmup_steps"),
+            settle=in_steps(self.settle_steps, run, name="settle_steps", least=1),
+            interval=in_steps(self.interval_steps, run, name="interval_steps", least=1),
+            total=run.steps or 0,
+            late=self.selection == "published",
+        )
