@@ -39,6 +39,7 @@ ROWS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "uniform (LoRA)": fixed("lora"),
     "IncreLoRA": fixed("increlora"),
     "IncreLoRA, paper preset": fixed("increlora", preset="paper"),
+    "AdaLoRA": fixed("adalora"),
     "planted ranks (oracle)": oracle,
 }
 
