@@ -8,6 +8,7 @@ range over the seeds. All rows have the same budget, data, learning rate and num
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,7 +67,8 @@ def finished(out: Path, row: str, settings: TrainSettings) -> Path:
     name = "".join(c if c.isalnum() else "-" for c in row)
     folder = RunFolder(out / f"{name}-{settings.seed}")
     state = folder.state()
-    if state is None or state["status"] != "finished":
+    same = state is not None and state["run_info"]["train_config"] == json.loads(json.dumps(asdict(settings)))
+    if state is None or state["status"] != "finished" or not same:
         train(settings, folder, Console(quiet=True), resume=False, overwrite=True)
     return folder.path
 

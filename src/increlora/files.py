@@ -6,9 +6,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from .errors import ExportError
+
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically: after a crash it has its old content or the new one."""
+    """Replace a file atomically: after a crash it has its old content or the new one.
+
+    Raises FileNotFoundError, which names the folder, if there is none to put it in."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it first")
     temporary = _temporary(path, "new")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -47,6 +53,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_elsewhere(path: Path) -> None:
+    """Raise ExportError for the folder that the process is in: its shell would be left in the one that is replaced."""
+    if path.resolve() == Path.cwd():
+        raise ExportError(f"{path} is the folder you are in, and would be replaced as a whole: name a new one in it")
 
 
 def _temporary(path: Path, kind: str) -> Path:

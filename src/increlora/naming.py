@@ -1,5 +1,6 @@
-"""Where a module stands in its model, read off its name: layer and module type."""
+"""Names: where a module stands in its model (layer and module type), and which known name comes nearest."""
 
+import difflib
 import re
 from collections.abc import Iterable
 
@@ -36,3 +37,8 @@ def short(names: Iterable[str]) -> list[str]:
         return ".".join(name)
 
     return [shortest(name) for name in split]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The one of `known` names (not empty) that looks most like `name`."""
+    return difflib.get_close_matches(name, list(known), 1, cutoff=0)[0]

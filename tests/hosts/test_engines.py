@@ -243,7 +243,7 @@ def test_findings_name_the_module_the_limit_and_the_remedy(tmp_path: Path) -> No
     assert (finding.level, finding.where) == ("error", "model.layers.0.self_attn.v_proj and 2 more")
     assert str(finding) == (
         "vllm<0.32: model.layers.0.self_attn.v_proj and 2 more: computed with scale 2 instead of 4, without a word; "
-        "export with layout='uniform'"
+        "export with layout='uniform' (--layout uniform)"
     )
     first, second = check_export(folder, "sglang").findings
     assert first.problem == "rank 2, room for exactly 4" and "scale 2 instead of 4" in second.problem
@@ -257,21 +257,21 @@ def test_vllm_ranks(engine: str, tmp_path: Path) -> None:
     finding = only(folder, engine)
     assert finding.level == "warning" and check_export(folder, engine).ok
     assert finding.problem == "rank 17 is above the default limit 16"
-    assert finding.remedy == "start it with --max-lora-rank 32, or export with max_rank=16"
+    assert finding.remedy == "start it with --max-lora-rank 32, or export with max_rank=16 (--max-rank 16)"
     assert check_export(folder, engine, max_lora_rank=32).findings == ()
     finding = only(folder, engine, max_lora_rank=8)
-    assert (finding.level, finding.remedy) == ("error", "export with max_rank=8")
+    assert (finding.level, finding.remedy) == ("error", "export with max_rank=8 (--max-rank 8)")
     with pytest.raises(ConfigError, match="max_lora_rank=24: vllm.* accepts 1, 8, 16, 32, 64, 128, 256, 320, 512"):
         check_export(folder, engine, max_lora_rank=24)
     finding = only(lora(tmp_path, r=513, target_modules=["down_proj"]), engine)
-    assert (finding.level, finding.remedy) == ("error", "export with max_rank=512")
+    assert (finding.level, finding.remedy) == ("error", "export with max_rank=512 (--max-rank 512)")
     assert max(VLLM_RANKS) == 512
 
 
 def test_sglang_takes_any_limit(tmp_path: Path) -> None:
     folder = lora(tmp_path, r=17)
     assert check_export(folder, "sglang").ok and check_export(folder, "sglang", max_lora_rank=17).ok
-    assert only(folder, "sglang", max_lora_rank=9).remedy == "export with max_rank=9"
+    assert only(folder, "sglang", max_lora_rank=9).remedy == "export with max_rank=9 (--max-rank 9)"
     with pytest.raises(ConfigError, match="max_lora_rank=0: sglang accepts at least 1"):
         check_export(folder, "sglang", max_lora_rank=0)
 

@@ -22,6 +22,8 @@ from increlora.errors import BudgetError, ConfigError, DriveError, ExportError
 from tests.hosts.test_export_foreign import adalora, save
 from tests.hosts.tiny import BUILDERS, adapter_only, grow, growing, inputs_for, logits
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* will refuse .*, which holds more:UserWarning")
+
 LINEARS = ["q_proj", "v_proj", "down_proj"]
 
 

@@ -16,6 +16,8 @@ from increlora.errors import CheckpointError, ExportError
 from increlora.hosts.truncate import truncated
 from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* will refuse .*, which holds more:UserWarning")
+
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "mlp": ["up", "down"]}
 STEPS = 12
 

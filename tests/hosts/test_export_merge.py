@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 from increlora import export_merged
 from increlora.errors import ExportError
@@ -40,6 +41,67 @@ def test_an_adalora_is_merged(tmp_path: Path) -> None:
     model = adalora()
     merged = AutoModelForCausalLM.from_pretrained(export_merged(model, tmp_path / "out")).eval()
     torch.testing.assert_close(logits(merged, "llama"), logits(model, "llama"), rtol=0, atol=1e-5)
+
+
+def tied() -> LlamaForCausalLM:
+    config = BUILDERS["llama"]().config
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+TIED = {
+    "head": {"modules_to_save": ["lm_head"]},
+    "input": {"modules_to_save": ["embed_tokens"]},
+    "each": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "both, still tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "low-rank head": {"target_modules": ["q_proj", "lm_head"]},
+    "neither": {},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*tie:UserWarning")
+@pytest.mark.parametrize("kind", TIED)
+def test_tied_embeddings_are_untied_where_the_adapter_changes_one(kind: str, tmp_path: Path) -> None:
+    config = LoraConfig(**{"target_modules": ["q_proj"], "init_lora_weights": False} | TIED[kind])
+    model = get_peft_model(tied(), config)
+    with torch.no_grad():
+        for i, parameter in enumerate(p for n, p in model.named_parameters() if "modules_to_save" in n):
+            parameter += 0.1 * (i + 1)
+    model.save_pretrained(tmp_path / "adapter")
+    wanted = logits(model, "llama")
+    assert (wanted - logits(tied(), "llama")).abs().max() > 1e-2
+    export_merged(model, tmp_path / "live")
+    export_merged(tmp_path / "adapter", tmp_path / "folder", base=tied())
+    for name in ("live", "folder"):
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        torch.testing.assert_close(logits(merged, "llama"), wanted, rtol=0, atol=1e-5)
+        assert merged.config.tie_word_embeddings == (kind in ("both, still tied", "neither"))
+
+
+def test_a_tie_that_cannot_be_undone_is_named(tmp_path: Path) -> None:
+    model = get_peft_model(BUILDERS["t5"](), LoraConfig(target_modules=["q"], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight += 1
+    with pytest.raises(ExportError, match=r"shared.weight and .*lm_head.weight are one tensor in the base"):
+        export_merged(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [
+    LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False),
+    growing(target_modules=["q_proj", "lm_head"], init_lora_weights=False),
+])  # fmt: skip
+def test_an_adapted_head_that_peft_saved_whole(config: object, tmp_path: Path) -> None:
+    model = get_peft_model(BUILDERS["llama"](), config)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "adapter/adapter_model.safetensors")
+    wanted = logits(model, "llama")
+    export_merged(model, tmp_path / "live")
+    export_merged(tmp_path / "adapter", tmp_path / "folder", base=BUILDERS["llama"]())
+    for name in ("live", "folder"):
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        torch.testing.assert_close(logits(merged, "llama"), wanted, rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_merged(tmp_path: Path) -> None:

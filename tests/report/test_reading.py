@@ -132,6 +132,13 @@ def test_a_damaged_line_is_left_out_and_counted(folder, name, damage):
     assert len(run.notes) == 1 and f"{name}.jsonl is damaged (line 2 of" in run.notes[0]
 
 
+def test_a_count_of_ranks_that_is_no_number_is_damage(folder):
+    path = folder / "events.jsonl"
+    event = json.loads(path.read_text().splitlines()[0]) | {"ranks": float("inf")}
+    path.write_text(path.read_text() + json.dumps(event) + "\n")
+    assert read(folder).notes == ["events.jsonl is damaged (line 5 of 5): what can be read is shown."]
+
+
 def test_a_torn_last_line(folder):
     path = folder / "trace.jsonl"
     path.write_text(path.read_text()[:-30])
@@ -166,8 +173,9 @@ def test_a_folder_with_nothing_but_a_state(tmp_path):
     assert tiles(run)[0]["value"] == "0.500 → 0.750"
 
 
-def test_a_damaged_state_shows_the_steps(folder):
-    (folder / "run.json").write_text('{"format": "increlora-run/1", "sta')
+@pytest.mark.parametrize("content", ['{"format": "increlora-run/1", "sta', "[" * 100_000])
+def test_a_damaged_state_shows_the_steps(folder, content):
+    (folder / "run.json").write_text(content)
     run = read(folder)
     assert "run.json is damaged" in run.notes[0]
     assert len(rank_cells(run)) == 13 and len(column(run, "loss")) == STEPS

@@ -291,6 +291,15 @@ def test_a_finished_run_and_no_run_cannot_be_resumed(run, tmp_path):
     assert "goes with neither --overwrite" in refused("train", "--resume", "--overwrite", "--out", tmp_path)
 
 
+def test_a_diverged_run_ends_and_says_so(tmp_path):
+    words = (
+        "train --task planted --r 2 --max-train-samples 128 --max-eval-samples 64 --batch-size 64 --epochs 4"
+    )
+    result = call(*words.split(), "--lr", "1e30", "--method", "lora", "--out", tmp_path / "diverged")
+    assert result.exit_code == 0, result.output
+    assert "not finite" in result.output and state(tmp_path / "diverged")["metric"]["after"] is None
+
+
 def test_a_failed_run_says_why(model, tmp_path, monkeypatch):
     stop_at(monkeypatch, 2, NonFiniteError("nothing but NaN"))
     out = tmp_path / "x"
@@ -331,6 +340,8 @@ def test_a_failed_run_says_why(model, tmp_path, monkeypatch):
         (["--set", "total_ranks=4000"], "4000 ranks is above the capacity of 192"),
         (["--set", "total_parameters=415"], "415 is below the start of 416"),
         (["--set", "capacity=1"], "capacity"),
+        (["--report-to", "foo"], "--report-to foo: not known or not installed; choose one of none"),
+        (["--target-modules", "("], r"--target-modules \(: no regular expression"),
         (["--set", "interval_steps=15"], "leaves 1 growth events of 2 ranks in 20 steps, 6 are needed: 10 of 12"),
     ),
 )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,7 @@ def test_a_merged_model_has_the_adapters_logits(run: Path, tmp_path: Path, monke
     (["--base", "x"], "give --merge"),
     (["--layout", "wide"], "wide"),
     (["--max-rank", "0"], "max_rank=0: give an int of at least 1"),
+    (["--merge", "--layout", "uniform"], "error: --merge writes a whole model"),
     (["--max-rnk", "2"], "no option --max-rnk; did you mean --max-rank?"),
     (["--merge"], "adapter does not say which model it belongs to: give --base"),
 ])  # fmt: skip
@@ -116,6 +118,34 @@ def test_what_is_in_the_way_or_unfinished(run: Path, tmp_path: Path) -> None:
         assert code == 2 and "it is not finished; resume it" in text
 
 
+def test_the_folder_one_is_in_is_not_replaced(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for target in (".", tmp_path, f"../{tmp_path.name}"):
+        for more in ([], ["--merge", "--base", "llama"]):
+            code, text = call("export", run, target, *more)
+            assert code == 2 and "is the folder you are in" in text and "name a new one in it" in text
+    assert list(tmp_path.iterdir()) == []
+    assert call("export", run, "lora")[0] == 0
+
+
+def test_the_command_shows_what_the_function_warns_of(tmp_path: Path) -> None:
+    bert = get_peft_model(BUILDERS["bert"](), growing(target_modules=["query"], task_type="SEQ_CLS"))
+    bert.save_pretrained(tmp_path / "bert")
+    code, text = call("export", tmp_path / "bert", tmp_path / "lora")  # a warning would be an error here
+    assert code == 0 and len(re.findall("classifier: is trained in full", text)) == 2
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["inspect", "--foo", "x"], "no option --foo; did you mean --help?"),
+    (["--foo"], "no option --foo; did you mean --help?"),
+    (["inspect", "--hlep", "x"], "no option --hlep; did you mean --help?"),
+    (["report", "x", "--fo", "y"], "no option --fo; did you mean --format?"),
+])  # fmt: skip
+def test_unknown_options(words: list[str], message: str) -> None:
+    code, text = call(*words)
+    assert code == 2 and message in text
+
+
 # ---------------------------------------------------------------------------------------------------------------- check
 
 
@@ -125,13 +155,14 @@ def test_check_exits_with_0_1_or_2(run: Path, tmp_path: Path) -> None:
     code, text = call("check", tmp_path / "pattern", "--engine", "llama.cpp")
     assert code == 1 and "without a word; export with layout='uniform'" in text
     code, text = call("check", tmp_path / "pattern", "--engine", "vllm", "--max-lora-rank", 1)
-    assert code == 1 and "rank 4 is above the server's limit 1; export with max_rank=1" in text
+    assert code == 1 and "rank 4 is above the server's limit 1; export with max_rank=1 (--max-rank 1)" in text
     code, text = call("check", tmp_path / "pattern")
     assert code == 1 and text.count("\n") == 5
     code, text = call("check", tmp_path / "pattern", "--engine", "sglnag")
     assert code == 2 and "did you mean 'sglang'?" in text
     code, text = call("check", tmp_path / "nowhere")
-    assert code == 2 and "nowhere/adapter_config.json" in text
+    assert code == 2 and text.count("nowhere") == 1
+    assert "nowhere/adapter_config.json: No such file or directory; give the folder of an adapter, or a run" in text
 
 
 # -------------------------------------------------------------------------------------------------------------- inspect
@@ -163,6 +194,15 @@ def test_inspect_reads_lora_and_adalora(run: Path, tmp_path: Path) -> None:
     bert.save_pretrained(tmp_path / "fresh")
     code, text = call("inspect", tmp_path / "fresh")
     assert code == 0 and "0 over 2 modules" in text and "34 parameters trained in full" in text
+
+
+def test_long_names_are_never_cut(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    name = f"/models/{'a' * 90}/base"
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+    assert name in re.sub(r"\s", "", call("inspect", tmp_path / "adapter")[1])
 
 
 HOSTILE = {

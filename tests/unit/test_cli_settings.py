@@ -16,7 +16,7 @@ from increlora.cli.plan import kinds, simulated
 from increlora.cli.recipes import from_toml, read_recipe
 from increlora.cli.run import total_steps
 from increlora.cli.settings import TrainSettings, resolve
-from increlora.errors import ConfigError, RunFolderError
+from increlora.errors import ConfigError, RunFolderError, TaskError
 from increlora.methods import Site
 from increlora.tasks import sketch
 from increlora.tasks.glue import GLUE
@@ -105,11 +105,14 @@ def recipe(tmp_path, text):
         ("method = 'incrlora'\n", "line 1: --method incrlora: not known; did you mean 'increlora'"),
         ("r = = 3\n", "is no TOML: Invalid value (at line 1"),
         ("options = 3\n", "line 1: options=3"),
+        ("r = 2\nmax_train_samples = 1\n", "line 2: max_train_samples is 1 but a sample needs 2"),
+        ("data = 'no/such/place'\n", "line 1: data no/such/place does not exist"),
+        ("target_modules = '('\n", "line 1: --target-modules (: no regular expression"),
     ),
 )
 def test_a_wrong_recipe_names_file_line_and_remedy(tmp_path, text, message):
     path = recipe(tmp_path, text)
-    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+    with pytest.raises((ConfigError, TaskError), match=re.escape(message)) as caught:
         read_recipe(path)
     assert str(caught.value).startswith(str(path))
 
@@ -124,6 +127,13 @@ def test_options_given_beside_a_recipe_count(tmp_path):
     settings = resolve({"lr": 1e-2, "r": None}, ["beta=0.7"], table)
     assert (settings.r, settings.lr, dict(settings.options)) == (4, 1e-2, {"top_h": 3, "beta": 0.7})
     assert resolve({"method": "lora"}, [], table).options == {}  # another method's options mean nothing to it
+
+
+def test_a_recipes_preset_goes_with_its_method_and_can_be_left_behind(tmp_path):
+    table = read_recipe(recipe(tmp_path, "preset = 'paper'\nr = 2\n"))
+    assert resolve({}, [], table).preset == "paper"
+    assert resolve({"method": "lora"}, [], table).preset is None
+    assert resolve({"preset": "none"}, [], table).preset is None
 
 
 # ---------------------------------------------------------------------------------------------------------------- plans
@@ -195,3 +205,10 @@ def test_a_schedule_that_cannot_spend_the_budget_is_refused_before_anything_is_w
     words = f"train --task planted --epochs 1 --dry-run --set interval_steps=5000 --out {tmp_path / 'x'}"
     result = CliRunner().invoke(app, words.split())
     assert result.exit_code == 2 and "growth events" in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_plan_reads_the_size_of_the_data_without_a_tokenizer(tmp_path, data):
+    words = f"train --config {RECIPES[0].parent / 'increlora-mrpc-r2.toml'} --data {data / 'glue'} --dry-run"
+    result = CliRunner().invoke(app, [*words.split(), "--max-train-samples", "320", "--epochs", "300"])
+    assert result.exit_code == 0, result.output
+    assert "320 examples" in result.output and "3,000" in result.output

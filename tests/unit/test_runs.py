@@ -46,6 +46,11 @@ def test_files_reach_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
     assert calls == ["fsync", "rename", "fsync"] and (tmp_path / "a").read_text() == "text"
 
 
+def test_a_file_without_a_folder_to_be_in_is_named_itself(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"such/x.html: there is no folder .*no/such; create it first$"):
+        write_text(tmp_path / "no" / "such" / "x.html", "text")
+
+
 def test_a_folder_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     calls = []
     sync, rename = os.fsync, os.rename

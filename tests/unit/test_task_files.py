@@ -147,6 +147,13 @@ def test_one_row_cannot_be_shared_out(tmp_path):
 
 
 def test_shards_whose_columns_clash_are_refused(tmp_path):
-    paths = [write(tmp_path, "train-0.json"), write(tmp_path, "train-1.json", [{"text": 1}])]
+    paths = [write(tmp_path, "train-0.json"), write(tmp_path, "train-1.json", [{"text": 1, "n": "one"}])]
     with pytest.raises(TaskError, match=r"train-0.json \+ train-1.json cannot be read"):
         read_rows(paths)
+
+
+def test_files_with_other_columns_are_not_mixed(tmp_path):
+    write(tmp_path, "train_a.json")
+    write(tmp_path, "train_b.json", [{"question": "?", "answer": "!"}])
+    with pytest.raises(TaskError, match=r"train_b.json has the columns question, answer but train_a.json beside it"):
+        read_splits(tmp_path)

@@ -106,7 +106,7 @@ def test_a_task_without_data_of_its_own_asks_for_a_file_and_a_model(task, tokeni
 
 
 def test_a_path_may_be_a_string():
-    assert TaskOptions(data="~/x").data == Path.home() / "x"
+    assert TaskOptions(data="~").data == Path.home()
 
 
 def test_the_kind_of_a_task_tells_the_model_it_needs():

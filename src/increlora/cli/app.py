@@ -42,7 +42,10 @@ def unknown_option(error: Any) -> str | None:
     """The sentence for an option that does not exist, naming the nearest one that does."""
     if not hasattr(error, "possibilities") or error.ctx is None:
         return None
-    known = [name for parameter in error.ctx.command.params for name in parameter.opts if name.startswith("--")]
+    parameters = error.ctx.command.get_params(error.ctx)  # --help among them
+    known = [name for parameter in parameters for name in parameter.opts if name.startswith("--")]
+    if not known:
+        return f"no option {error.option_name}"
     return f"no option {error.option_name}; did you mean {nearest(error.option_name, known)}?"
 
 

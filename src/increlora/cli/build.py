@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
@@ -19,10 +18,7 @@ from .settings import TrainSettings
 def build(settings: TrainSettings) -> tuple[Any, Task]:
     """The task, read for the model's tokenizer, and the model with a fresh adapter."""
     model, tokenizer = load_model(settings.task, settings.model, settings.seed)
-    task = load_task(
-        settings.task, tokenizer, data=Path(settings.data) if settings.data else None, max_length=settings.max_length,
-        max_train_samples=settings.max_train_samples, max_eval_samples=settings.max_eval_samples, seed=settings.seed,
-    )  # fmt: skip
+    task = load_task(settings.task, tokenizer, **vars(settings.task_options()))
     return adapted(settings, model), task
 
 

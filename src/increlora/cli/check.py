@@ -37,4 +37,6 @@ def verdicts(report: EngineReport) -> Table:
         for finding in findings:
             verdict = "refuses it, or is wrong" if finding.level == "error" else "serves it on a condition"
             table.add_row(engine, verdict, f"{finding.where}: {finding.problem}; {finding.remedy}")
+    for column in table.columns:
+        column.overflow = "fold"  # names are never cut
     return table

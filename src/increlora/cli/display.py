@@ -51,10 +51,10 @@ def show_result(console: Console, state: Mapping[str, Any], path: Path) -> None:
     metric, budget, memory = state["metric"], state["budget"], state["peak_memory_bytes"]
     table = Table.grid(padding=(0, 2))
     for name, after in sorted(state["metrics"]["after"].items(), key=lambda item: item[0] != metric["name"]):
-        best = f" (best {metric['best']:.3f})" if name == metric["name"] else ""
-        ignorant = state["metrics"]["baseline"].get(name)
-        floor = "" if ignorant is None else f", {ignorant:.3f} without looking"
-        table.add_row(name, f"{state['metrics']['before'][name]:.3f} → {after:.3f}{best}{floor}")
+        best = f" (best {number(metric['best'])})" if name == metric["name"] else ""
+        baseline = state["metrics"]["baseline"].get(name)
+        floor = "" if baseline is None else f", {number(baseline)} without looking"
+        table.add_row(name, f"{number(state['metrics']['before'][name])} → {number(after)}{best}{floor}")
     table.add_row("time", f"{state['seconds']['train']:.0f} s training, {state['seconds']['total']:.0f} s in all")
     table.add_row("memory", "not measured" if memory is None else f"{memory / 2**20:,.0f} MiB at peak")
     table.add_row("ranks", f"{budget['ranks_used']}" + of(budget["ranks_target"]))
@@ -66,6 +66,10 @@ def show_result(console: Console, state: Mapping[str, Any], path: Path) -> None:
     console.print(table)
     console.print(rank_map(state["ranks"]))
     console.print(f"written to {path}: adapter/ (native), lora/ (plain LoRA), run.json", soft_wrap=True)
+
+
+def number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
 
 
 def of(target: int | None) -> str:

@@ -7,10 +7,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import ExportError
+from ..errors import ConfigError, ExportError
 from ..hosts.adapters import Adapter, adapter_folder, read_adapter
 from ..hosts.engines import check_export
-from ..hosts.export import Exported, export_lora
+from ..hosts.export import Exported, write_lora
 from ..hosts.merge import export_merged
 from .check import verdicts
 
@@ -32,17 +32,17 @@ def export(
 ) -> None:
     """Write an adapter (ours, LoRA, or peft's AdaLoRA) as a plain LoRA adapter, and say which engines serve it."""
     if merge and (layout is not None or max_rank is not None):
-        raise typer.BadParameter("--merge writes a whole model: leave out --layout and --max-rank")
+        raise ConfigError("--merge writes a whole model: leave out --layout and --max-rank")
     if base is not None and not merge:
-        raise typer.BadParameter("--base is the model to merge into: give --merge, too")
+        raise ConfigError("--base is the model to merge into: give --merge, too")
     console = Console(highlight=False, markup=False)
     if merge:
         merged(source, out, base)
         console.print(f"written to {out}: the merged model, for any engine", soft_wrap=True)
         return
-    done = export_lora(source, out, layout or "uniform", max_rank=max_rank)
+    done = write_lora(source, out, layout or "uniform", max_rank=max_rank)
     show(console, done)
-    console.print(verdicts(check_export(out)))
+    console.print(verdicts(check_export(done)))
 
 
 def show(console: Console, done: Exported) -> None:

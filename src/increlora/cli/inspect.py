@@ -33,6 +33,8 @@ def totals(adapter: Adapter, folder: Path) -> Table:
     parameters = sum(rank * costs[name] for name, rank in adapter.ranks.items())
     budget = budget_of(adapter, costs)
     table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("type", f"{adapter.kind}, {layout(adapter, folder)}")
     table.add_row("base", str(adapter.config.base_model_name_or_path or "not named"))
     spread = f"mean {sum(ranks) / len(ranks):.2f}, from {min(ranks)} to {max(ranks)}"

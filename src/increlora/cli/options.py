@@ -1,6 +1,5 @@
 """Options of a method: read from `key=value` pairs or a table, checked against their declared types."""
 
-import difflib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from ..errors import ConfigError
 from ..hosts.peft.config import CONFIGS, default_of
 from ..methods import METHODS
+from ..naming import nearest
 
 OWN_FLAG = {"r": "--r", "seed": "--seed", "target_modules": "--target-modules"}
 SET_HERE = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode",
@@ -96,10 +96,6 @@ def described(hint: Any) -> str:
         return " or ".join(repr(member) for member in get_args(hint))
     words = {int: "an int", float: "a number", bool: "true or false", str: "a word", NoneType: "none"}
     return words.get(hint, "a table such as {query = 4}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, list(known), 1, cutoff=0)[0]
 
 
 def toml_value(value: Any) -> str:

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +17,7 @@ from ..hosts.peft import rank_summary
 from ..methods import Method
 from ..runtime import controllers_of
 from ..schedules import Run
-from ..tasks import TaskOptions, model_name, sketch, train_size
+from ..tasks import model_name, sketch, train_size
 from .build import adapted, check_schedule
 from .display import of
 from .run import total_steps
@@ -45,10 +44,7 @@ def show_plan(settings: TrainSettings, console: Console) -> None:
     """Print modules, budget, events and their steps, parameters and memory of a run.
 
     Raises: what training would raise before its first step, as far as no weights are needed for it."""
-    examples = train_size(settings.task, settings.model, TaskOptions(
-        Path(settings.data) if settings.data else None, settings.max_length, settings.max_train_samples,
-        settings.max_eval_samples, settings.seed,
-    ))  # fmt: skip
+    examples = train_size(settings.task, settings.model, settings.task_options())
     steps = total_steps(settings, examples)
     model = adapted(settings, sketch(settings.task, settings.model))
     check_schedule(model, steps)

@@ -16,15 +16,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ..errors import ConfigError, RunFolderError
-from .options import checked, config_class, nearest, typed
+from ..errors import ConfigError, RunFolderError, TaskError
+from ..naming import nearest
+from .options import checked, config_class, typed
 from .settings import TrainSettings, flag
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The table of a recipe: every key known, every value of its type and range.
 
-    Raises: ConfigError naming file and line."""
+    Raises: ConfigError, TaskError naming file and line."""
     try:
         text = path.read_text(encoding="utf-8")
         table = tomllib.loads(text)
@@ -35,7 +36,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         recipe = checked_table(table)
         TrainSettings(**recipe)
-    except ConfigError as error:
+    except (ConfigError, TaskError) as error:
         raise type(error)(f"{path}{line_of(str(error), table, text)}: {error}") from error
     return recipe
 

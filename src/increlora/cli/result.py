@@ -85,9 +85,10 @@ def finish(state: dict[str, Any], folder: RunFolder, model: nn.Module) -> None:
     steps = [row for row in rows if row["step"] > 0]
     summary, name = rank_summary(model), state["metric"]["name"]
     measured = [row[name] for row in steps if name in row]
+    finite = [value for value in measured if value is not None]  # JSON's null: a diverged run
     live = [row["parameters"] for row in steps]
     best = max if state["metric"]["higher_is_better"] else min
-    state["metric"] |= {"before": rows[0][name], "after": measured[-1], "best": best(measured)}
+    state["metric"] |= {"before": rows[0][name], "after": measured[-1], "best": best(finite, default=None)}
     names = [name for name in rows[0] if name != "step"]
     state["metrics"] |= {"before": {n: rows[0][n] for n in names}, "after": {n: steps[-1][n] for n in names}}
     state["budget"] |= {

@@ -13,7 +13,7 @@ from transformers import PrinterCallback
 
 from ..errors import CheckpointError
 from ..files import whole_folder
-from ..hosts.export import export_lora
+from ..hosts.export import write_lora
 from ..hosts.peft.config import check_folder
 from ..runs import RunFolder, checkpoint_step
 from ..runtime import controllers_of
@@ -24,7 +24,7 @@ from .recorder import Recorder
 from .result import close, finish, initial_state
 from .settings import TrainSettings
 from .tracer import Tracer
-from .trainer import SampledTrainer, training_arguments
+from .trainer import SampledTrainer, check_logger, training_arguments
 
 CHECKPOINTS = 4  # per run
 EVALUATION_BATCHES = 2  # training batches that are measured together: no gradients, so twice the examples fit
@@ -44,6 +44,7 @@ def train(settings: TrainSettings, folder: RunFolder, console: Console, *, resum
         check_checkpoint(checkpoint)
     elif not resume:
         folder.check_free(overwrite=overwrite)
+    check_logger(settings.report_to)
     model, task = build(settings)
     total = total_steps(settings, len(task.train))
     check_schedule(model, total)
@@ -53,7 +54,7 @@ def train(settings: TrainSettings, folder: RunFolder, console: Console, *, resum
         fit(settings, folder, model, task, console, checkpoint=checkpoint, total=total)
         with whole_folder(folder.path / "adapter") as adapter:
             model.save_pretrained(adapter)
-        export_lora(model, folder.path / "lora")
+        write_lora(model, folder.path / "lora")
         finish(state, folder, model)
     show_result(console, state, folder.path)
 

@@ -1,5 +1,6 @@
 """What a training run is: its settings, and the command and file that say them."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -10,6 +11,7 @@ import tomli_w
 
 from ..errors import ConfigError, RunFolderError
 from ..schedules import Time
+from ..tasks import TaskOptions
 from .options import config_class, default_options, option_names, parse_options, toml_value
 
 PRESETS = ("paper",)
@@ -70,7 +72,17 @@ class TrainSettings:
             raise ConfigError(f"--head-dropout {self.head_dropout}: give a number in [0, 1)")
         if self.preset is not None and (self.preset not in PRESETS or not hasattr(config_class(self.method), "paper")):
             raise ConfigError(f"--preset {self.preset}: {self.method} has {self._presets()}")
+        try:
+            re.compile(self.target_modules or "")
+        except re.error as error:
+            raise ConfigError(f"--target-modules {self.target_modules}: no regular expression ({error})") from error
+        self.task_options()
         self.peft_config()
+
+    def task_options(self) -> TaskOptions:
+        """What the settings say about the data. Raises TaskError for limits out of range or data that is not there."""
+        data = Path(self.data) if self.data else None
+        return TaskOptions(data, self.max_length, self.max_train_samples, self.max_eval_samples, self.seed)
 
     def _presets(self) -> str:
         return "the preset 'paper'" if hasattr(config_class(self.method), "paper") else "no presets: leave it out"
@@ -120,17 +132,18 @@ class TrainSettings:
         return f"# {self.command(out)}\n" + tomli_w.dumps({k: v for k, v in table.items() if v is not None})
 
 
-def resolve(
-    given: Mapping[str, Any], pairs: Sequence[str], recipe: Mapping[str, Any] | None = None
-) -> TrainSettings:  # fmt: skip
+def resolve(given: Mapping[str, Any], pairs: Sequence[str], recipe: Mapping[str, Any] | None = None) -> TrainSettings:
     """Settings from options given on the command line (None: not given), `--set key=value` pairs, and a recipe's table.
 
-    What is given on the command line counts; the recipe's method options are dropped with its method."""
+    What is given on the command line counts; the recipe's preset and method options are dropped with its method."""
     table = dict(recipe or {})
     chosen = {name: value for name, value in given.items() if value is not None}
     method = chosen.get("method", table.get("method", TrainSettings.method))
-    kept = table.pop("options", {}) if method == table.get("method", TrainSettings.method) else {}
-    table.pop("options", None)
+    if method != table.get("method", TrainSettings.method):
+        table |= {"options": {}, "preset": None}
+    if chosen.get("preset") == "none":
+        chosen["preset"] = None
+    kept = table.pop("options", {})
     return TrainSettings(**(table | chosen), options={**kept, **parse_options(method, pairs)})
 
 

@@ -94,11 +94,12 @@ def singular_values(A: Tensor, B: Tensor) -> Tensor:
 
         A ᵀ = Q_A R_A    B = Q_B R_B        σ(B A) = σ(R_B R_Aᵀ)
 
-    In float64: what is learnt by a newborn rank lies many orders below σ₁.
+    NaN where ΔW is not finite. In float64: what is learnt by a newborn rank lies many orders below σ₁.
     """
     _, right = torch.linalg.qr(A.double().mT, mode="r")
     _, left = torch.linalg.qr(B.double(), mode="r")
-    return torch.linalg.svdvals(left @ right.mT)
+    inner = left @ right.mT
+    return torch.linalg.svdvals(inner) if inner.isfinite().all() else inner.diagonal() * torch.nan
 
 
 def rounded(value: float) -> float:

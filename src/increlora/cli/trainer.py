@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..errors import ConfigError
 from ..schedules import Run, in_steps
-from ..tasks.base import lengths
+from ..tasks.base import epoch_order, lengths
 from .settings import TrainSettings
 
 
@@ -34,11 +36,18 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = epoch_order(self.seed, self.epoch)
         return iter(LengthGroupedSampler(self.batch_size, lengths=self.lengths, generator=order))
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+
+def check_logger(name: str) -> None:
+    """Raise ConfigError unless the Trainer can report to this logger (several: `all`)."""
+    known = ["none", "all", *get_available_reporting_integrations()]
+    if name not in known:
+        raise ConfigError(f"--report-to {name}: not known or not installed; choose one of {', '.join(known)}")
 
 
 def training_arguments(settings: TrainSettings, out: Path, *, total: int, save_every: int) -> TrainingArguments:

@@ -108,6 +108,7 @@ def problems(engine: Engine, found: Contents, limit: int | None) -> list[Problem
     return [problem for rule in rules for problem in rule(engine, found, limit)]
 
 
+UNIFORM = "export with layout='uniform' (--layout uniform)"
 EXPORT = "export it with `increlora export`"
 
 
@@ -150,7 +151,7 @@ def ranks(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
     if not wrong:
         return []
     problem = f"rank {found.rows[wrong[0]]}, room for exactly {room[wrong[0]]}"
-    return [("error", first_of(wrong), problem, "export with layout='uniform'")]
+    return [("error", first_of(wrong), problem, UNIFORM)]
 
 
 def scales(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
@@ -163,7 +164,7 @@ def scales(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
     if not wrong:
         return []
     problem = f"computed with scale {here[wrong[0]]:.4g} instead of {right[wrong[0]]:.4g}, without a word"
-    return [("error", first_of(wrong), problem, "export with layout='uniform'")]
+    return [("error", first_of(wrong), problem, UNIFORM)]
 
 
 def served_rank(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
@@ -173,13 +174,13 @@ def served_rank(engine: Engine, found: Contents, limit: int | None) -> list[Prob
     declared = [found.config.get("r") or 0, *(found.config.get("rank_pattern") or {}).values()]
     top = max([*declared, *found.rows.values()])
     if limit is not None and top > limit:
-        return [("error", "r", f"rank {top} is above the server's limit {limit}", f"export with max_rank={limit}")]
+        return [("error", "r", f"rank {top} is above the server's limit {limit}", with_rank(limit))]
     most = max(engine.limits, default=top)
     if top > most:
-        return [("error", "r", f"rank {top} is above {most}, the most it can serve", f"export with max_rank={most}")]
+        return [("error", "r", f"rank {top} is above {most}, the most it can serve", with_rank(most))]
     if limit is None and engine.default_limit is not None and top > engine.default_limit:
         fitting = min(rank for rank in engine.limits if rank >= top)
-        remedy = f"start it with --max-lora-rank {fitting}, or export with max_rank={engine.default_limit}"
+        remedy = f"start it with --max-lora-rank {fitting}, or {with_rank(engine.default_limit)}"
         return [("warning", "r", f"rank {top} is above the default limit {engine.default_limit}", remedy)]
     return []
 
@@ -206,6 +207,10 @@ def target_names(engine: Engine, found: Contents, limit: int | None) -> list[Pro
         return []
     remedy = "list the module names in adapter_config.json"
     return [("error", "target_modules", "is a regular expression, it needs a list of names", remedy)]
+
+
+def with_rank(limit: int) -> str:
+    return f"export with max_rank={limit} (--max-rank {limit})"
 
 
 def first_of(names: list[str]) -> str:

@@ -21,6 +21,7 @@ from .engine_rules import (
     one_scale,
     one_scale_or_rslora,
     problems,
+    saved_modules,
     scale_by_pattern,
     scale_by_rows,
 )
@@ -99,6 +100,12 @@ def check_export(
     found = contents(Path(path))
     findings = [Finding(name, *problem) for name in names for problem in problems(ENGINES[name], found, max_lora_rank)]
     return EngineReport(Path(path), names, tuple(findings))
+
+
+def refused_beside(path: Path) -> dict[str, str]:
+    """Engine → the tensors in the folder that it refuses because they are no low-rank factors, where it does."""
+    found = contents(path)
+    return {name: where for name in ENGINES for _, where, *_ in saved_modules(ENGINES[name], found, None)}
 
 
 def check_limit(name: str, limit: int) -> None:

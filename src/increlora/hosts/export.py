@@ -9,6 +9,7 @@ Only `max_rank` approximates, and says by how much.
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -22,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ExportError
-from ..files import whole_folder
+from ..files import check_elsewhere, whole_folder
 from .adapters import Adapter, read_adapter
+from .engines import refused_beside
 from .lora_format import PREFIX
 from .targets import check_patterns, targets
 from .truncate import truncated
@@ -76,11 +78,32 @@ def export_lora(
         layout: `uniform` or `pattern`, see above.
         max_rank: truncate ΔW of each module to its max_rank ≥ 1 strongest components; None keeps all.
         adapter_name: default the active adapter; of a folder: its subfolder.
+    Warns: UserWarning if it holds what is no low-rank factor (`modules_to_save`, embeddings): it names the engines that
+        refuse that.
     Returns: what was written. Tensors keep their dtype; folded factors are rounded to it once. The folder appears in
         one piece or not at all.
     Raises: ExportError (no adapter that we read, unknown layout, more than low-rank, a folder in the way),
         CheckpointError (damaged input).
     """
+    done = write_lora(model_or_path, out, layout, max_rank=max_rank, adapter_name=adapter_name)
+    if refusals := refused_beside(done.path):
+        warnings.warn(
+            f"{', '.join(refusals)} will refuse {done}, which holds more than low-rank factors "
+            f"({next(iter(refusals.values()))}): for them, merge it by `export_merged`",
+            stacklevel=2,
+        )
+    return done
+
+
+def write_lora(
+    model_or_path: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    layout: Layout = "uniform",
+    *,
+    max_rank: int | None = None,
+    adapter_name: str | None = None,
+) -> Exported:
+    """The same without the warning: who calls it shows what `check_export` finds."""
     out = Path(out)
     if layout not in ("uniform", "pattern"):
         raise ExportError(f"layout={layout!r}: choose 'uniform' or 'pattern'")
@@ -120,7 +143,9 @@ def ranked(adapter: Adapter, factors: Factors) -> tuple[Factors, LoraConfig]:
     """The pattern layout: every module with its own rank, those without left out."""
     kept = {name: pair for name, pair in factors.items() if pair[0].shape[0]}
     if not kept:
-        raise ExportError("layout='pattern': no module has any rank yet; train first, or use layout='uniform'")
+        raise ExportError(
+            "layout='pattern': no module has any rank yet; train first, or use layout='uniform' (--layout uniform)"
+        )
     check_patterns(ranks(kept))
     return kept, lora_config(adapter, kept, max(ranks(kept).values()), ranks(kept))
 
@@ -153,6 +178,7 @@ def lora_tensors(factors: Factors, others: Mapping[str, Tensor]) -> dict[str, Te
 
 def check_out(out: Path) -> None:
     """Raise ExportError unless `out` is new, empty, or an earlier export of ours."""
+    check_elsewhere(out)
     if out.is_dir() and (not any(out.iterdir()) or is_our_export(out)):
         return
     if out.exists():

@@ -71,7 +71,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError("not a JSON object")
         check_values(found)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        reason = error.strerror or error  # the path is named already
+        raise CheckpointError(f"{path}: {reason}; give the folder of an adapter, or a run") from error
+    except ValueError as error:
         raise CheckpointError(f"{path}: {error}; give the folder of an adapter, or restore it from a copy") from error
     return found
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ExportError
-from ..files import whole_folder
+from ..files import check_elsewhere, whole_folder
 from .adapters import Adapter, read_adapter
 
 
@@ -33,10 +34,13 @@ def export_merged(
             live PeftModel is copied instead (it stays as it is, and there must be memory for both).
         tokenizer: saved beside the model.
         adapter_name: default the active adapter; of a folder: its subfolder.
-    Returns: `out`, which appears in one piece or not at all. Weights keep the base's dtype.
-    Raises: ExportError (no base, another model's adapter, a quantised base, a folder in the way), CheckpointError.
+    Returns: `out`, which appears in one piece or not at all. Weights keep the base's dtype. Tied embeddings of which
+        the adapter changes one are written as two (`tie_word_embeddings=False`).
+    Raises: ExportError (no base, another model's adapter, a quantised base, tied weights that the adapter makes
+        different where only peft can keep them apart, a folder in the way), CheckpointError.
     """
     out = Path(out)
+    check_elsewhere(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out} exists: choose another folder or remove it")
     adapter = read_adapter(model_or_path, adapter_name)
@@ -62,23 +66,71 @@ def unwrapped(model_or_path: object) -> nn.Module:
 
 @torch.no_grad()
 def merge_into(base: nn.Module, adapter: Adapter) -> None:
-    """Add every ΔW to its weight, and put the modules that were trained in full in their places.
+    """Add every ΔW to its weight, and put the modules that were trained in full in their places; tied embeddings that
+    the adapter makes different are untied.
 
-    Raises ExportError, before anything is changed, if a tensor has no place of its shape."""
-    state = base.state_dict(keep_vars=True)  # names without copies
-    sums = {}
-    for name, (A, B) in adapter.factors.items():
-        weight = place(f"{name}.weight", state)
-        delta = B.float() @ A.float() if B.dtype != torch.float64 else B @ A
-        delta = delta.t() if isinstance(base.get_submodule(name), Conv1D) else delta
-        check_shape(f"{name}.weight", weight, delta)
-        sums[name] = weight, delta
-    for name, value in adapter.others.items():
-        check_shape(name, place(name, state), value)
-    for weight, delta in sums.values():
-        weight.copy_(weight + delta.to(weight.device))
-    for name, value in adapter.others.items():
+    Raises ExportError, before anything is changed, if a tensor has no place of its shape, or a tie cannot be undone."""
+    values = merged_values(base, adapter)
+    untie(base, values)
+    state = base.state_dict(keep_vars=True)
+    for name, value in values.items():
         state[name].copy_(value)
+
+
+def merged_values(base: nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The tensors that differ from the base's, by their names in it."""
+    state = base.state_dict(keep_vars=True)  # names without copies
+    # Beside an adapted head, peft saves the head itself, under the name it has inside the adapter.
+    values = {name.replace(".base_layer.", "."): value for name, value in adapter.others.items()}
+    for name, value in values.items():
+        check_shape(name, place(name, state), value)
+    for module, (A, B) in adapter.factors.items():
+        name = f"{module}.weight"
+        weight = place(name, state)
+        delta = B.float() @ A.float() if B.dtype != torch.float64 else B @ A
+        delta = delta.t() if isinstance(base.get_submodule(module), Conv1D) else delta
+        check_shape(name, weight, delta)
+        start = values.get(name, weight).to(weight.device)
+        values[name] = (start + delta.to(weight.device)).to(weight.dtype)
+    return values
+
+
+def untie(base: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Give input and output embeddings a tensor each if they share one and their values would differ."""
+    ties = tied_names(base)
+    split = [tie for tie in ties if differ(tie, base.state_dict(), values)]
+    if not split:
+        return
+    if len(ties) > 1 or set(split[0]) != embedding_names(base) or base.config.is_encoder_decoder:  # type: ignore[union-attr]
+        raise ExportError(
+            f"{' and '.join(split[0])} are one tensor in the base, and the adapter makes them different; this model "
+            f"cannot be written untied: serve the adapter with peft"
+        )
+    head = base.get_output_embeddings()  # type: ignore[operator]
+    head.weight = nn.Parameter(head.weight.clone(), requires_grad=head.weight.requires_grad)
+    for config in (base.config, base.config.get_text_config()):  # type: ignore[union-attr, operator]
+        config.tie_word_embeddings = False
+
+
+def tied_names(base: nn.Module) -> list[list[str]]:
+    """Names of the tensors that share their memory with another."""
+    places: dict[int, list[str]] = {}
+    for name, tensor in base.state_dict().items():
+        places.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+    return [names for names in places.values() if len(names) > 1]
+
+
+def differ(tie: Sequence[str], state: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> bool:
+    """Would the names of a tie need several values?"""
+    if values.keys().isdisjoint(tie):
+        return False
+    first, *more = (values.get(name, state[name]).to(state[name]) for name in tie)
+    return not all(torch.equal(first, other) for other in more)
+
+
+def embedding_names(base: nn.Module) -> set[str]:
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]  # type: ignore[operator]
+    return {f"{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
 
 
 def place(name: str, state: Any) -> torch.Tensor:

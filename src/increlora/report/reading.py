@@ -97,7 +97,7 @@ def read_state(path: Path, notes: list[str]) -> Mapping[str, Any]:
         found = json.loads((path / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunFolderError(f"{path} holds no run (run.json is missing); {REMEDY}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if not (path / "metrics.jsonl").is_file():
             raise RunFolderError(f"{path}/run.json cannot be read ({error}); {REMEDY}") from error
         notes.append(f"run.json is damaged ({error}): settings and results of the run are not shown.")
@@ -141,7 +141,7 @@ def read_rows(path: Path, read: Callable[[Row], Row], notes: list[str]) -> list[
     for number, line in enumerate(lines, 1):
         try:
             rows.append(read(json.loads(line)))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
             bad.append(number)
     if bad:
         which = f"line {bad[0]}" if len(bad) == 1 else f"{len(bad)} lines, the first is line {bad[0]}"

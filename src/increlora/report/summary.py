@@ -110,7 +110,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         "method": run.get("method"),
         "task": run.get("task"),
         "data": run.get("source"),
-        "model": run.get("run_info", "train_config", "model"),
+        "model": run.get("meta_info", "model_info", "name"),
         "seed": run.get("seed"),
         "started": run.get("run_info", "created_at"),
         "folder": str(run.path),

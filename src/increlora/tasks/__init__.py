@@ -1,19 +1,25 @@
 """Tasks by name: data in, numbers out."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from increlora.errors import TaskError
-from increlora.tasks.backbone import DEFAULT_BACKBONE, load_causal, load_classifier, resolve_backbone, sketch_model
+from increlora.naming import nearest
+from increlora.tasks.backbone import (
+    DEFAULT_BACKBONE,
+    load_causal,
+    load_classifier,
+    load_tokenizer,
+    resolve_backbone,
+    sketch_model,
+)
 from increlora.tasks.base import Task, TaskOptions, accuracy
-from increlora.tasks.glue import GLUE, glue_task
+from increlora.tasks.glue import GLUE, glue_task, glue_train_size
 from increlora.tasks.lm import lm_task
 from increlora.tasks.planted import PlantedNet, planted_task
 from increlora.tasks.sft import sft_task
@@ -70,8 +76,7 @@ TASKS: dict[str, TaskKind] = {
 def find_task(name: str) -> TaskKind:
     """The kind of task called `name`. Raises TaskError with the nearest name there is."""
     if name not in TASKS:
-        nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0)[0]
-        raise TaskError(f"task {name!r} is not known; did you mean {nearest!r}? Known: {', '.join(TASKS)}")
+        raise TaskError(f"task {name!r} is not known; did you mean {nearest(name, TASKS)!r}? Known: {', '.join(TASKS)}")
     return TASKS[name]
 
 
@@ -106,11 +111,14 @@ def sketch(task: str, model: str | None) -> nn.Module:
 
 
 def train_size(task: str, model: str | None, options: TaskOptions) -> int:
-    """Number of training examples: GLUE's official number where no data is given, else by reading the data."""
-    name = task.removeprefix("glue/")
-    if name in GLUE and options.data is None:
-        return min(GLUE[name].train_size, options.max_train_samples or GLUE[name].train_size)
-    tokenizer = load_model(task, model, options.seed)[1]
+    """Number of training examples; no weights are loaded. Of GLUE the official number where no data is given.
+
+    Raises: TaskError as `load_task`; BackboneError if a tokenizer is needed and cannot be loaded."""
+    if task.startswith("glue/"):
+        size = glue_train_size(task.removeprefix("glue/"), options.data)
+        return min(size, options.max_train_samples or size)
+    own = find_task(task).model == "own"
+    tokenizer = None if own else load_tokenizer(model or DEFAULT_BACKBONE)
     return len(load_task(task, tokenizer, **vars(options)).train)
 
 
@@ -124,12 +132,6 @@ def load_task(name: str, tokenizer: Any, **options: Any) -> Task:
 
     Raises: TaskError if there is no such task, or its data cannot be had, or a limit is out of range."""
     kind, chosen = find_task(name), TaskOptions(**options)
-    for option in ("max_train_samples", "max_eval_samples"):
-        value = getattr(chosen, option)
-        if value is not None and value < 2:
-            raise TaskError(f"{option} is {value} but a sample needs 2 at least; raise it or leave it out")
-    if chosen.data is not None and not Path(chosen.data).exists():
-        raise TaskError(f"--data {chosen.data} does not exist: name a folder or file")
     most = getattr(tokenizer, "model_max_length", chosen.max_length)
     if chosen.max_length > most:
         raise TaskError(f"max_length is {chosen.max_length} but this model reads at most {most} tokens; lower it")

@@ -78,6 +78,22 @@ def load_causal(name: str) -> Loaded:
     return _load(AutoModelForCausalLM, name, seed=0)
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model called `name`, with a padding token. Raises BackboneError if it cannot be loaded."""
+    source = resolve_backbone(name)
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # as in `_load`
+        raise BackboneError(
+            f"{name}: no tokenizer can be loaded from {source} ({type(error).__name__}: {_first_line(error)}); "
+            f"name a complete transformers model"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def sketch_model(name: str, num_labels: int | None) -> PreTrainedModel:
     """The model called `name` without its weights, on the meta device: what a plan needs.
 
@@ -107,14 +123,15 @@ def _load(auto: Any, name: str, *, seed: int, **options: Any) -> Loaded:
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, info = auto.from_pretrained(source, output_loading_info=True, **options)
-            tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # the hub, safetensors and transformers share no base class
         raise BackboneError(
             f"{name}: cannot be loaded from {source} ({type(error).__name__}: {_first_line(error)}); "
             f"name a complete transformers model, or use the default {DEFAULT_BACKBONE}"
         ) from error
     _require_trained(name, model, info["missing_keys"], head_allowed="num_labels" in options)
-    _ensure_padding(model, tokenizer)
+    tokenizer = load_tokenizer(name)
+    model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify the last token that is not padding
+    model.name_or_path = model.config._name_or_path = name  # not where the packaged default lies on this machine
     return model, tokenizer
 
 
@@ -160,12 +177,6 @@ def _require_trained(name: str, model: PreTrainedModel, missing: set[str], *, he
             f"{name}: {len(untrained)} weights are not in the checkpoint and would start from random values, "
             f"{untrained[0]} among them; name a checkpoint made for {type(model).__name__}"
         )
-
-
-def _ensure_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify the last token that is not padding
 
 
 @contextmanager

@@ -11,6 +11,10 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from increlora.errors import TaskError
+
+VALIDATION_SEED = 0  # draws validation examples, fixed: every run answers the same questions
+
 Example = dict[str, Any]
 Batches = Iterable[BatchEncoding]
 
@@ -23,7 +27,8 @@ class TaskOptions:
         data: folder or file to read; None: the task's own source (the hub, the running Python, a generator).
         max_length: tokens per example, longer ones are cut.
         max_train_samples, max_eval_samples: upper limits ≥ 2; None for all.
-        seed: draws the training examples; the validation examples do not depend on it."""
+        seed: draws the training examples; the validation examples do not depend on it.
+    Raises: TaskError for a limit below 2, or data that is not there."""
 
     data: Path | None = None
     max_length: int = 64
@@ -34,6 +39,12 @@ class TaskOptions:
     def __post_init__(self) -> None:
         if self.data is not None:
             object.__setattr__(self, "data", Path(self.data).expanduser())  # a string will do
+            if not self.data.exists():
+                raise TaskError(f"data {self.data} does not exist: name a folder or file")
+        for option in ("max_train_samples", "max_eval_samples"):
+            value = getattr(self, option)
+            if value is not None and value < 2:
+                raise TaskError(f"{option} is {value} but a sample needs 2 at least; raise it or leave it out")
 
 
 @dataclass(frozen=True)
@@ -66,8 +77,7 @@ class Task:
         """One epoch of padded training batches, shuffled, with examples of similar length together.
 
         The order is a function of (seed, epoch, batch_size) alone, so a resumed run sees the same batches."""
-        order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        sampler = LengthGroupedSampler(batch_size, lengths=lengths(self.train), generator=order)
+        sampler = LengthGroupedSampler(batch_size, lengths=lengths(self.train), generator=epoch_order(seed, epoch))
         return self._loader(self.train, batch_size, sampler=sampler)
 
     @torch.no_grad()
@@ -87,6 +97,11 @@ class Task:
         # A loader without a generator of its own draws from torch's, which would move the training's dropout.
         own = torch.Generator()
         return DataLoader(examples, batch_size, collate_fn=self.collate, generator=own, **options)  # type: ignore[arg-type]
+
+
+def epoch_order(seed: int, epoch: int) -> torch.Generator:
+    """What shuffles an epoch: a function of the two alone, so that a resumed run sees the same batches."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
 def length(example: Example) -> int:

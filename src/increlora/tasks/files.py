@@ -24,7 +24,6 @@ SPLITS = {
 }  # fmt: skip
 SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})(?![a-z])", re.IGNORECASE)  # train_5k and dev.clean, but not trainer
 HELD_OUT = 20  # one row in so many, where there is no validation file
-VALIDATION_SEED = 0  # draws validation examples, fixed: every run answers the same questions
 
 
 @dataclass(frozen=True)
@@ -120,6 +119,12 @@ def read_rows(paths: Sequence[Path]) -> Rows:
     Raises: TaskError if a file is damaged, or if two have other columns."""
     try:
         tables = [_read(path) for path in paths]
+        for path, table in zip(paths, tables, strict=True):
+            if set(table.column_names) != set(tables[0].column_names):
+                raise TaskError(
+                    f"{path} has the columns {', '.join(table.column_names)} but {paths[0].name} beside it has "
+                    f"{', '.join(tables[0].column_names)}; name one of the files, or give them the same columns"
+                )
         return Rows(str(paths[0]), pa.concat_tables(tables, promote_options="permissive"))
     except (pa.ArrowException, OSError) as error:
         there = paths[0].parent / names(paths)

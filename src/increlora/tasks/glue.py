@@ -13,8 +13,8 @@ from torch import nn
 from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from increlora.errors import TaskError
-from increlora.tasks.base import Batches, Example, Task, TaskOptions, encoded_rows
-from increlora.tasks.files import VALIDATION_SEED, Rows, digest, first_line, names, read_rows, split_files
+from increlora.tasks.base import VALIDATION_SEED, Batches, Example, Task, TaskOptions, encoded_rows
+from increlora.tasks.files import Rows, digest, first_line, names, read_rows, split_files
 
 HUB_NAME = "nyu-mll/glue"
 MAX_SCORE = 5.0  # of stsb
@@ -92,6 +92,15 @@ def glue_task(name: str, tokenizer: PreTrainedTokenizerBase, options: TaskOption
         measure=partial(_measure, glue),
         baseline=glue.baseline(labels),
     )
+
+
+def glue_train_size(name: str, data: Path | None) -> int:
+    """Number of training examples: the official one, or that of the files in `data`; no tokenizer is needed."""
+    if data is None:
+        return GLUE[name].train_size
+    rows = _from_folder(name, data)[0]["train"]
+    _check(rows, GLUE[name], f"glue/{name}")
+    return len(rows.table)
 
 
 def _measure(glue: Glue, model: nn.Module, batches: Batches) -> dict[str, float]:

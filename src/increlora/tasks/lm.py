@@ -13,9 +13,9 @@ from itertools import chain, islice
 from transformers import PreTrainedTokenizerBase
 
 from increlora.errors import TaskError
-from increlora.tasks.base import Example, Task, TaskOptions
+from increlora.tasks.base import VALIDATION_SEED, Example, Task, TaskOptions
 from increlora.tasks.causal import causal_loss, ending, opening, right_padding, token_ids
-from increlora.tasks.files import HELD_OUT, VALIDATION_SEED, Rows, draw, held_out, read_splits, text_columns
+from increlora.tasks.files import HELD_OUT, Rows, draw, held_out, read_splits, text_columns
 
 # Tokenizers slow down on very long texts (10 MB: 35 s and 1.8 GB): pieces end at a line's end where one is near.
 PIECE = re.compile(r"(?s).{1,10000}(?:(?<=\n)|\Z)|.{10000}")

@@ -15,9 +15,9 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerBase
 
 from increlora.errors import TaskError
-from increlora.tasks.base import Example, Task, TaskOptions
+from increlora.tasks.base import VALIDATION_SEED, Example, Task, TaskOptions
 from increlora.tasks.causal import IGNORED, causal_loss, ending, opening, right_padding, token_ids
-from increlora.tasks.files import VALIDATION_SEED, Rows, read_splits
+from increlora.tasks.files import Rows, read_splits
 
 LAYOUTS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
 CONTEXT = "input"  # Alpaca's third column, often empty

@@ -28,7 +28,7 @@ from pathlib import Path
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from increlora.errors import TaskError
-from increlora.tasks.base import Example, Task, TaskOptions, accuracy, encoded_rows
+from increlora.tasks.base import VALIDATION_SEED, Example, Task, TaskOptions, accuracy, encoded_rows
 
 SKIPPED_FOLDERS = frozenset(
     "__pycache__ dist-packages idle_test lib2to3 pydoc_data site-packages test tests turtledemo".split()
@@ -37,7 +37,6 @@ VALIDATION_SHARE = 5  # one file in five
 MIN_PER_FILE = 4  # two true pairs and two that swap their summaries
 MIN_WORDS = 3
 MIN_PAIRS = 100
-VALIDATION_SEED = 0  # fixed: every run answers the same questions
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
