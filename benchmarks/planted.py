@@ -38,7 +38,6 @@ def oracle(seed: int) -> dict[str, Any]:
 ROWS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "uniform (LoRA)": fixed("lora"),
     "IncreLoRA": fixed("increlora"),
-    "IncreLoRA, ranks bounded only in total": fixed("increlora", options={"total_ranks": 36}),
     "IncreLoRA, paper preset": fixed("increlora", preset="paper"),
     "planted ranks (oracle)": oracle,
 }

@@ -53,7 +53,8 @@ def main() -> None:
 
     print(f"process {process}:", rank_summary(model).total)
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    model.save_pretrained(options.out, state_dict=whole, is_main_process=process == 0)
+    if process == 0:  # the only one that holds the whole
+        model.save_pretrained(options.out, state_dict=whole)
     dist.destroy_process_group()
 
 

@@ -1,10 +1,11 @@
 """Does everything that leaves a run equal its native adapter? `.venv/bin/python scripts/check_export.py runs/demo`
 
-Each form is loaded in a process of its own, which never imports increlora unless the form is the native one: both layouts
-as adapters and merged by peft, and the merged model. Prints the largest difference of the logits, and fails above 1e-5.
-For runs of classifiers.
+Each form is loaded in a process of its own, which never imports increlora unless the form is the native one: both
+layouts as adapters and merged by peft, and the merged model. Prints the largest difference of the logits, and fails
+above 1e-5. For runs of classifiers.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,8 @@ def main(run: Path) -> float:
 
 
 if __name__ == "__main__":
-    worst = main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder that `increlora train` wrote")
+    worst = main(parser.parse_args().run)
     print(f"largest difference of the logits: {worst:.1e}")
     sys.exit(worst > 1e-5)

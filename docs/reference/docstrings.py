@@ -1,7 +1,7 @@
 """How the reference shows our docstrings: every entry on its own, every closing remark as a paragraph.
 
-    rank, reserve: ranks in use and to come.   cost: parameters of one rank.
-    Raises: ConfigError.
+rank, reserve: ranks in use and to come.   cost: parameters of one rank.
+Raises: ConfigError.
 """
 
 import re

@@ -140,6 +140,11 @@ def test_hundreds_of_modules_make_a_short_table():
     assert len(found) == ROWS + 2 and found[1][1] == "299" and found[-1] == [f"{300 - ROWS} more", f"0–{299 - ROWS}"]
 
 
+def test_layers_come_in_their_order():
+    found = table(rank_table({f"h.{i}.q": i for i in (10, 2, 1)}))
+    assert found[1:] == [["1", "1"], ["2", "2"], ["10", "10"]]
+
+
 def test_two_stacks_of_layers_are_told_apart():
     ranks = {"encoder.block.0.q": 1, "decoder.block.0.q": 2, "lm_head": 3}
     assert list(places(ranks).values()) == [("encoder.block.0", "q"), ("decoder.block.0", "q"), ("–", "lm_head")]

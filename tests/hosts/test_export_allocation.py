@@ -140,9 +140,10 @@ def test_a_module_that_the_source_leaves_out_adds_nothing(tmp_path: Path) -> Non
         torch.testing.assert_close(logits(model, "llama"), wanted, rtol=0, atol=1e-5)
 
 
-def test_plain_lora_takes_over_a_live_adalora() -> None:
+@pytest.mark.parametrize("ranks", [{"r": 6}, {"r": 1, "rank_pattern": {".*_proj": 6}}])
+def test_plain_lora_takes_over_a_live_adalora(ranks: dict) -> None:
     source = adalora()
-    config = PlainLoraConfig(r=6, lora_alpha=5, target_modules=LINEARS)
+    config = PlainLoraConfig(lora_alpha=5, target_modules=LINEARS, **ranks)
     model = inject_adapter_in_model(config, BUILDERS["llama"]())
     warm_start(model, source)
     torch.testing.assert_close(logits(model, "llama"), logits(source, "llama"), rtol=0, atol=1e-5)

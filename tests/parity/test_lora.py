@@ -21,9 +21,12 @@ def conv_network() -> nn.Module:
 @pytest.mark.parametrize("make", [lambda ps: AdamW(ps, lr=1e-2, weight_decay=0.1), lambda ps: SGD(ps, lr=0.1)])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("network", [toy_network, conv_network], ids=["linear", "conv1d"])
-def test_lora_equals_pefts_lora_step_by_step(network, dropout: float, make) -> None:
+@pytest.mark.parametrize("patterned", [False, True])
+def test_lora_equals_pefts_lora_step_by_step(network, dropout: float, make, patterned: bool) -> None:
     targets = ["up", "down"] if network is toy_network else ["0", "2"]
     options = {"r": 3, "lora_alpha": 5, "lora_dropout": dropout, "target_modules": targets}
+    if patterned:
+        options |= {"rank_pattern": {targets[0]: 2, ".*": 4}, "alpha_pattern": {targets[1]: 7}}
     options["fan_in_fan_out"] = network is conv_network
     ours = get_peft_model(network(), PlainLoraConfig(**options))
     theirs = get_peft_model(network(), LoraConfig(**options))

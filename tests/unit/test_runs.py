@@ -46,6 +46,18 @@ def test_files_reach_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
     assert calls == ["fsync", "rename", "fsync"] and (tmp_path / "a").read_text() == "text"
 
 
+def test_a_folder_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+    sync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), sync(handle)))
+    monkeypatch.setattr(type(tmp_path), "rename", lambda a, b: (calls.append("rename"), rename(a, b)))
+    with whole_folder(tmp_path / "new") as temporary:
+        temporary.mkdir()
+        for name in "ab":
+            (temporary / name).write_text("")
+    assert calls == ["fsync"] * 3 + ["rename", "fsync"]  # two files and their folder; then the folder around it
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "adapter"
     with pytest.raises(KeyboardInterrupt), whole_folder(target) as temporary:

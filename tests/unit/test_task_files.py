@@ -46,6 +46,7 @@ def test_splits_are_known_by_the_start_of_the_name(tmp_path):
     for name in ("train-00000-of-00002.parquet", "train_5k.jsonl", "Dev.clean.json", "validation_blocks.parquet",
                  "test.txt", "trainer_state.json", "README.md"):  # fmt: skip
         write(tmp_path, name)
+    (tmp_path / "train.old.json").mkdir()
     found = {split: [path.name for path in paths] for split, paths in split_files(tmp_path).items()}
     assert found == {
         "train": ["train-00000-of-00002.parquet", "train_5k.jsonl"],

@@ -104,11 +104,12 @@ def test_mnli_is_judged_on_matched_and_reports_mismatched_beside(tmp_path, token
 
 def test_labels_of_a_regression_train_by_squared_error(tmp_path):
     model, tokenizer = load_classifier(DEFAULT_BACKBONE, 1, 0)
-    task = load_task("glue/stsb", tokenizer, data=small(tmp_path, "stsb", (1, 2, 3), (5, 0, 2)))  # integers will do
-    batch = task.collate(task.train)
-    outputs = model(**batch)
-    expected = (outputs.logits[:, 0] - torch.tensor([5.0, 0.0, 2.0])).square().mean()
-    torch.testing.assert_close(outputs.loss, expected)
+    for labels in ((5.0, 0.0, 2.5), (5, 0, 2)):
+        task = load_task("glue/stsb", tokenizer, data=small(tmp_path, "stsb", (1, 2, 3), labels))
+        outputs = model(**task.collate(task.train))
+        expected = (outputs.logits[:, 0] - torch.tensor(labels)).square().mean()
+        torch.testing.assert_close(outputs.loss, expected)
+        outputs.loss.backward()
 
 
 def test_training_rows_are_drawn_by_the_seed_and_validation_rows_are_not(tmp_path, tokenizer):

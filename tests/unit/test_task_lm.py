@@ -70,13 +70,15 @@ def test_empty_documents_are_none_and_a_last_block_of_one_token_is_left_out(toke
     assert words(tokenizer, load_task("lm", tokenizer, data=folder, max_length=4).train) == ["one two three four"]
 
 
-def test_a_long_document_is_read_in_pieces_that_lose_nothing(tokenizer, monkeypatch):
+def test_a_long_document_is_read_in_pieces_that_lose_nothing(tokenizer, word_tokenizer, monkeypatch):
     monkeypatch.setattr(lm_module, "PIECES_AT_ONCE", 3)
     text = "\n".join([WORDS] * 1500)
     assert len(PIECE.findall(text)) > 3 and "".join(PIECE.findall(text)) == text
     assert all(piece.endswith("\n") for piece in PIECE.findall(text)[:-1])
     once = tokenizer(text, verbose=False).input_ids
     assert list(tokens(tokenizer, [text, "one"])) == [*once, 1, *tokenizer("one").input_ids, 1]
+    opened = list(tokens(word_tokenizer(WORDS, opening=True), [text, "one"]))
+    assert opened == [0, *once, 0, *tokenizer("one").input_ids]
     for hard in ("x" * 25_000, "\n" * 25_000, "x"):
         assert "".join(PIECE.findall(hard)) == hard
 
@@ -111,10 +113,14 @@ def test_the_last_twentieth_of_many_documents_is_held_out(tokenizer, documents):
 
 def test_the_end_of_each_text_is_held_out_where_they_are_few(tokenizer, tmp_path):
     path = tmp_path / "book.txt"
-    path.write_text("one two\n" * 190 + "ten nine\n" * 8)
-    task = load_task("lm", tokenizer, data=path, max_length=8)
-    assert set(" ".join(words(tokenizer, task.train)).split()) == {"one", "two", "</s>"}
-    assert words(tokenizer, task.validation)[-1].startswith("ten nine") and len(task.validation) == 3
+    path.write_text("one two\n" * 190 + "ten two\n" * 10)
+    task = load_task("lm", tokenizer, data=path, max_length=7)
+    assert words(tokenizer, task.train)[-1] == "one two </s>"
+    assert words(tokenizer, task.validation) == [
+        "ten two ten two ten two ten",
+        "two ten two ten two ten two",
+        "ten two ten two ten two </s>",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ the loss

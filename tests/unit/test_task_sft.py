@@ -67,6 +67,8 @@ def test_alpacas_input_follows_the_instruction_where_there_is_one(load, tokenize
         "six seven </s>",
         "eight nine </s>",
     ]
+    task = load([{"instruction": "eight", "input": None, "output": "nine"}] * 2)
+    assert read(tokenizer, task.train[0])[0] == "eight nine </s>"
 
 
 def test_a_tokenizer_that_opens_texts_opens_the_prompt_and_not_the_response(load, word_tokenizer):
@@ -152,6 +154,8 @@ def test_alpaca_rows_decode_to_their_outputs(data, stories):
     task = load_task("sft", tokenizer, data=data / "lm/alpaca", max_length=256, max_train_samples=200)
     text, response = read(tokenizer, next(e for e in task.train if len(e["input_ids"]) < 256))
     assert text.startswith("<s>") and response.endswith("</s>") and text.endswith("\n\n " + response)
+    texts = [read(tokenizer, example) for example in task.train]
+    assert not [text for text, response in texts if text.removesuffix(response).endswith("\n\n\n\n ")]
     assert len(task.train) + len(task.validation) < 200 + 250
     assert "train_5k.parquet without its last twentieth" in task.source and "left out" in task.source
 

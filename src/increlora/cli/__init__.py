@@ -2,7 +2,7 @@
 
 import sys
 
-EXTRA = {"accelerate", "huggingface_hub", "numpy", "rich", "tomli_w", "transformers", "typer"}
+EXTRA = {"accelerate", "huggingface_hub", "numpy", "pyarrow", "rich", "tomli_w", "transformers", "typer"}
 
 
 def main() -> None:
@@ -10,7 +10,7 @@ def main() -> None:
     try:
         from .app import app
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
+        if str(error.name).partition(".")[0] not in EXTRA:
             raise
         print(f"error: the command line needs {error.name}: pip install 'increlora[cli]'", file=sys.stderr)
         sys.exit(2)

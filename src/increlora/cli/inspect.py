@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from rich.table import Table
 
 from ..budget import Budget
 from ..hosts.adapters import Adapter, adapter_folder, read_adapter
-from ..hosts.lora_format import read_shapes
+from ..hosts.lora_format import SAFETENSORS_WEIGHTS_NAME, read_shapes
 from ..hosts.peft.config import CONFIGS
 from .display import of, rank_map
 

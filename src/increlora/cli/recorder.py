@@ -24,8 +24,11 @@ class Recorder(TrainerCallback):
     there every `evaluate_every` steps and at the end; row 0 has nothing but the metrics before training.
     """
 
-    def __init__(self, folder: RunFolder, task: Task, progress: Progression, *, evaluate_every: int) -> None:
-        self.folder, self.task, self.progress, self.evaluate_every = folder, task, progress, evaluate_every
+    def __init__(
+        self, folder: RunFolder, task: Task, progress: Progression, *, evaluate_every: int, batch_size: int
+    ) -> None:
+        self.folder, self.task, self.progress = folder, task, progress
+        self.evaluate_every, self.batch_size = evaluate_every, batch_size
         self.before = max((row.get("seconds", 0.0) for row in folder.rows("metrics.jsonl")), default=0.0)
         self.events = 0
         self.live = 0
@@ -56,7 +59,7 @@ class Recorder(TrainerCallback):
 
     def _evaluate(self, model: nn.Module) -> dict[str, float]:
         begin = time.perf_counter()
-        values = self.task.evaluate(model)
+        values = self.task.evaluate(model, batch_size=self.batch_size)
         self.started += time.perf_counter() - begin
         return values
 

@@ -88,7 +88,7 @@ def finish(state: dict[str, Any], folder: RunFolder, model: nn.Module) -> None:
     live = [row["parameters"] for row in steps]
     best = max if state["metric"]["higher_is_better"] else min
     state["metric"] |= {"before": rows[0][name], "after": measured[-1], "best": best(measured)}
-    names = rows[0].keys() - {"step"}
+    names = [name for name in rows[0] if name != "step"]
     state["metrics"] |= {"before": {n: rows[0][n] for n in names}, "after": {n: steps[-1][n] for n in names}}
     state["budget"] |= {
         "ranks_used": summary.active,

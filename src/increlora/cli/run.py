@@ -27,6 +27,7 @@ from .tracer import Tracer
 from .trainer import SampledTrainer, training_arguments
 
 CHECKPOINTS = 4  # per run
+EVALUATION_BATCHES = 2  # training batches that are measured together: no gradients, so twice the examples fit
 CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
@@ -140,11 +141,13 @@ def fit(
         data_collator=task.collate,
     )
     trainer.remove_callback(PrinterCallback)
+    together = EVALUATION_BATCHES * settings.batch_size
     if not folder.rows("metrics.jsonl"):
-        folder.append("metrics.jsonl", {"step": 0, **task.evaluate(model)})
+        folder.append("metrics.jsonl", {"step": 0, **task.evaluate(model, batch_size=together)})
     done = checkpoint_step(checkpoint) if checkpoint else 0
     budget = controllers_of(model)[0].method.budget.ranks if controllers_of(model) else None
+    every = math.ceil(total / settings.evaluations)
     with Progression(console, total=total, done=done, budget=budget) as progress:
-        trainer.add_callback(Recorder(folder, task, progress, evaluate_every=math.ceil(total / settings.evaluations)))
+        trainer.add_callback(Recorder(folder, task, progress, evaluate_every=every, batch_size=together))
         trainer.add_callback(Tracer(folder))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -68,14 +68,15 @@ def count_events(model: nn.Module) -> int:
 
 def trace(model: nn.Module, step: int) -> dict[str, Any]:
     """One row of trace.jsonl; modules without a controller (plain LoRA) have ranks alone."""
+    modules: dict[str, dict[str, Any]]
     modules = {m.module: {"rank": m.active, "importance": None} for m in rank_summary(model).modules}
     factors: dict[int, float] = {}
     for controller in controllers_of(model):
         modules |= snapshot(controller)
         factors |= birth_factors(controller)
     for module in modules.values():
-        module["importance"] = None if module["importance"] is None else short(module["importance"])
-    return {"step": step, "modules": modules, "lr_factor": {str(k): short(v) for k, v in factors.items()}}
+        module["importance"] = None if module["importance"] is None else rounded(module["importance"])
+    return {"step": step, "modules": modules, "lr_factor": {str(k): rounded(v) for k, v in factors.items()}}
 
 
 def spectra(model: nn.Module) -> dict[str, list[float]]:
@@ -83,7 +84,7 @@ def spectra(model: nn.Module) -> dict[str, list[float]]:
     found = {}
     for delta in model.modules():
         if isinstance(delta, Delta) and type(delta).factors is not Delta.factors:
-            found[getattr(delta, "name", "")] = [short(value) for value in singular_values(*delta.factors()).tolist()]
+            found[getattr(delta, "name", "")] = [rounded(value) for value in singular_values(*delta.factors()).tolist()]
     return found
 
 
@@ -100,5 +101,5 @@ def singular_values(A: Tensor, B: Tensor) -> Tensor:
     return torch.linalg.svdvals(left @ right.mT)
 
 
-def short(value: float) -> float:
+def rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")

@@ -67,9 +67,7 @@ def adapter_folder(path: Path, part: str = "adapter") -> Path:
     if not (path / "run.json").is_file():
         return path
     if not (path / part).is_dir():
-        raise CheckpointError(
-            f"{path} holds no {part}/: it is not finished; resume it, or give one of its checkpoints"
-        )
+        raise CheckpointError(f"{path} holds no {part}/: it is not finished; resume it, or give one of its checkpoints")
     return path / part
 
 
@@ -96,8 +94,8 @@ def foreign_adapter(model: nn.Module, adapter_name: str | None) -> str | None:
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     active = [n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.active_adapters]
     name = adapter_name or next(iter(active), None)
-    kinds = (PeftType.LORA, PeftType.ADALORA)
-    return name if name in configs and configs[name].peft_type in kinds else None
+    known = name is not None and name in configs and configs[name].peft_type in (PeftType.LORA, PeftType.ADALORA)
+    return name if known else None
 
 
 @torch.no_grad()

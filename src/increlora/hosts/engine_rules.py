@@ -150,7 +150,7 @@ def ranks(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
     if not wrong:
         return []
     problem = f"rank {found.rows[wrong[0]]}, room for exactly {room[wrong[0]]}"
-    return [("error", modules(wrong), problem, "export with layout='uniform'")]
+    return [("error", first_of(wrong), problem, "export with layout='uniform'")]
 
 
 def scales(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
@@ -163,7 +163,7 @@ def scales(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
     if not wrong:
         return []
     problem = f"computed with scale {here[wrong[0]]:.4g} instead of {right[wrong[0]]:.4g}, without a word"
-    return [("error", modules(wrong), problem, "export with layout='uniform'")]
+    return [("error", first_of(wrong), problem, "export with layout='uniform'")]
 
 
 def served_rank(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
@@ -198,7 +198,7 @@ def saved_modules(engine: Engine, found: Contents, limit: int | None) -> list[Pr
         return []
     what = "token embeddings" if "embed" in left[0] or "lm_head" in left[0] else "trained in full, or no linear map"
     only = f"only {' and '.join(sorted(accepted))}" if accepted else "low-rank factors only"
-    return [("error", modules(left), f"is {what}; it loads {only}", "merge it: `increlora export --merge`")]
+    return [("error", first_of(left), f"is {what}; it loads {only}", "merge it: `increlora export --merge`")]
 
 
 def target_names(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
@@ -208,5 +208,5 @@ def target_names(engine: Engine, found: Contents, limit: int | None) -> list[Pro
     return [("error", "target_modules", "is a regular expression, it needs a list of names", remedy)]
 
 
-def modules(names: list[str]) -> str:
+def first_of(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

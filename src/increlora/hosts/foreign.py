@@ -1,7 +1,7 @@
 """Adapters of peft's own: plain LoRA and AdaLoRA, from a live model or from their folder, as factors of ΔW = B A.
 
     LoRA       s · B A                                 rank_pattern, alpha_pattern and rsLoRA folded into B
-    AdaLoRA    α/(ranknum + 1e-5) · B diag(E) A        triplets with E = 0 are masked: dropped
+    AdaLoRA    α/(ranknum + 1e-5) · B diag(E) A        E = 0 masks a triplet: it is dropped, as all zeros are
 
 ranknum is the rank AdaLoRA *started* with, also where most triplets are gone: peft keeps it when it resizes a module,
 and does not write it to the file; there it is `init_r`.
@@ -115,9 +115,8 @@ def adalora_factors(
 
 
 def triplets(A: Tensor, E: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(A, B) without masked triplets, E and scale folded into B."""
-    kept = (E != 0).flatten()
-    return A[kept], B[:, kept] * (E[kept].t() * scale)
+    """(A, B) with E and scale folded into B: a masked triplet has E = 0, so it becomes a zero column."""
+    return A, B * (E.t() * scale)
 
 
 def check_complete(where: str, factors: Factors, tensors: int, others: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ def callback_class() -> type:
     class IncreloraCallback(TrainerCallback):
         """Run length at the start; the penalty's gradient before the first micro-batch of each step; ranks in the logs.
 
-        The Trainer calls default callbacks before those of `report_to`: what is added to `logs` here reaches them all."""
+        The Trainer calls default callbacks before those of `report_to`: what is added to `logs` here reaches all."""
 
         def __init__(self) -> None:
             self.controllers: list[Controller] = []

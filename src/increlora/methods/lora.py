@@ -38,6 +38,9 @@ class Lora:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"{name}={rank!r}: give an int of at least 1; a module without rank is left out")
 
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout={self.lora_dropout!r}: give a number in [0, 1)")
+
     def method(self, sites: int, uniform_parameters: int) -> Method:
         uniform = Budget(self.r * sites, self.r * uniform_parameters)
         return Method("lora", self._delta, Budget(None) if self.rank_pattern else uniform)

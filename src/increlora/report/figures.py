@@ -27,35 +27,35 @@ class Figure:
 
 
 def rank_map(run: Run) -> Chart | None:
+    """Cells with their rank, and beside them the sums by module type and by layer, at the step of the slider."""
     rows = tables.rank_cells(run)
     if not rows:
         return None
-    where, now = tables.grid(tables.rank_changes(run)), slider("step", 0, run.steps)
+    where = tables.grid(tables.rank_changes(run))
     cell = max(16, min(56, 600 // len(where.layers)))
-    most = max(row["rank"] for row in rows)
+    width, height = cell * len(where.layers), 30 * len(where.types)
     shown = chart(rows).transform_filter("datum.since <= step && step < datum.until")
-    layer = alt.X("layer:O", title="layer", scale=alt.Scale(domain=list(where.layers)), axis=alt.Axis(labelAngle=0))
-    kind = alt.Y("type:N", title=None, scale=alt.Scale(domain=list(where.types)), axis=alt.Axis(labelLimit=LABEL))
-    tooltip = [
-        alt.Tooltip("layer:N"),
-        alt.Tooltip("type:N"),
-        alt.Tooltip("rank:Q"),
-        alt.Tooltip("since:Q", title="since step"),
-    ]
-    cells = shown.mark_rect(cornerRadius=2).encode(
-        layer, kind, tooltip=tooltip,
-        color=alt.Color("rank:Q", scale=alt.Scale(scheme="viridis", domain=[0, most]), legend=None),
-    )  # fmt: skip
-    bright = alt.condition(f"datum.rank > {0.62 * most}", alt.value("black"), alt.value("white"))
-    numbers = shown.mark_text(fontSize=12 if cell >= 24 else 9).encode(layer, kind, text="rank:Q", color=bright)
-    middle = (cells + numbers).properties(width=cell * len(where.layers), height=30 * len(where.types))
+    layers, types = (alt.Scale(domain=list(names), padding=0.06) for names in (where.layers, where.types))
+    layer = alt.X("layer:O", title="layer", scale=layers, axis=alt.Axis(labelAngle=0))
+    kind = alt.Y("type:N", title=None, scale=types, axis=alt.Axis(labelLimit=LABEL, ticks=False, domain=False))
     total = alt.Axis(grid=False, tickCount=3, title="ranks in all", tickMinStep=1)
     bar = shown.mark_bar(color=FAINT, cornerRadiusEnd=2)
-    by_type = bar.encode(alt.X("sum(rank):Q", axis=total), kind.axis(None)).properties(
-        width=100, height=30 * len(where.types)
-    )
-    by_layer = bar.encode(layer, alt.Y("sum(rank):Q", axis=total)).properties(width=cell * len(where.layers), height=60)
-    return alt.concat(middle, by_type, by_layer, columns=2, spacing=12).add_params(now)
+    return alt.concat(
+        shaded_cells(shown, max(row["rank"] for row in rows), small=cell < 24)
+        .encode(layer, kind).properties(width=width, height=height),
+        bar.encode(alt.X("sum(rank):Q", axis=total), kind.axis(None)).properties(width=100, height=height),
+        bar.encode(layer, alt.Y("sum(rank):Q", axis=total)).properties(width=width, height=60),
+        columns=2, spacing=12,
+    ).add_params(slider("step", 0, run.steps))  # fmt: skip
+
+
+def shaded_cells(shown: Chart, most: int, *, small: bool) -> Chart:
+    """A coloured cell per module and its rank on it, black where the colour is bright."""
+    color = alt.Color("rank:Q", scale=alt.Scale(scheme="viridis", domain=[0, most]), legend=None)
+    tooltip = ["layer:N", "type:N", "rank:Q", alt.Tooltip("since:Q", title="since step")]
+    ink = alt.condition(f"datum.rank > {0.62 * most}", alt.value("black"), alt.value("white"))
+    numbers = shown.mark_text(fontSize=9 if small else 12).encode(text="rank:Q", color=ink)
+    return shown.mark_rect(cornerRadius=2).encode(color=color, tooltip=tooltip) + numbers
 
 
 def growth(run: Run) -> Chart | None:
@@ -107,8 +107,8 @@ def budget(run: Run) -> Chart | None:
         budget_panel(run, "ranks", "active ranks", run.number("budget", "ranks_target")),
         budget_panel(run, "parameters", "live adapter parameters", run.number("budget", "parameters_target")),
     ]
-    panels = [panel for panel in panels if panel is not None]
-    return alt.hconcat(*panels, spacing=30) if panels else None
+    drawn: list[Chart] = [panel for panel in panels if panel is not None]
+    return alt.hconcat(*drawn, spacing=30) if drawn else None
 
 
 def budget_panel(run: Run, name: str, title: str, target: float | None) -> Chart | None:
@@ -147,8 +147,8 @@ FIGURES = (
     ),
     Figure(
         "budget", "What it cost",
-        "The area under a curve is the cost of the run: below the dashed budget, steps were cheaper than those of a "
-        "fixed rank.", budget,
+        "The area under a curve is what the run trained: below the dashed line, less than a fixed rank.",
+        budget,
     ),
     Figure(
         "scores", "Why there",

@@ -9,7 +9,7 @@ from . import tables
 from .charts import LABEL, SEQUENCE, WIDTH, Chart, chart, shades, slider
 from .reading import Row, Run
 
-FEW_STEPS = alt.Axis(grid=False, tickCount=5, tickMinStep=1)
+FEW_TICKS = alt.Axis(grid=False, tickCount=5, tickMinStep=1)
 POWERS = alt.Axis(grid=False, ticks=False, tickCount=4, format=".0e")  # of a logarithmic scale
 
 
@@ -48,8 +48,8 @@ def scores(run: Run) -> Chart | None:
         return None
     where = tables.grid(tables.rank_changes(run))
     rows = [row | {"grant": 0} for row in lines] + [row | {"grant": 1} for row in grants]
-    end = tables.spent_at(run) or max(1, run.steps)
-    step = alt.X("step:Q", title="training step", scale=alt.Scale(domain=[0, end], nice=False), axis=FEW_STEPS)
+    end = max([tables.spent_at(run) or max(1, run.steps), *(row["step"][0] for row in grants)])
+    step = alt.X("step:Q", title="training step", scale=alt.Scale(domain=[0, end], nice=False), axis=FEW_TICKS)
     value = alt.Y("importance:Q", title="importance", scale=powers(rows, "importance"), axis=POWERS)
     base = alt.Chart(width=panel_width(where.types), height=130).encode(step, value, by_layer(where.layers))
     line = base.transform_filter("datum.grant == 0").mark_line(strokeWidth=1.5, clip=True)
@@ -72,12 +72,8 @@ def newborns(run: Run) -> Chart | None:
         "born:Q", scale=alt.Scale(range=SEQUENCE), legend=alt.Legend(title="born after step", tickMinStep=1)
     )
     factor = alt.Y("factor:Q", title="learning-rate factor", axis=alt.Axis(tickCount=4))
-    step = alt.X(
-        "step:Q",
-        title="training step",
-        scale=alt.Scale(zero=False, nice=False),
-        axis=alt.Axis(grid=False, tickMinStep=1),
-    )
+    scale, axis = alt.Scale(zero=False, nice=False), alt.Axis(grid=False, tickMinStep=1)
+    step = alt.X("step:Q", title="training step", scale=scale, axis=axis)
     return lines.encode(
         step, factor, born, detail="born:N", tooltip=["born:Q", "step:Q", alt.Tooltip("factor:Q", format=".3")]
     )
@@ -93,16 +89,8 @@ def spectra(run: Run) -> Chart | None:
     shown = shown.transform_filter("datum.since <= at && at < datum.until").transform_flatten(["index", "sigma"])
     value = alt.Y("sigma:Q", title="singular value", scale=powers(rows, "sigma"), axis=POWERS)
     most = max(len(row["sigma"]) for row in rows)
-    index = alt.X(
-        "index:Q",
-        title="component",
-        scale=alt.Scale(domain=[1, max(2, most)]),
-        axis=alt.Axis(grid=False, tickMinStep=1, tickCount=6),
-    )
-    lines = shown.mark_line(strokeWidth=1.5, point=alt.OverlayMarkDef(size=16)).encode(
-        index,
-        value,
-        by_layer(where.layers),
-        tooltip=["type:N", "layer:N", "index:Q", alt.Tooltip("sigma:Q", format=".3")],
-    )
+    index = alt.X("index:Q", title="component", scale=alt.Scale(domain=[1, max(2, most)]), axis=FEW_TICKS)
+    lines = shown.mark_line(strokeWidth=1.5, point=alt.OverlayMarkDef(size=16))
+    tooltip = ["type:N", "layer:N", "index:Q", alt.Tooltip("sigma:Q", format=".3")]
+    lines = lines.encode(index, value, by_layer(where.layers), tooltip=tooltip)
     return facets(lines, where.types).add_params(now)

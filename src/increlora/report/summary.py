@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-import altair
 import vl_convert
 
 from . import tables
@@ -18,7 +17,8 @@ def shown(value: Any, form: str = ",.0f") -> str:
 
 
 def metric(value: Any) -> str:
-    return shown(value, ".3f") if is_number(value) and abs(value) < 1000 else shown(value, ".4g")
+    """Three decimals, for a column to line up; four figures where that would say too little or too much."""
+    return shown(value, ".3f" if is_number(value) and (value == 0 or 0.01 <= abs(value) < 1000) else ".4g")
 
 
 def of(used: float | None, target: float | None) -> str:
@@ -124,8 +124,8 @@ def made_with(command: str) -> Mapping[str, str]:
     """How the report itself was made."""
     return {
         "command": command,
-        "versions": f"increlora {version('increlora')}, altair {altair.__version__}, "
-        f"vl-convert {vl_convert.__version__}, vega {vl_convert.get_vega_version()}",
+        "versions": f"increlora {version('increlora')}, altair {version('altair')}, "
+        f"vl-convert {version('vl-convert-python')}, vega {vl_convert.get_vega_version()}",
     }
 
 

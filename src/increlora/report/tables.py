@@ -154,7 +154,7 @@ def importances(run: Run) -> list[Row]:
     found = []
     for name, (layer, kind) in where.items():
         points = [(row["step"], row["modules"].get(name, {}).get("importance")) for row in rows]
-        points = thin([(s, v) for s, v in points if v], max(2, VALUES // len(where)))
+        points = thin([(s, v) for s, v in points if v and v > 0], max(2, VALUES // len(where)))
         if points:
             steps, values = zip(*points, strict=True)
             found.append({"layer": layer, "type": kind, "step": steps, "importance": values})

@@ -105,7 +105,7 @@ def placed(key: str, figure: Figure | Comparison, drawn: Chart | None, charts: d
 @functools.cache
 def vega() -> str:
     """Vega, Vega-Lite and vega-embed as one script; takes seconds to make."""
-    return vl_convert.javascript_bundle()
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def rendered(page: Mapping[str, Any]) -> str:

@@ -122,7 +122,7 @@ def model_name(task: str, model: str | None) -> str:
 def load_task(name: str, tokenizer: Any, **options: Any) -> Task:
     """The task called `name`, tokenized; `options` as in `TaskOptions`.
 
-    Raises: TaskError if there is no such task, or its data cannot be had, or a limit is below 2."""
+    Raises: TaskError if there is no such task, or its data cannot be had, or a limit is out of range."""
     kind, chosen = find_task(name), TaskOptions(**options)
     for option in ("max_train_samples", "max_eval_samples"):
         value = getattr(chosen, option)
@@ -130,4 +130,7 @@ def load_task(name: str, tokenizer: Any, **options: Any) -> Task:
             raise TaskError(f"{option} is {value} but a sample needs 2 at least; raise it or leave it out")
     if chosen.data is not None and not Path(chosen.data).exists():
         raise TaskError(f"--data {chosen.data} does not exist: name a folder or file")
+    most = getattr(tokenizer, "model_max_length", chosen.max_length)
+    if chosen.max_length > most:
+        raise TaskError(f"max_length is {chosen.max_length} but this model reads at most {most} tokens; lower it")
     return kind.build(tokenizer, chosen)

@@ -7,7 +7,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -61,6 +60,8 @@ class Rows:
 
     def sample(self, limit: int | None, seed: int) -> "Rows":
         """At most `limit` of the rows, drawn by `seed`, in their order."""
+        if limit is None or limit >= len(self.table):
+            return self
         return Rows(self.origin, self.table.take(draw(len(self.table), limit, seed)))
 
 
@@ -203,7 +204,7 @@ def _from_rows(rows: list[Any], path: Path) -> pa.Table:
 
 
 READERS: dict[str, Callable[[Path], pa.Table]] = {
-    ".parquet": partial(parquet.read_table, partitioning=None),  # else a folder called a=b adds a column a
+    ".parquet": parquet.read_table,
     ".jsonl": _read_json_lines,
     ".json": _read_json,
     ".txt": _read_text,

@@ -110,14 +110,13 @@ def _answers(model: nn.Module, batch: BatchEncoding) -> torch.Tensor:
     other = batch.pop(MISMATCHED, torch.zeros_like(labels))
     logits = model(**batch).logits
     predicted = logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
-    return torch.stack([column.double().cpu() for column in (labels, predicted, other)], dim=1)
+    return torch.stack([column.cpu().double() for column in (labels, predicted, other)], dim=1)
 
 
 def _encode(rows: Rows, *, tokenizer: PreTrainedTokenizerBase, glue: Glue, max_length: int) -> list[Example]:
     texts = [rows.column(column) for column in glue.columns]
-    convert = int if glue.labels else float  # the model's loss is chosen by the labels' type
-    labels = [convert(label) for label in rows.column("label")]
-    return encoded_rows(tokenizer(*texts, truncation=True, max_length=max_length), labels)
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+    return encoded_rows(encoded, rows.column("label"))
 
 
 # -- where the rows come from ------------------------------------------------------------------------------------------
