@@ -39,6 +39,8 @@ ROWS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "uniform (LoRA)": fixed("lora"),
     "IncreLoRA": fixed("increlora"),
     "IncreLoRA, paper preset": fixed("increlora", preset="paper"),
+    "AdaLoRA": fixed("adalora"),
+    "AdaLoRA, from 3 times the ranks": fixed("adalora", options={"init_r": 3 * R}),
     "planted ranks (oracle)": oracle,
 }
 
