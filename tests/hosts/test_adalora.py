@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -170,6 +170,14 @@ def test_an_export_between_cuts_is_that_of_the_running_model(tmp_path: Path) -> 
     assert all(sum(bool(e) for e in d.block(0)["E"]) == 3 for d in deltas(model))
     stock = PeftModel.from_pretrained(BUILDERS["bert"](), export_lora(model, tmp_path / "lora"))
     torch.testing.assert_close(logits(stock, "bert"), logits(model, "bert"), rtol=0, atol=1e-6)
+
+
+def test_pefts_own_conversion_works_too() -> None:
+    model = emptied("bert")
+    config, state = convert_to_lora(model, rank=3)
+    lora = get_peft_model(BUILDERS["bert"](), config)
+    set_peft_model_state_dict(lora, state)
+    torch.testing.assert_close(logits(lora, "bert"), logits(model, "bert"), rtol=0, atol=1e-5)
 
 
 def test_nobody_has_to_call_an_allocator() -> None:

@@ -19,6 +19,7 @@ from increlora.hosts.export import Exported
 from increlora.hosts.peft.model import adapter_layers
 from tests.hosts.tiny import BUILDERS, grow, growing, inputs_for, logits, mid_growth
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* will refuse .*, which holds more:UserWarning")
 TARGETS = {
     "mlp": ["up", "down"],
     "llama": "all-linear",
@@ -31,8 +32,6 @@ STRANGER = """
 import sys, warnings
 import torch
 from peft import PeftModel
-
-pytestmark = pytest.mark.filterwarnings("ignore:.* will refuse .*, which holds more:UserWarning")
 assert "increlora" not in sys.modules
 jobs = torch.load(sys.argv[1], weights_only=False)
 answers = []

@@ -7,7 +7,7 @@ is part of the loss, statistics are kept by parameter name and made anew at ever
 weight with the old gradient, ties at the threshold all go, and after the budget has settled every step ranks the frozen
 scores again.
 `§` means a section of the specification of the published code (`QingruZhang/AdaLoRA`, commit d10f5eb).
-Not modelled: adapter dropout, AMP, the Hugging Face AdamW (pass `torch.optim.AdamW` instead), a trainable task head.
+Not modelled: adapter dropout, AMP, the scripts' own optimizer (pass one of torch's), a trainable task head.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from tests.reference.toy import Initial, toy_batches, toy_loss, toy_network
 
 @dataclass(frozen=True)
 class OfficialConfig:
-    """Settings of one run, named as in the published code (§3); `orthogonality` chooses among code and paper (§2.1)."""
+    """Settings of one run; `orthogonality` chooses among code and paper (§2.1)."""
 
     lora_r: int = 4
     target_rank: int = 2

@@ -136,7 +136,7 @@ def test_a_count_of_ranks_that_is_no_number_is_damage(folder):
     path = folder / "events.jsonl"
     event = json.loads(path.read_text().splitlines()[0]) | {"ranks": float("inf")}
     path.write_text(path.read_text() + json.dumps(event) + "\n")
-    assert read(folder).notes == ["events.jsonl is damaged (line 5 of 5): what can be read is shown."]
+    assert read(folder).notes == ["events.jsonl is damaged (line 6 of 6): what can be read is shown."]
 
 
 def test_a_torn_last_line(folder):

@@ -292,9 +292,7 @@ def test_a_finished_run_and_no_run_cannot_be_resumed(run, tmp_path):
 
 
 def test_a_diverged_run_ends_and_says_so(tmp_path):
-    words = (
-        "train --task planted --r 2 --max-train-samples 128 --max-eval-samples 64 --batch-size 64 --epochs 4"
-    )
+    words = "train --task planted --r 2 --max-train-samples 128 --max-eval-samples 64 --batch-size 64 --epochs 4"
     result = call(*words.split(), "--lr", "1e30", "--method", "lora", "--out", tmp_path / "diverged")
     assert result.exit_code == 0, result.output
     assert "not finite" in result.output and state(tmp_path / "diverged")["metric"]["after"] is None

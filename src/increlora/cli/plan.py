@@ -84,12 +84,11 @@ def forecast_events(model: nn.Module, steps: int) -> list[Forecast]:
 
 def cuts(method: Method, holdings: Sequence[Holding], steps: int) -> list[Forecast]:
     """The start and every cut that leaves fewer ranks than there were."""
-    assert method.prune is not None and method.budget.ranks is not None
-    start, end = Budget(ranks_used(holdings), parameters_used(holdings)), method.budget
-    assert start.ranks is not None and start.parameters is not None and end.ranks is not None
-    end = Budget(end.ranks, end.parameters or start.parameters * end.ranks // start.ranks)
-    schedule = method.prune.schedule(Run(steps, len(holdings)), start.ranks, end.ranks)
-    found = [Forecast(-1, 0, start.ranks, start.parameters)]
+    begin, cost, target = ranks_used(holdings), parameters_used(holdings), method.budget.ranks
+    assert method.prune is not None and target is not None
+    start, end = Budget(begin, cost), Budget(target, method.budget.parameters or cost * target // begin)
+    schedule = method.prune.schedule(Run(steps, len(holdings)), begin, target)
+    found = [Forecast(-1, 0, begin, cost)]
     for step in schedule.cuts():
         now = falling(start, end, schedule.ranks(step))
         if now.ranks != found[-1].ranks:

@@ -101,14 +101,14 @@ def untie(base: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     split = [tie for tie in ties if differ(tie, base.state_dict(), values)]
     if not split:
         return
-    if len(ties) > 1 or set(split[0]) != embedding_names(base) or base.config.is_encoder_decoder:  # type: ignore[union-attr]
+    if len(ties) > 1 or set(split[0]) != embedding_names(base) or base.config.is_encoder_decoder:
         raise ExportError(
             f"{' and '.join(split[0])} are one tensor in the base, and the adapter makes them different; this model "
             f"cannot be written untied: serve the adapter with peft"
         )
-    head = base.get_output_embeddings()  # type: ignore[operator]
+    head = base.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.clone(), requires_grad=head.weight.requires_grad)
-    for config in (base.config, base.config.get_text_config()):  # type: ignore[union-attr, operator]
+    for config in (base.config, base.config.get_text_config()):
         config.tie_word_embeddings = False
 
 
@@ -129,7 +129,7 @@ def differ(tie: Sequence[str], state: Mapping[str, torch.Tensor], values: Mappin
 
 
 def embedding_names(base: nn.Module) -> set[str]:
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]  # type: ignore[operator]
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     return {f"{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
 
 

@@ -29,7 +29,7 @@ class AdaLoraSettings:
         lora_alpha: numerator α of the scale.   scaling: α / average rank at the end (`constant`), or α / (init_r +
             scale_epsilon) (`initial_rank`; α ≤ 0 stands for init_r).   scale_epsilon: see `scaling`.
         start: initial values `lora` (A Kaiming, B = 0, e = 1) or `published` (A, B ~ N(0, 0.02²), e = 0).
-            init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
+        init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
     Training
         orthogonality: weight of the penalty, ≥ 0; 0 turns it off.   orthogonality_form: `trainer` (norms, code) or
             `squared` (paper).   penalty_place: whether gradient clipping sees the penalty.

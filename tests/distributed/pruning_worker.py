@@ -1,0 +1,101 @@
+"""One of two processes that prune: under DDP, under FSDP2, and under FSDP2 resumed from torch's checkpoint."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_optimizer_state_dict
+from torch.nn.parallel import DistributedDataParallel
+
+from increlora import AdaLoraConfig
+from increlora.runtime import controllers_of
+from increlora.runtime.distributed import full
+from tests.distributed.fsdp_worker import sharded
+from tests.distributed.launch import report
+from tests.reference.toy import toy_batches, toy_loss, toy_network
+
+STEPS, SAVED = 16, 6  # cuts at 3, 6 and 9
+Batch = tuple[Tensor, Tensor]
+
+
+def toy_model() -> nn.Module:
+    return get_peft_model(toy_network(), AdaLoraConfig(
+        r=2, warmup_steps=1, interval_steps=3, settle_steps=7, total_steps=STEPS, orthogonality=0.05,
+        target_modules=["up", "down"], seed=2,
+    ))  # fmt: skip
+
+
+def batches_of(process: int | None) -> list[Batch]:
+    """Half of each batch for one process; None: all of it, for one process alone."""
+    part = slice(None) if process is None else slice(4 * process, 4 * process + 4)
+    return [(x[part], y[part]) for [(x, y)] in toy_batches(3, STEPS)]
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def train(
+    model: nn.Module, batches: Sequence[Batch], optimizer: torch.optim.Optimizer, *,
+    first: int = 0, after: Callable[[int], None] = lambda step: None,
+) -> None:  # fmt: skip
+    for step, (x, y) in list(enumerate(batches))[first:]:
+        toy_loss(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after(step)
+
+
+def outcome(model: nn.Module) -> dict[str, Any]:
+    (controller,) = controllers_of(model)
+    return {
+        "kept": {name: list(d.kept) for name, d in zip(controller.names, controller.deltas, strict=True)},
+        "parameters": {n: full(p.detach()).clone() for n, p in model.named_parameters() if ".lora_delta." in n},
+        "statistics": torch.cat([d.statistics for d in controller.deltas]),
+        "events": [(e.step, e.kind, e.module, e.ranks) for e in controller.events],
+    }
+
+
+def under_ddp(process: int) -> dict[str, Any]:
+    model = toy_model()
+    train(DistributedDataParallel(model), batches_of(process), optimizer_of(model))
+    return outcome(model)
+
+
+def under_fsdp(process: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A straight run that saves on its way, and the run that goes on from there."""
+    straight, resumed = sharded(toy_model()), sharded(toy_model())
+    optimizer, fresh = optimizer_of(straight), optimizer_of(resumed)
+
+    def save(step: int) -> None:
+        if step == SAVED:
+            weights, moments = get_state_dict(straight, optimizer)
+            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+
+    train(straight, batches_of(process), optimizer, after=save)
+    weights, moments = get_state_dict(resumed, fresh)
+    state = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(resumed, state["model"])
+    set_optimizer_state_dict(resumed, fresh, state["optimizer"])
+    train(resumed, batches_of(process), fresh, first=SAVED + 1)
+    return outcome(straight), outcome(resumed)
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    process = dist.get_rank()
+    straight, resumed = under_fsdp(process, Path(folder, "checkpoint"))
+    report(folder, process, {"ddp": under_ddp(process), "fsdp": straight, "resumed": resumed})
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
