@@ -103,8 +103,8 @@ class CubicDecay:
         return int(self.end + (self.start - self.end) * left**3)
 
     def due(self, step: int) -> bool:
-        """Is there a cut at this step?"""
-        return self.warmup < step and (step % self.interval == 0 or step == self.last_cut) and step <= self.last_cut
+        """Is there a cut at this step? From the last one on: whoever missed it makes it up."""
+        return self.warmup < step and (step % self.interval == 0 or step >= self.last_cut)
 
     def observed(self, step: int) -> bool:
         """Do the scores of this step count?"""

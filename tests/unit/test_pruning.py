@@ -138,6 +138,14 @@ def test_the_state_dict_alone_resumes_between_cuts() -> None:
     assert torch.equal(kept(second), kept(straight)) and torch.equal(statistics(second), statistics(straight))
 
 
+def test_a_run_resumed_behind_the_last_cut_of_a_shorter_schedule_settles_at_once() -> None:
+    first, second = adapted(total_steps=60, settle_steps=30), adapted()
+    train(first, steps=15)
+    second.load_state_dict(first.state_dict())  # at step 15 of 20, and nothing is settled
+    train(second, start=15, steps=16)
+    assert all(delta.settled for delta in controller_of(second).deltas) and rank_summary(second).active == 12
+
+
 def test_the_keys_and_shapes_of_a_state_dict_never_change() -> None:
     """torch's distributed checkpoint loads into what a fresh model has."""
     model = adapted()
