@@ -6,8 +6,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import ExportError
-
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file atomically: after a crash it has its old content or the new one.
@@ -53,12 +51,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def check_elsewhere(path: Path) -> None:
-    """Raise ExportError for the folder that the process is in: its shell would be left in the one that is replaced."""
-    if path.resolve() == Path.cwd():
-        raise ExportError(f"{path} is the folder you are in, and would be replaced as a whole: name a new one in it")
 
 
 def _temporary(path: Path, kind: str) -> Path:

@@ -15,6 +15,10 @@ from increlora.errors import ExportError
 from tests.hosts.test_export_foreign import adalora
 from tests.hosts.tiny import BUILDERS, grow, growing, logits
 
+pytestmark = [  # peft says so whenever embeddings are adapted
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+]
 AUTO = {"llama": AutoModelForCausalLM, "gpt2": AutoModelForCausalLM, "bert": AutoModelForSequenceClassification}
 OPTIONS = {
     "llama": {"target_modules": "all-linear"},
@@ -61,7 +65,6 @@ TIED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("kind", TIED)
 def test_tied_embeddings_are_untied_where_the_adapter_changes_one(kind: str, tmp_path: Path) -> None:
     config = LoraConfig(**{"target_modules": ["q_proj"], "init_lora_weights": False} | TIED[kind])
@@ -71,7 +74,7 @@ def test_tied_embeddings_are_untied_where_the_adapter_changes_one(kind: str, tmp
             parameter += 0.1 * (i + 1)
     model.save_pretrained(tmp_path / "adapter")
     wanted = logits(model, "llama")
-    assert (wanted - logits(tied(), "llama")).abs().max() > 1e-2
+    assert (wanted - logits(tied(), "llama")).abs().max() > 1e-3
     export_merged(model, tmp_path / "live")
     export_merged(tmp_path / "adapter", tmp_path / "folder", base=tied())
     for name in ("live", "folder"):
@@ -80,13 +83,14 @@ def test_tied_embeddings_are_untied_where_the_adapter_changes_one(kind: str, tmp
         assert merged.config.tie_word_embeddings == (kind in ("both, still tied", "neither"))
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_a_tie_that_cannot_be_undone_is_named(tmp_path: Path) -> None:
     model = get_peft_model(BUILDERS["t5"](), LoraConfig(target_modules=["q"], modules_to_save=["lm_head"]))
     with torch.no_grad():
         model.base_model.model.lm_head.modules_to_save["default"].weight += 1
-    with pytest.raises(ExportError, match=r"shared.weight and .*lm_head.weight are one tensor in the base"):
-        export_merged(model, tmp_path / "out")
+    model.save_pretrained(tmp_path / "adapter")
+    for source, base in ((model, None), (tmp_path / "adapter", BUILDERS["t5"]())):
+        with pytest.raises(ExportError, match=r"(?=.*shared.weight)(?=.*lm_head.weight).*are one tensor in the base"):
+            export_merged(source, tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
 
 

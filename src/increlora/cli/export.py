@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import ConfigError, ExportError
-from ..hosts.adapters import Adapter, adapter_folder, read_adapter
+from ..hosts.adapters import Adapter, adapter_folder, check_elsewhere, read_adapter
 from ..hosts.engines import check_export
 from ..hosts.export import Exported, write_lora
 from ..hosts.merge import export_merged
@@ -69,6 +69,7 @@ def merged(source: Path, out: Path, name: str | None) -> None:
 
     from ..tasks import load_causal, load_classifier  # transformers' model classes take a second to import
 
+    check_elsewhere(out)  # before the base is loaded
     logging.disable_progress_bar()
     folder = adapter_folder(source)
     adapter = read_adapter(folder)

@@ -62,6 +62,12 @@ def read_adapter(source: nn.Module | str | os.PathLike[str], adapter_name: str |
     return from_folder(adapter_folder(Path(source)) / (adapter_name or ""))
 
 
+def check_elsewhere(path: Path) -> None:
+    """Raise ExportError for the folder that the process is in: its shell would be left in the one that is replaced."""
+    if path.resolve() == Path.cwd():
+        raise ExportError(f"{path} is the folder you are in, and would be replaced as a whole: name a new one in it")
+
+
 def adapter_folder(path: Path, part: str = "adapter") -> Path:
     """The folder of an adapter: `path` itself, or `part` of the run folder `path`."""
     if not (path / "run.json").is_file():

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ExportError
-from ..files import check_elsewhere, whole_folder
-from .adapters import Adapter, read_adapter
+from ..files import whole_folder
+from .adapters import Adapter, check_elsewhere, read_adapter
 from .engines import refused_beside
 from .lora_format import PREFIX
 from .targets import check_patterns, targets

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ExportError
-from ..files import check_elsewhere, whole_folder
-from .adapters import Adapter, read_adapter
+from ..files import whole_folder
+from .adapters import Adapter, check_elsewhere, read_adapter
 
 
 def export_merged(
@@ -97,11 +97,13 @@ def merged_values(base: nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
 
 def untie(base: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Give input and output embeddings a tensor each if they share one and their values would differ."""
-    ties = tied_names(base)
+    ends, ties = embedding_names(base), tied_names(base)
+    if len(ends) == 2 and base.config.tie_word_embeddings and not any(ends <= set(tie) for tie in ties):
+        ties.append(sorted(ends))  # peft's unload leaves the trained one in its place, apart from the other
     split = [tie for tie in ties if differ(tie, base.state_dict(), values)]
     if not split:
         return
-    if len(ties) > 1 or set(split[0]) != embedding_names(base) or base.config.is_encoder_decoder:
+    if len(ties) > 1 or set(split[0]) != ends or base.config.is_encoder_decoder:
         raise ExportError(
             f"{' and '.join(split[0])} are one tensor in the base, and the adapter makes them different; this model "
             f"cannot be written untied: serve the adapter with peft"
