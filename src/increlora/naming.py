@@ -42,3 +42,8 @@ def short(names: Iterable[str]) -> list[str]:
 def nearest(name: str, known: Iterable[str]) -> str:
     """The one of `known` names (not empty) that looks most like `name`."""
     return difflib.get_close_matches(name, list(known), 1, cutoff=0)[0]
+
+
+def natural(name: str) -> list[str | int]:
+    """Sort key that puts layer 2 before layer 10; the order of the model is lost in a saved config."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]

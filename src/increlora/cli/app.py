@@ -8,10 +8,10 @@ from peft import NoMatchingPeftModuleError
 from typer.core import TyperGroup
 
 from ..errors import IncreloraError
+from ..naming import nearest
 from .check import check
 from .export import export
 from .inspect import inspect
-from .options import nearest
 from .report import report
 from .train import train
 

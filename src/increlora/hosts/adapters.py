@@ -5,7 +5,6 @@ folder that holds it.
 """
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from ..deltas import BlockDelta
 from ..errors import CheckpointError, ConfigError, ExportError
 from ..methods import Method, Site
+from ..naming import natural
 from .foreign import adalora_factors, described, live_factors, lora_factors
 from .lora_format import PREFIX, read_config, read_shapes
 from .peft import checkpoint
@@ -183,8 +183,3 @@ def base_names(model: nn.Module) -> frozenset[str]:
     named = dict(base.named_modules())
     inside = tuple(f"{n}." for n, m in named.items() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper))
     return frozenset(name for name in named if not name.startswith(inside))
-
-
-def natural(key: str) -> list[Any]:
-    """Sorts layer 10 behind layer 2."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", key)]

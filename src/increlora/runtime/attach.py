@@ -15,14 +15,19 @@ from .penalty import penalty_value
 
 _numbers = itertools.count()  # controllers are visited in the order of their making, the same on every process
 _controllers: "weakref.WeakValueDictionary[int, Controller]" = weakref.WeakValueDictionary()
+_found: "weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, ...], list[weakref.ref[Controller]]]]" = (
+    weakref.WeakKeyDictionary()
+)
 _stepping: "weakref.WeakKeyDictionary[Optimizer, list[Controller]]" = weakref.WeakKeyDictionary()
+_latest = -1  # number of the controller made last
 _installed = False
 
 
 def register(controller: Controller) -> None:
     """Let this controller be found by the optimizer that holds its parameters."""
-    global _installed
-    _controllers[next(_numbers)] = controller
+    global _installed, _latest
+    _latest = next(_numbers)
+    _controllers[_latest] = controller
     if not _installed:
         register_optimizer_step_pre_hook(_before)
         register_optimizer_step_post_hook(_after)
@@ -87,12 +92,14 @@ def _owners(optimizer: Optimizer) -> list[Controller]:
 
 
 def _holders(optimizer: Optimizer) -> list[Controller]:
-    """Controllers that follow this optimizer, or could."""
-    found = [(c, c.follows(optimizer)) for c in _controllers.values()]
-    if all(follows for _, follows in found):
-        return [c for c, _ in found]
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [c for c, follows in found if follows or any(id(p) in held for p in c.parameters())]
+    """Controllers that follow this optimizer, or could. Looked up anew only when a controller was made or the groups
+    have changed: many models may live in one process, and this runs twice a step."""
+    key = (_latest, *(len(group["params"]) for group in optimizer.param_groups))
+    if _found.get(optimizer, ((),))[0] != key:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        holders = [c for c in _controllers.values() if any(id(p) in held for p in c.parameters())]
+        _found[optimizer] = key, [weakref.ref(c) for c in holders]
+    return [c for known in _found[optimizer][1] if (c := known()) is not None]
 
 
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -113,7 +120,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     stepped = _stepping.pop(optimizer, [])
-    for controller in list(_controllers.values()):
+    for controller in _holders(optimizer):
         if any(controller is c for c in stepped):
             controller.after_step()
         elif not controller.stepping:

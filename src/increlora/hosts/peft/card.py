@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ...naming import places, short
+from ...naming import natural, places, short
 from . import checkpoint
 
 BEGIN, END = "<!-- increlora: begin (rewritten by save_pretrained) -->", "<!-- increlora: end -->"
@@ -135,11 +135,6 @@ def rank_list(ranks: Mapping[str, int]) -> str:
     rows = [[name, str(rank)] for name, rank in ordered[:ROWS]]
     rest = [rank for _, rank in ordered[ROWS:]]
     return markdown_table(["module", "rank"], [*rows, *([[f"{len(rest)} more", span(rest)]] if rest else [])])
-
-
-def natural(name: str) -> list[str | int]:
-    """Sort key that puts layer 2 before layer 10; the order of the model is lost in a saved config."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def span(ranks: list[int]) -> str:
