@@ -25,7 +25,7 @@ from increlora.cli.display import rank_map
 from increlora.cli.recorder import Recorder
 from increlora.errors import NonFiniteError
 from increlora.naming import place, short
-from increlora.tasks import load_classifier
+from increlora.tasks import DEFAULT_BACKBONE, load_classifier
 
 TINY = "--r 2 --epochs 2.5 --batch-size 8 --max-length 16 --max-train-samples 64 --max-eval-samples 20".split()
 ADVANCE = (
@@ -289,6 +289,16 @@ def test_a_finished_run_and_no_run_cannot_be_resumed(run, tmp_path):
     assert "nothing is left to resume" in refused("train", "--resume", "--out", run[0])
     assert "holds no run to resume" in refused("train", "--resume", "--out", tmp_path)
     assert "goes with neither --overwrite" in refused("train", "--resume", "--overwrite", "--out", tmp_path)
+
+
+def test_what_is_saved_names_the_base_and_no_place_on_this_machine(tmp_path):
+    out = tmp_path / "default"
+    words = "--max-train-samples 16 --max-eval-samples 4 --batch-size 8 --max-length 16 --epochs 1 --method lora"
+    assert call("train", "--out", out, *words.split()).exit_code == 0
+    for folder in ("adapter", "lora"):
+        found = json.loads((out / folder / "adapter_config.json").read_text())
+        assert found["base_model_name_or_path"] == DEFAULT_BACKBONE
+    assert "site-packages" not in (out / "adapter" / "README.md").read_text()
 
 
 def test_a_diverged_run_ends_and_says_so(tmp_path):

@@ -3,13 +3,14 @@
 import contextlib
 import math
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback
 
 from ..errors import CheckpointError
 from ..files import whole_folder
@@ -17,7 +18,7 @@ from ..hosts.export import write_lora
 from ..hosts.peft.config import check_folder
 from ..runs import RunFolder, checkpoint_step
 from ..runtime import controllers_of
-from ..tasks import Task
+from ..tasks import Task, model_name
 from .build import build, check_schedule
 from .display import Progression, show_result
 from .recorder import Recorder
@@ -52,11 +53,24 @@ def train(settings: TrainSettings, folder: RunFolder, console: Console, *, resum
     open_folder(settings, folder, state, checkpoint, resume=resume, overwrite=overwrite)
     with recorded(folder, state, began):
         fit(settings, folder, model, task, console, checkpoint=checkpoint, total=total)
+        save(settings, folder, model)
+        finish(state, folder, model)
+    show_result(console, state, folder.path)
+
+
+def save(settings: TrainSettings, folder: RunFolder, model: Any) -> None:
+    """adapter/ and lora/, naming the base model as the user did, not the place where it lies on this machine."""
+    base = model.get_base_model()
+    if isinstance(base, PreTrainedModel):
+        name = model_name(settings.task, settings.model)
+        model.peft_config["default"].base_model_name_or_path = name
+        base.name_or_path = base.config._name_or_path = name  # the card's
+    with warnings.catch_warnings():
+        # by that name peft asks the hub whether the vocabulary was changed; here it never is
+        warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file", UserWarning)
         with whole_folder(folder.path / "adapter") as adapter:
             model.save_pretrained(adapter)
         write_lora(model, folder.path / "lora")
-        finish(state, folder, model)
-    show_result(console, state, folder.path)
 
 
 def total_steps(settings: TrainSettings, examples: int) -> int:

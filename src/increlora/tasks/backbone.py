@@ -131,7 +131,6 @@ def _load(auto: Any, name: str, *, seed: int, **options: Any) -> Loaded:
     _require_trained(name, model, info["missing_keys"], head_allowed="num_labels" in options)
     tokenizer = load_tokenizer(name)
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify the last token that is not padding
-    model.name_or_path = model.config._name_or_path = name  # not where the packaged default lies on this machine
     return model, tokenizer
 
 
