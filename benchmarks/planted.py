@@ -15,12 +15,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from increlora.cli.options import parse_options
 from increlora.cli.run import train
 from increlora.cli.settings import TrainSettings
 from increlora.runs import RunFolder
 from increlora.tasks.planted import planted_ranks
 
 R, ALPHA = 2, 8
+PAPER_ADALORA = {"warmup_steps": 100, "interval_steps": 10, "settle_steps": 410, "lora_alpha": ALPHA}  # short run
 REACHED = 0.1  # "learnt": a tenth of the untrained distance to the teacher
 
 
@@ -41,6 +43,7 @@ ROWS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "IncreLoRA": fixed("increlora"),
     "IncreLoRA, paper preset": fixed("increlora", preset="paper"),
     "AdaLoRA": fixed("adalora"),
+    "AdaLoRA, paper preset": fixed("adalora", preset="paper", options=PAPER_ADALORA),
     "planted ranks (oracle)": oracle,
 }
 
@@ -51,15 +54,22 @@ def main(
     lr: Annotated[float, typer.Option(help="Peak learning rate, the same for all.")] = 5e-3,
     out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/planted"),
     only: Annotated[str, typer.Option(help="Rows whose name contains this.")] = "",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value: an option of these rows' method.")] = None,
 ) -> None:
     """Train what is missing, and print the table."""
     print("| ranks by | excess loss | recovery | steps to excess 0.1 | parameters average / end |")
     print("| --- | --- | --- | --- | --- |")
     for row, settings in ROWS.items():
         if only in row:
+            label = " ".join([row, *(set_ or [])])
             shared = {"task": "planted", "r": R, "epochs": epochs, "lr": lr, "batch_size": 64, "evaluations": 64}
-            runs = [finished(out, row, TrainSettings(**shared, seed=s, **settings(s))) for s in range(seeds)]
-            print(table_row(row, runs), flush=True)
+            runs = [finished(out, label, chosen(shared | settings(s) | {"seed": s}, set_ or [])) for s in range(seeds)]
+            print(table_row(label, runs), flush=True)
+
+
+def chosen(settings: dict[str, Any], pairs: Sequence[str]) -> TrainSettings:
+    options = {**settings.pop("options", {}), **parse_options(settings["method"], pairs)}
+    return TrainSettings(**settings, options=options)
 
 
 def finished(out: Path, row: str, settings: TrainSettings) -> Path:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW
+from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from increlora import AdaLoraConfig, attach, rank_summary
 from increlora.errors import BudgetError, ScheduleError
-from increlora.runtime import Controller, controllers_of
+from tests.reference.loop import adamw, controller_of, fused, trainable
 from tests.reference.toy import toy_batches, toy_loss, toy_network
 
 STEPS = 20
@@ -23,23 +23,6 @@ SCHEDULE = {"r": 2, "warmup_steps": 3, "interval_steps": 4, "settle_steps": 8, "
 def adapted(**options) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         return get_peft_model(toy_network(), AdaLoraConfig(**SCHEDULE | options))
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def adamw(params) -> AdamW:
-    return AdamW(params, lr=1e-2)
-
-
-def fused(params) -> AdamW:
-    return AdamW(params, lr=1e-2, fused=True)
-
-
-def controller_of(model: nn.Module) -> Controller:
-    (controller,) = controllers_of(model)
-    return controller
 
 
 Between = Callable[[int, nn.Module], None]

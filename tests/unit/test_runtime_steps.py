@@ -7,15 +7,16 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from increlora import IncreLoraConfig, attach
 from increlora.deltas import Status
 from increlora.errors import DriveError, NonFiniteError, ScheduleError
-from increlora.runtime import Controller, controllers_of
+from increlora.runtime import Controller
 from increlora.runtime.health import LIMIT, Health
 from increlora.runtime.taps import PATIENCE
 from increlora.scores import delta_sensitivity
+from tests.reference.loop import adamw, controller_of, fused, trainable
 from tests.reference.toy import toy_batches, toy_loss, toy_network
 
 torch.set_num_threads(1)  # these networks are too small to share between threads
@@ -29,23 +30,6 @@ Make = Callable[[list[nn.Parameter]], Optimizer]
 def adapted(**options) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         return get_peft_model(toy_network(), IncreLoraConfig(**SCHEDULE | options))
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def adamw(params) -> AdamW:
-    return AdamW(params, lr=1e-2)
-
-
-def fused(params) -> AdamW:
-    return AdamW(params, lr=1e-2, fused=True)
-
-
-def controller_of(model: nn.Module) -> Controller:
-    (controller,) = controllers_of(model)
-    return controller
 
 
 def live(model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Task `planted`: the plant is what it says, and the figures are exact."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,10 @@ def test_the_study_prints_a_row_per_allocation(tmp_path, capsys):
         study.main(seeds=1, epochs=0.1, out=tmp_path, only=only)
     rows = [line for line in capsys.readouterr().out.splitlines() if "(oracle)" in line or "(LoRA)" in line]
     assert len(rows) == 2 and "0.42 (0.42 – 0.42)" in rows[0] and "1.00 (1.00 – 1.00)" in rows[1]
+    study.main(seeds=1, epochs=0.1, out=tmp_path, only="uniform", set_=["lora_alpha=16"])
+    assert "| uniform (LoRA) lora_alpha=16 | " in capsys.readouterr().out
+    state = json.loads((tmp_path / "uniform--LoRA--lora-alpha-16-0" / "run.json").read_text())
+    assert state["run_info"]["train_config"]["options"] == {"lora_alpha": 16}
     finished = {path.name for path in tmp_path.iterdir()}
     study.main(seeds=1, epochs=0.1, out=tmp_path, only="uniform")  # what is there is not trained again
     assert {path.name for path in tmp_path.iterdir()} == finished
