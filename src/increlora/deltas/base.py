@@ -32,9 +32,11 @@ class Status(IntEnum):
 
 class Observer(Protocol):
     """What the runtime installs on a delta: told of every use in training (`wants`), it may ask to see it (`tap`:
-    identity on the layer's output), and it keeps the module's clocks and scores."""
+    identity on the layer's output; `see_input`: identity on A, for the input before dropout), and it keeps the module's
+    clocks and scores."""
 
     def wants(self) -> bool: ...
+    def see_input(self, A: Tensor, x: Tensor) -> Tensor: ...
     def tap(self, delta: "Delta", y: Tensor, x: Tensor) -> Tensor: ...
     def state(self) -> list[float]: ...
     def load_state(self, values: list[float]) -> None: ...
@@ -92,7 +94,8 @@ class BlockDelta(Delta):
         name: full module name; part of the seed.
     Attributes:
         kept: of each rank, whether it counts, where ranks are pruned; else empty.   settled: this will not change.
-        statistics: what pruning knows of the parameters' entries, flat; filled by the runtime, and only while training.
+        closed: of each rank, whether it is left out of the forward pass; empty: none is. Its e is zero for good.
+        statistics: what pruning has to remember, flat; filled by the runtime, and only while training.
     """
 
     letters: tuple[str, ...] = ()
@@ -118,6 +121,7 @@ class BlockDelta(Delta):
         self.reserved: list[int] = []  # step after which it entered the reserve, else as `born`
         self.kept: list[bool] = []
         self.settled = False
+        self.closed: list[bool] = []
         self.statistics = torch.zeros(0)
         for size in sizes:
             self._append_block(size, dtype or torch.get_default_dtype())
@@ -159,6 +163,8 @@ class BlockDelta(Delta):
     @property
     def live(self) -> list[int]:
         """Blocks that are computed: active, and the reserve if it learns."""
+        if self.closed and all(self.closed):
+            return []
         return self.indices(Status.ACTIVE, Status.RESERVE) if self.reserve_learns else self.indices(Status.ACTIVE)
 
     @property
@@ -203,14 +209,15 @@ class BlockDelta(Delta):
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         if not self.live:
             return y + self._gate(y.new_zeros(()))
-        x = self.dropout(x)
         A, B = self.factors()
         B = self._gate(B)
-        observed = self.observer is not None and B.requires_grad and torch.is_grad_enabled()
+        observer = self.observer if B.requires_grad and torch.is_grad_enabled() else None
+        wanted = observer is not None and observer.wants()
+        if observer is not None:
+            A = observer.see_input(A, x)
+        x = self.dropout(x)
         y = add_product(y, x, A, B)  # the same arithmetic, observed or not: resuming must not change a bit
-        if observed and self.observer.wants():  # type: ignore[union-attr]
-            return self.observer.tap(self, y, x)  # type: ignore[union-attr]
-        return y
+        return observer.tap(self, y, x) if observer is not None and wanted else y
 
     def _gate(self, value: Tensor) -> Tensor:
         """`value`, with every idle parameter made part of the graph where a process group may insist on it."""
@@ -226,14 +233,15 @@ class BlockDelta(Delta):
         of saving a model saves it."""
         own = self.observer.state() if self.observer is not None else self.remembered
         status = [int(s) for s in self.status]
-        return ModuleState(own, status, self.born, self.reserved, self.kept, self.settled, self.statistics).pack()
+        pruned = self.kept, self.settled, self.statistics, self.closed
+        return ModuleState(own, status, self.born, self.reserved, *pruned).pack()
 
     def set_extra_state(self, state: Tensor) -> None:
         found = unpack(state)
         spare = len(self.sizes) - len(found.status)  # blocks that the checkpoint did not know
         self.status = [Status(s) for s in found.status] + [Status.DORMANT] * spare
         self.born, self.reserved = found.born + [-1] * spare, found.reserved + [-1] * spare
-        self.kept, self.settled = found.kept, found.settled
+        self.kept, self.settled, self.closed = found.kept, found.settled, found.closed
         if len(self.statistics):  # somebody trains here
             given = found.statistics.to(self.statistics, copy=True)
             self.statistics = given if len(given) else torch.zeros_like(self.statistics)

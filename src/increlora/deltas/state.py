@@ -1,9 +1,10 @@
 """What a resumed run needs of one module beside its parameters, as one vector that travels in the state dict.
 
     1, step, sensitivity, uncertainty, status…, born…, reserved…                             where nothing is pruned
-    2, step, sensitivity, uncertainty, n, status…, born…, reserved…, settled, k, kept…, statistics…      where ranks are
+    2, step, sensitivity, uncertainty, n, status…, born…, reserved…, settled, k, kept…, statistics…     where something is
 
-All float64: float32 statistics lose nothing. n blocks, k ranks.
+All float64: float32 statistics lose nothing. n blocks, k ranks (0 where whole ranks are not pruned); kept is 1 for a
+rank that counts, 0 for one that does not, −1 for one that is not even computed any more.
 """
 
 from dataclasses import dataclass, field
@@ -19,8 +20,9 @@ STATE_FORMAT = PRUNED  # the newest that is read
 class ModuleState:
     """One module.   own: step, sensitivity, uncertainty.   status, born, reserved: of each block.
 
-    kept: of each rank, whether it counts; empty where nothing is pruned.   settled: that will not change any more.
-    statistics: of the entries of the parameters, as a flat tensor; empty where there are none.
+    kept: of each rank, whether it counts; empty where ranks are not pruned.   settled: that will not change any more.
+    closed: of each rank, whether it is out of the forward pass; empty where none is.
+    statistics: what pruning has to remember, as a flat tensor; empty where that is nothing.
     """
 
     own: list[float]
@@ -30,13 +32,16 @@ class ModuleState:
     kept: list[bool] = field(default_factory=list)
     settled: bool = False
     statistics: Tensor = field(default_factory=lambda: torch.zeros(0))
+    closed: list[bool] = field(default_factory=list)
 
     def pack(self) -> Tensor:
         """The vector, float64, on the CPU."""
         blocks = [*self.status, *self.born, *self.reserved]
-        if not self.kept:
+        if not self.kept and not len(self.statistics):
             return vector([BLOCKS, *self.own, *blocks])
-        head = [PRUNED, *self.own, len(self.status), *blocks, self.settled, len(self.kept), *self.kept]
+        closed = self.closed or [False] * len(self.kept)
+        flags = [float(k) - float(c) for k, c in zip(self.kept, closed, strict=True)]
+        head = [PRUNED, *self.own, len(self.status), *blocks, self.settled, len(flags), *flags]
         return torch.cat([vector(head), self.statistics.detach().to("cpu", torch.float64)])
 
 
@@ -54,14 +59,17 @@ def unpack(state: Tensor) -> ModuleState:
     if not len(rest):
         return ModuleState(own, status, born, reserved)
     ranks = int(rest[1])
-    kept = [bool(v) for v in rest[2 : 2 + ranks].tolist()]
-    if len(kept) != ranks:
-        raise ValueError(f"{len(kept)} of {ranks} ranks")
-    return ModuleState(own, status, born, reserved, kept, bool(rest[0]), rest[2 + ranks :])
+    flags = rest[2 : 2 + ranks].tolist()
+    if len(flags) != ranks:
+        raise ValueError(f"{len(flags)} of {ranks} ranks")
+    kept, closed = [v > 0 for v in flags], [v < 0 for v in flags]
+    return ModuleState(
+        own, status, born, reserved, kept, bool(rest[0]), rest[2 + ranks :], closed if any(closed) else []
+    )
 
 
 def without_idle_statistics(state: Tensor) -> Tensor:
-    """The vector as it is worth writing to a file: statistics only while they can still change what is kept."""
+    """The vector as it is worth writing to a file: statistics only while they can still change something."""
     found = unpack(state)
     return state[: len(state) - len(found.statistics)] if found.settled else state
 

@@ -19,7 +19,9 @@ Value = TypeVar("Value", int, float)
 
 @dataclass(frozen=True)
 class Site:
-    """One linear map that gets a delta: its full name, shape, and the totals over all sites of the model."""
+    """One linear map that gets a delta: its full name, shape, and the totals over all sites of the model.
+
+    peers: (name, in + out) of every site in model order, for methods that look at a module's place among them."""
 
     name: str
     in_features: int
@@ -27,6 +29,7 @@ class Site:
     sites: int  # adapted modules in the model
     uniform_parameters: int  # Σ over sites of (in + out): parameters of rank 1 everywhere
     dtype: torch.dtype | None = None  # of the adapter's parameters; default: torch's
+    peers: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)

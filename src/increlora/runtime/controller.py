@@ -131,7 +131,7 @@ class Controller:
         if self.method.events is not None and not self.finished:
             growth = self.method.events(run, self.holdings(), start)
         if self.pruner is not None:
-            self.pruner.start(run)
+            self.pruner.start(run, first=start)
         self.growth, self.run, self.step = growth, run, start
         self.births = BirthRates(self.method.clock, run, optimizer) if self.method.clock else None
         if start == 0:
@@ -193,7 +193,7 @@ class Controller:
         if self.births is not None:
             self.births.remember(self.deltas, self.step)
         if self.pruner is not None:
-            self.pruner.before_step(self.step, scale=amp.gradient_scale(optimizer))
+            self.pruner.before_step(self.step, optimizer, scale=amp.gradient_scale(optimizer))
         self.stepping = True
         return True
 
@@ -239,6 +239,8 @@ class Controller:
         self.used = self.penalty_given = False
         for watcher in self.watchers:
             watcher.clear()
+        if self.pruner is not None:
+            self.pruner.forget()
 
     # -- scores and events ---------------------------------------------------------------------------------------
 

@@ -36,6 +36,24 @@ class ScoreTap(torch.autograd.Function):
         return grad, None, None, None
 
 
+class InputTap(torch.autograd.Function):
+    """Identity on A; its backward, once per use of the module, hands the input to the watcher.
+
+    A, not x: where nothing before the module is trained, x asks for no gradient and would not be heard of again."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, x: Tensor, watcher: "Watcher") -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.watcher = watcher
+        return A.view_as(A)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        ctx.watcher.collect_input(x.detach())
+        return grad, None, None
+
+
 class Watcher:
     """Observer of one module: gathers its scores between two optimizer steps and reports them to the controller."""
 
@@ -62,6 +80,14 @@ class Watcher:
         backward pass: nothing can be concluded there."""
         p = self.controller.parameter(self.index)
         return p.grad is None and not is_sharded(p) and torch._C._current_graph_task_id() < 0
+
+    def see_input(self, A: Tensor, x: Tensor) -> Tensor:
+        pruner = self.controller.pruner
+        return InputTap.apply(A, x, self) if pruner is not None and pruner.reads_inputs else A
+
+    def collect_input(self, x: Tensor) -> None:
+        assert self.controller.pruner is not None
+        self.controller.pruner.collect(self.index, x)
 
     def tap(self, delta: Delta, y: Tensor, x: Tensor) -> Tensor:
         return ScoreTap.apply(y, x, delta, self)
@@ -132,6 +158,9 @@ class Orphan:
             "this adaptive adapter is a copy (copy.deepcopy or pickle) and nobody drives it: call "
             "`increlora.attach(model, optimizer, total_steps=…)` before training it"
         )
+
+    def see_input(self, A: Tensor, x: Tensor) -> Tensor:
+        return A
 
     def tap(self, delta: Delta, y: Tensor, x: Tensor) -> Tensor:
         return y

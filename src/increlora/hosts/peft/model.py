@@ -36,6 +36,7 @@ class AdapterModel(BaseTuner):
             check_matched(peft_config, model)
         shapes = [in_out_features(base, name) for name, base in bases.items()]
         self._totals = len(shapes), sum(m + n for m, n in shapes)
+        self._peers = tuple((name, m + n) for name, (m, n) in zip(bases, shapes, strict=True))
         self._method = peft_config.settings().method(max(1, len(shapes)), max(1, self._totals[1]))
         self._deltas = {name: self._make_delta(peft_config, name, base) for name, base in bases.items()}
         contents = vars(peft_config).pop("contents", None)
@@ -70,7 +71,7 @@ class AdapterModel(BaseTuner):
     def _make_delta(self, peft_config: Any, name: str, base: nn.Module) -> BlockDelta:
         weight: Any = base.weight  # of a quantised layer: integers
         dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
-        delta = self._method.make_delta(Site(name, *in_out_features(base, name), *self._totals, dtype))
+        delta = self._method.make_delta(Site(name, *in_out_features(base, name), *self._totals, dtype, self._peers))
         states = peft_config.blocks.get(name) if len(self.peft_config) > 1 else None
         if states:  # a second adapter made from a live config starts at the ranks of the first
             delta.status = [Status(s) for s in states]

@@ -1,4 +1,4 @@
-"""Pruning: what happens to the parameters after the host's step. Deciding is left to `schedules` and `selection`.
+"""Pruning of ranks by the sensitivity of their entries (AdaLoRA).
 
     before the step   entry sensitivities |w_t · g_t|, if the rule looks then
     after the step    … |w_{t+1} · g_t| otherwise · cut due? scores → what stays → e of the rest becomes 0
@@ -8,118 +8,50 @@ One call of a `torch._foreach_` function serves all tensors; only a cut waits fo
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from ..budget import Budget, falling
-from ..deltas import BlockDelta
-from ..errors import BudgetError, CheckpointError
-from ..methods import Method, RankPruning
-from ..projections import zero_dropped
-from ..schedules import CubicDecay, Run
-from ..scores import smooth_entries, triplet_scores
-from .distributed import full, laid_out_like, local, mean_over_processes
-
-
-@dataclass(frozen=True)
-class Change:
-    """A module whose rank a cut changed: its index, the new rank minus the old, and its mean score."""
-
-    module: int
-    ranks: int
-    score: float
-
-
-class Pruner(Protocol):
-    """The runtime side of a pruning rule; the controller calls it around every real step of the optimizer."""
-
-    @property
-    def settled(self) -> bool:
-        """Has everything been decided?"""
-        ...
-
-    def check(self, run: Run) -> None:
-        """Raise ScheduleError if the schedule does not fit this run."""
-        ...
-
-    def start(self, run: Run) -> None:
-        """A run begins, or goes on from a checkpoint. Raises ScheduleError."""
-        ...
-
-    def before_step(self, step: int, *, scale: float) -> None:
-        """Gradients are there, `scale` times too large."""
-        ...
-
-    def after_step(self, step: int) -> Sequence[Change]:
-        """The optimizer has moved the parameters; its gradients are still there."""
-        ...
-
-
-def pruner_of(method: Method, deltas: Mapping[str, BlockDelta]) -> Pruner | None:
-    """The runtime side of the method's pruning rule; None without one."""
-    return None if method.prune is None else RankPruner(method.prune, method.budget, deltas)
+from ...budget import Budget
+from ...deltas import BlockDelta
+from ...errors import CheckpointError
+from ...methods import RankPruning
+from ...schedules import CubicDecay, Run
+from ...scores import smooth_entries, triplet_scores
+from ..distributed import full, mean_over_processes
+from .base import Change
+from .kept import KeptRanks, dtype_of
 
 
 class RankPruner:
     """Keeps the most important ranks of one-block deltas with parameters A, E and B. See `RankPruning`."""
 
+    reads_inputs = False
+
     def __init__(self, rule: RankPruning, budget: Budget, deltas: Mapping[str, BlockDelta]) -> None:
-        self.rule, self.last = rule, budget
+        self.rule, self.ranks = rule, KeptRanks(budget, deltas)
         self.names, self.deltas = list(deltas), list(deltas.values())
-        self.costs = [d.in_features + d.out_features for d in self.deltas]
         self.schedule: CubicDecay | None = None
-        self.check_budget()
         for delta in self.deltas:
             if len(delta.statistics) != statistics_of(delta):
                 delta.statistics = torch.zeros(statistics_of(delta), dtype=dtype_of(delta))
 
     @property
-    def first(self) -> Budget:
-        """What there is at the start."""
-        held = [len(delta.kept) for delta in self.deltas]
-        return Budget(sum(held), sum(n * cost for n, cost in zip(held, self.costs, strict=True)))
-
-    def check_budget(self) -> None:
-        """Raise BudgetError for a target above the start, or one that no choice of ranks meets within its bound."""
-        start, target = self.first.ranks, self.last.ranks
-        assert start is not None and target is not None
-        if target > start:
-            raise BudgetError(
-                f"the budget of {target} ranks is above the start of {start} over {len(self.deltas)} modules (`init_r` "
-                f"each, at most what its shape can use): raise `init_r` or lower the budget"
-            )
-        cheapest = sorted(cost for delta, cost in zip(self.deltas, self.costs, strict=True) for _ in delta.kept)
-        least = sum(cheapest[:target])
-        if self.last.parameters is not None and least > self.last.parameters:
-            raise BudgetError(
-                f"{target} ranks cost at least {least} parameters, the budget allows {self.last.parameters}: raise "
-                f"`init_r`, or give the budget as `total_ranks`"
-            )
-
-    @property
     def settled(self) -> bool:
-        return all(delta.settled for delta in self.deltas)
+        return self.ranks.settled
 
     # -- one run -------------------------------------------------------------------------------------------------
 
-    def schedule_of(self, run: Run) -> CubicDecay:
-        """How many ranks may stay at each step of a run."""
-        start, target = self.first.ranks, self.last.ranks
-        assert start is not None and target is not None
-        return self.rule.schedule(run, start, target)
-
     def check(self, run: Run) -> None:
         if not self.settled:
-            self.schedule_of(run)
+            self.rule.schedule(run, *self.ranks.span)
 
-    def start(self, run: Run) -> None:
+    def start(self, run: Run, *, first: int) -> None:
         if not self.settled:
-            self.schedule = self.schedule_of(run)
+            self.schedule = self.rule.schedule(run, *self.ranks.span)
             self._lay_out_statistics()
-        self._lay_out_kept()
+        self.ranks.lay_out()
 
     def _lay_out_statistics(self) -> None:
         """Views of each module's flat statistics: sensitivity, then uncertainty, of A, E and B."""
@@ -140,27 +72,22 @@ class RankPruner:
             self.sensitivity += views[: len(parameters)]
             self.uncertainty += views[len(parameters) :]
 
-    def _lay_out_kept(self) -> None:
-        flags = torch.tensor([float(k) for d in self.deltas for k in d.kept])
-        columns = flags.split([len(d.kept) for d in self.deltas])
-        self.kept = [
-            local(laid_out_like(column.unsqueeze(1).to(e.device, e.dtype), e))
-            for column, e in zip(columns, map(e_of, self.deltas), strict=True)
-        ]
-
-    def _project(self) -> None:
-        zero_dropped([local(e_of(delta).detach()) for delta in self.deltas], self.kept)
-
     # -- one step ------------------------------------------------------------------------------------------------
 
-    def before_step(self, step: int, *, scale: float) -> None:
+    def collect(self, module: int, x: Tensor) -> None:
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        pass
+
+    def before_step(self, step: int, optimizer: Optimizer, *, scale: float) -> None:
         if self.rule.observe == "before_step":
             self._observe(step, scale)
 
     @torch.no_grad()
     def after_step(self, step: int) -> Sequence[Change]:
         if self.settled:
-            self._project()
+            self.ranks.project()
             return []
         if self.rule.observe == "after_step":
             self._observe(step, 1.0)  # fused optimizers leave gradients unscaled behind
@@ -190,18 +117,11 @@ class RankPruner:
 
     def _cut(self, step: int, schedule: CubicDecay) -> list[Change]:
         """Keep as many ranks as the budget pays for now, and say which modules that changed."""
-        budget = falling(self.first, self.last, schedule.ranks(step))
         scores = self.scores()
-        before = [delta.rank for delta in self.deltas]
-        for delta, kept in zip(self.deltas, self.rule.keep(scores, self.costs, budget), strict=True):
-            delta.kept, delta.settled = kept, step >= schedule.last_cut
-        self._lay_out_kept()
-        self._project()
-        return [
-            Change(i, delta.rank - rank, sum(scores[i]) / len(scores[i]))
-            for i, (delta, rank) in enumerate(zip(self.deltas, before, strict=True))
-            if delta.rank != rank
-        ]
+        kept = self.rule.keep(scores, self.ranks.costs, self.ranks.budget(schedule.ranks(step)))
+        changes = self.ranks.decide(kept, scores, settled=step >= schedule.last_cut)
+        self.ranks.project()
+        return changes
 
     def scores(self) -> list[list[float]]:
         """Score of every rank, module by module, the same on every process."""
@@ -219,15 +139,6 @@ class RankPruner:
         return [part.tolist() for part in flat.cpu().split([len(d.kept) for d in self.deltas])]
 
 
-def e_of(delta: BlockDelta) -> nn.Parameter:
-    return delta.block(0)["E"]
-
-
 def statistics_of(delta: BlockDelta) -> int:
     """How many there are: two averages of every entry."""
     return 2 * sum(p.numel() for p in delta.block(0).values())
-
-
-def dtype_of(delta: BlockDelta) -> torch.dtype:
-    """Of the statistics: products of two averages underflow in half precision."""
-    return torch.float64 if e_of(delta).dtype == torch.float64 else torch.float32

@@ -1,0 +1,15 @@
+"""Pruning: what happens to the parameters after the host's step. Deciding is left to `schedules` and `selection`."""
+
+from collections.abc import Mapping
+
+from ...deltas import BlockDelta
+from ...methods import Method
+from .base import Change, Pruner
+from .ranks import RankPruner
+
+__all__ = ["Change", "Pruner", "RankPruner", "pruner_of"]
+
+
+def pruner_of(method: Method, deltas: Mapping[str, BlockDelta]) -> Pruner | None:
+    """The runtime side of the method's pruning rule; None without one."""
+    return None if method.prune is None else RankPruner(method.prune, method.budget, deltas)
