@@ -1,7 +1,7 @@
 """What a resumed run needs of one module beside its parameters, as one vector that travels in the state dict.
 
     1, step, sensitivity, uncertainty, status…, born…, reserved…                             where nothing is pruned
-    2, step, sensitivity, uncertainty, n, status…, born…, reserved…, settled, k, kept…, statistics…     where something is
+    2, step, sensitivity, uncertainty, n, status…, born…, reserved…, settled, k, kept…, statistics…     where pruning is
 
 All float64: float32 statistics lose nothing. n blocks, k ranks (0 where whole ranks are not pruned); kept is 1 for a
 rank that counts, 0 for one that does not, −1 for one that is not even computed any more.
