@@ -2,6 +2,7 @@
 
 trainer   R = (1/2M) Σ_modules ( ‖A Aᵀ − I‖_F + ‖Bᵀ B − I‖_F )        norms not squared, as the published trainer
 squared   R = Σ_modules ( ‖A Aᵀ − I‖²_F + ‖Bᵀ B − I‖²_F )             as the papers print it
+l1        R = (1/N) Σ |e|                                               over the N gates of all modules
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 OrthogonalityForm = Literal["trainer", "squared"]
+PenaltyForm = OrthogonalityForm | Literal["l1"]
 
 
 def gram_error(rows: Tensor) -> Tensor:
@@ -56,3 +58,15 @@ def orthogonality_grad(
         for i, grad in zip(members, (factor * error) @ M, strict=True):
             grads[i] = grad
     return grads
+
+
+def mean_size(gates: Sequence[Tensor]) -> Tensor:
+    """R = (1/N) Σ |e| over the N entries of all tensors; differentiable. Source: SoRA, published trainer."""
+    return torch.cat([gate.flatten() for gate in gates]).abs().mean()
+
+
+def mean_size_grad(gates: Sequence[Tensor], *, weight: float) -> list[Tensor]:
+    """∂(weight · R)/∂e = (weight/N) sign(e) for each tensor; 0 for a gate at 0."""
+    signs = list(torch._foreach_sign([gate.detach() for gate in gates]))
+    torch._foreach_mul_(signs, weight / sum(gate.numel() for gate in gates))
+    return signs

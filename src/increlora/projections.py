@@ -1,5 +1,7 @@
 """What is done to parameters after the host's step, in place; plain functions on tensors."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,3 +13,30 @@ def zero_dropped(values: list[Tensor], kept: list[Tensor]) -> None:
     shapes, dtypes and devices.
     """
     torch._foreach_mul_(values, kept)
+
+
+def soft_threshold(values: Tensor, threshold: float) -> Tensor:
+    """T_ξ(v) = sign(v) · max(|v| − ξ, 0): the proximal operator of ξ·Σ|v|, which sets small values to exactly 0.
+
+    Any shape, ξ ≥ 0. Source: SoRA (arXiv 2311.11696), proximal gradient step."""
+    return torch.nn.functional.softshrink(values, threshold)
+
+
+def published_shrink(values: Tensor, threshold: float) -> Tensor:
+    """What SoRA's published code does in place of T_ξ: the dead zone is twice as wide.
+
+    v − sign(v) ξ   if |v| ≥ 2ξ           v   if |v| = ξ exactly           0   otherwise
+    """
+    shrunk = torch.where(values.abs() > threshold, values - values.sign() * threshold, values)
+    return torch.where(shrunk.abs() < threshold, 0.0, shrunk)
+
+
+def shrink_together(tensors: list[Tensor], operator: Callable[[Tensor, float], Tensor], threshold: float) -> None:
+    """tensors ← operator(tensors, ξ), in place; all tensors of one device and dtype in a single pass."""
+    groups: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for members in groups.values():
+        shrunk = operator(torch.cat([t.flatten() for t in members]), threshold)
+        parts = shrunk.split([t.numel() for t in members])
+        torch._foreach_copy_(members, [part.view_as(t) for part, t in zip(parts, members, strict=True)])

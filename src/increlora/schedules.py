@@ -3,7 +3,9 @@
 Steps are 0-based optimizer steps. A time is an int (steps) or a float in [0, 1] (a share of the run).
 """
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from .errors import ScheduleError
 
@@ -106,13 +108,54 @@ class CubicDecay:
         """Is there a cut at this step? From the last one on: whoever missed it makes it up."""
         return self.warmup < step and (step % self.interval == 0 or step >= self.last_cut)
 
+    def next(self, step: int) -> int:
+        """First cut after this step, which is at or behind the warm-up and before the last cut."""
+        return min((step // self.interval + 1) * self.interval, self.last_cut)
+
     def observed(self, step: int) -> bool:
         """Do the scores of this step count?"""
         return step < self.total - self.settle
 
     def cuts(self, first: int = 0) -> list[int]:
-        """Steps of all cuts from `first` on."""
+        """Steps of all cuts from `first` on, the last one included."""
         return [step for step in range(max(first, self.warmup + 1), self.last_cut + 1) if self.due(step)]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """A value that rises in equal phases: `values[0]` while step < warmup, then the others, each for as long, until
+    `until`; 0 from there on.
+
+    Source: SoRA, algorithm 1 (the published script trains each phase anew, at a learning rate that has reached 0)."""
+
+    values: tuple[float, ...]
+    warmup: int
+    until: int
+
+    def at(self, step: int) -> float:
+        """The value in force at this step."""
+        if step < self.warmup:
+            return self.values[0]
+        if step >= self.until:
+            return 0.0
+        phase = (step - self.warmup) * (len(self.values) - 1) // (self.until - self.warmup)
+        return self.values[1 + phase]
+
+
+def rising(first: float, last: float, count: int, spacing: Literal["linear", "geometric", "log_linear"]) -> list[float]:
+    """`count` ≥ 2 values from `first` to `last`, both included.
+
+    linear       equal differences           geometric    equal ratios (first > 0)
+    log_linear   log of equally spaced exponentials, as in SoRA's published code
+    """
+    if spacing == "geometric" and first <= 0:
+        raise ScheduleError(f"spacing='geometric' cannot start from {first}: give a first value above 0, or 'linear'")
+    shares = [i / (count - 1) for i in range(count)]
+    if spacing == "linear":
+        return [first + (last - first) * share for share in shares]
+    if spacing == "geometric":
+        return [first * (last / first) ** share for share in shares]
+    return [math.log(math.exp(first) + (math.exp(last) - math.exp(first)) * share) for share in shares]
 
 
 def linear_clock(step: int, created: int, *, warmup: int, total: int) -> float:

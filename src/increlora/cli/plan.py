@@ -14,7 +14,7 @@ from ..allocation import Holding, Plan, parameters_used, ranks_used
 from ..budget import Budget, falling
 from ..deltas import BlockDelta
 from ..hosts.peft import rank_summary
-from ..methods import Method
+from ..methods import Method, RankPruning
 from ..runtime import controllers_of
 from ..schedules import Run
 from ..tasks import model_name, sketch, train_size
@@ -77,7 +77,7 @@ def forecast_events(model: nn.Module, steps: int) -> list[Forecast]:
         method, holdings = controller.method, controller.holdings()
         if method.events is not None and method.allocate is not None:
             return simulated(method, holdings, steps)
-        if method.prune is not None:
+        if isinstance(method.prune, RankPruning) or (method.prune is not None and method.prune.thresholds is None):
             return cuts(method, holdings, steps)
     return []
 

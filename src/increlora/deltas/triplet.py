@@ -15,6 +15,8 @@ class TripletDelta(BlockDelta):
     letters = ("A", "E", "B")
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        if self.closed:
+            return self._folded(*self._open_ranks())
         live = self.live
         blocks = [self.block(i) for i in live]
         e = [b["E"].detach() if self.status[i] == Status.RESERVE else b["E"] for i, b in zip(live, blocks, strict=True)]
@@ -25,5 +27,15 @@ class TripletDelta(BlockDelta):
         else:
             A, E = torch.cat([b["A"] for b in blocks]), torch.cat(e)
             B = torch.cat([b["B"] for b in blocks], dim=1)
+        return self._folded(A, E, B)
+
+    def _open_ranks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, e and B of the ranks that are computed; none may be left."""
+        A, E, B = self.block(0).values()
+        chosen = [i for i, closed in enumerate(self.closed) if not closed]
+        index = torch.tensor(chosen, dtype=torch.int64, device=A.device)
+        return A.index_select(0, index), E.index_select(0, index), B.index_select(1, index)
+
+    def _folded(self, A: Tensor, E: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         E = E * self.scale
         return (A * E, B) if self.in_features <= self.out_features else (A, B * E.t())

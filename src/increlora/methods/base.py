@@ -10,8 +10,8 @@ import torch
 from ..allocation import Holding, Plan
 from ..budget import Budget
 from ..deltas import Delta
-from ..penalties import OrthogonalityForm
-from ..schedules import CubicDecay, GrowthSteps, Run
+from ..penalties import PenaltyForm
+from ..schedules import CubicDecay, GrowthSteps, Levels, Run
 from ..scores import Norm
 
 Value = TypeVar("Value", int, float)
@@ -54,10 +54,10 @@ class ScoreRule:
 
 @dataclass(frozen=True)
 class PenaltyRule:
-    """Orthogonality of the components; `place` says whether gradient clipping sees it."""
+    """Orthogonality of the components, or size of the gates (`l1`); `place` says whether gradient clipping sees it."""
 
     weight: float
-    form: OrthogonalityForm = "trainer"
+    form: PenaltyForm = "trainer"
     place: Literal["after_clipping", "before_clipping"] = "after_clipping"
 
 
@@ -77,6 +77,30 @@ class RankPruning:
     observe: Literal["before_step", "after_step"] = "before_step"
     beta: float = 0.85
     beta_uncertainty: float = 0.85
+
+
+@dataclass(frozen=True)
+class GateShrinking:
+    """Gates (e, one per rank) are pulled towards zero after each step; a rank whose gate is zero does not count.
+
+    Attributes:
+        shrink: (gates, threshold) → gates; see `projections`.
+        schedule: (run, ranks at the start, ranks at the end) → when ranks are counted, how many may stay, and when that
+            is final.
+        thresholds: run → threshold of every step; None: chosen at each cut so that as many gates as must go reach zero
+            by the next one, and the budget is met exactly.
+        keep: as in `RankPruning`, of |gate|; for budgets.
+        by_rate: the threshold is a multiple of the gates' learning rate.
+        close_after: a rank that did not count at so many cuts in a row is not computed any more; None: only once all is
+            final, and never where `schedule` is over before.
+    """
+
+    shrink: Callable[[torch.Tensor, float], torch.Tensor]
+    schedule: Callable[[Run, int, int], CubicDecay]
+    thresholds: Callable[[Run], Levels] | None
+    keep: Callable[[Sequence[Sequence[float]], Sequence[int], Budget], list[list[bool]]]
+    by_rate: bool = False
+    close_after: int | None = None
 
 
 class Clock(Protocol):
@@ -113,7 +137,7 @@ class Method:
     on_finish: Literal["retire", "keep"] = "retire"
     penalty: PenaltyRule | None = None
     clock: Clock | None = None
-    prune: RankPruning | None = None
+    prune: RankPruning | GateShrinking | None = None
     total_steps: int | None = None
 
     @property

@@ -25,3 +25,8 @@ def zeros(shape: Shape, generator: torch.Generator, block: int) -> Tensor:
 
 def ones(shape: Shape, generator: torch.Generator, block: int) -> Tensor:
     return torch.ones(shape)
+
+
+def normal(shape: Shape, generator: torch.Generator, block: int) -> Tensor:
+    """N(0, 1): the gates of SoRA's published code."""
+    return torch.randn(shape, generator=generator)

@@ -75,7 +75,10 @@ def regularization_loss(model: nn.Module) -> Tensor:
             controller.penalty_given |= is_grad_enabled()  # a look at its value adds no gradient
             total = value if total is None else total + value
     if total is None:
-        raise DriveError("regularization_loss: no adapter of this model has a penalty; set `orthogonality` > 0")
+        raise DriveError(
+            "regularization_loss: no adapter of this model has a penalty; set its weight, `orthogonality` (SoRA: "
+            "`gate_penalty`), above 0"
+        )
     return total
 
 

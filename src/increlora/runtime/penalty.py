@@ -1,13 +1,13 @@
-"""The orthogonality penalty of a run: which matrices it sees, and its gradient added where the optimizer finds it."""
+"""The penalty of a run: what it sees, and its gradient added where the optimizer finds it."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..deltas import BlockDelta, Status
 from ..methods import PenaltyRule
-from ..penalties import orthogonality, orthogonality_grad
+from ..penalties import mean_size, mean_size_grad, orthogonality, orthogonality_grad
 from .distributed import full, laid_out_like
 
 
@@ -30,29 +30,47 @@ def penalised(delta: BlockDelta) -> list[int]:
     return delta.indices(Status.ACTIVE, Status.RESERVE)
 
 
+def gates(deltas: Sequence[BlockDelta]) -> list[nn.Parameter]:
+    """e of every block that is computed or in reserve."""
+    return [delta.block(i)["E"] for delta in deltas for i in penalised(delta)]
+
+
 def penalty_value(deltas: Sequence[BlockDelta], rule: PenaltyRule) -> Tensor:
     """weight · R, differentiable."""
+    if rule.form == "l1":
+        return rule.weight * mean_size([full(e) for e in gates(deltas)])
     return rule.weight * orthogonality(components(deltas), form=rule.form)
 
 
 @torch.no_grad()
 def add_penalty(deltas: Sequence[BlockDelta], rule: PenaltyRule, *, scale: float = 1.0) -> None:
-    """Add scale · ∂(weight · R) to `.grad` of every component that may move."""
-    grads = orthogonality_grad(components(deltas), weight=rule.weight * scale, form=rule.form)
+    """Add scale · ∂(weight · R) to `.grad` of every parameter it concerns that may move."""
+    still = {id(p) for delta in deltas for p in delta.still()}
     there: list[Tensor] = []
     added: list[Tensor] = []
+    for p, grad in gradients(deltas, rule, scale):
+        if id(p) in still or not p.requires_grad:
+            continue
+        if p.grad is None:
+            p.grad = laid_out_like(grad.contiguous(), p)
+        else:
+            there.append(p.grad)
+            added.append(laid_out_like(grad, p))
+    if there:
+        torch._foreach_add_(there, added)
+
+
+def gradients(deltas: Sequence[BlockDelta], rule: PenaltyRule, scale: float) -> list[tuple[nn.Parameter, Tensor]]:
+    """Every parameter the penalty concerns, with scale · ∂(weight · R), whole."""
+    if rule.form == "l1":
+        found = gates(deltas)
+        return list(zip(found, mean_size_grad([full(e) for e in found], weight=rule.weight * scale), strict=True))
+    grads = orthogonality_grad(components(deltas), weight=rule.weight * scale, form=rule.form)
+    pairs = []
     for delta, grad_a, grad_b in zip(deltas, grads[0::2], grads[1::2], strict=True):
-        still = {id(p) for p in delta.still()}
         start = 0
         for i in penalised(delta):
             block, rows = delta.block(i), slice(start, start + delta.sizes[i])
             start += delta.sizes[i]
-            for p, grad in ((block["A"], grad_a[rows]), (block["B"], grad_b[rows].mT)):
-                if id(p) not in still and p.requires_grad:
-                    if p.grad is None:
-                        p.grad = laid_out_like(grad.contiguous(), p)
-                    else:
-                        there.append(p.grad)
-                        added.append(laid_out_like(grad, p))
-    if there:
-        torch._foreach_add_(there, added)
+            pairs += [(block["A"], grad_a[rows]), (block["B"], grad_b[rows].mT)]
+    return pairs

@@ -3,13 +3,20 @@
 from collections.abc import Mapping
 
 from ...deltas import BlockDelta
-from ...methods import Method
+from ...methods import GateShrinking, Method, RankPruning
 from .base import Change, Pruner
+from .gates import GatePruner
 from .ranks import RankPruner
 
-__all__ = ["Change", "Pruner", "RankPruner", "pruner_of"]
+__all__ = ["Change", "GatePruner", "Pruner", "RankPruner", "pruner_of"]
 
 
 def pruner_of(method: Method, deltas: Mapping[str, BlockDelta]) -> Pruner | None:
     """The runtime side of the method's pruning rule; None without one."""
-    return None if method.prune is None else RankPruner(method.prune, method.budget, deltas)
+    match method.prune:
+        case None:
+            return None
+        case RankPruning():
+            return RankPruner(method.prune, method.budget, deltas)
+        case GateShrinking():
+            return GatePruner(method.prune, method.budget, deltas)

@@ -56,10 +56,14 @@ class KeptRanks:
         return all(delta.settled for delta in self.deltas)
 
     def lay_out(self) -> None:
-        """Flags of `kept` where e is, in its dtype and sharded as it is."""
-        flags = torch.tensor([float(k) for d in self.deltas for k in d.kept])
-        columns = flags.split([len(d.kept) for d in self.deltas])
-        self.flags = [
+        """Have `project` follow `kept`."""
+        self.flags = self.flags_of([delta.kept for delta in self.deltas])
+
+    def flags_of(self, true: Sequence[Sequence[bool]]) -> list[Tensor]:
+        """A flag for each rank, module by module: 1.0 or 0.0, where e is, in its dtype and sharded as it is."""
+        flags = torch.tensor([float(flag) for of_module in true for flag in of_module])
+        columns = flags.split([len(of_module) for of_module in true])
+        return [
             local(laid_out_like(column.unsqueeze(1).to(e.device, e.dtype), e))
             for column, e in zip(columns, map(e_of, self.deltas), strict=True)
         ]
