@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from increlora import AdaLoraConfig
+from increlora import AdaLoraConfig, SoraConfig
 from increlora.runtime import controllers_of
 from increlora.runtime.distributed import full
 from tests.distributed.fsdp_worker import sharded
@@ -24,10 +25,15 @@ STEPS, SAVED = 16, 6  # cuts at 3, 6 and 9
 Batch = tuple[Tensor, Tensor]
 
 
-def toy_model() -> nn.Module:
-    return get_peft_model(toy_network(), AdaLoraConfig(
-        r=2, warmup_steps=1, interval_steps=3, settle_steps=7, total_steps=STEPS, orthogonality=0.05,
-        target_modules=["up", "down"], seed=2,
+METHODS: dict[str, Callable[..., Any]] = {
+    "adalora": partial(AdaLoraConfig, orthogonality=0.05),
+    "sora": partial(SoraConfig, gate_penalty=0.05, close_after=1),
+}
+
+
+def toy_model(method: str) -> nn.Module:
+    return get_peft_model(toy_network(), METHODS[method](
+        r=2, warmup_steps=1, interval_steps=3, settle_steps=7, total_steps=STEPS, target_modules=["up", "down"], seed=2,
     ))  # fmt: skip
 
 
@@ -62,15 +68,15 @@ def outcome(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def under_ddp(process: int) -> dict[str, Any]:
-    model = toy_model()
+def under_ddp(method: str, process: int) -> dict[str, Any]:
+    model = toy_model(method)
     train(DistributedDataParallel(model), batches_of(process), optimizer_of(model))
     return outcome(model)
 
 
-def under_fsdp(process: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def under_fsdp(method: str, process: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A straight run that saves on its way, and the run that goes on from there."""
-    straight, resumed = sharded(toy_model()), sharded(toy_model())
+    straight, resumed = sharded(toy_model(method)), sharded(toy_model(method))
     optimizer, fresh = optimizer_of(straight), optimizer_of(resumed)
 
     def save(step: int) -> None:
@@ -92,8 +98,11 @@ def main(folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     process = dist.get_rank()
-    straight, resumed = under_fsdp(process, Path(folder, "checkpoint"))
-    report(folder, process, {"ddp": under_ddp(process), "fsdp": straight, "resumed": resumed})
+    found = {}
+    for method in METHODS:
+        straight, resumed = under_fsdp(method, process, Path(folder, method))
+        found[method] = {"ddp": under_ddp(method, process), "fsdp": straight, "resumed": resumed}
+    report(folder, process, found)
     dist.destroy_process_group()
 
 

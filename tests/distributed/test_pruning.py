@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from tests.distributed.launch import launch
-from tests.distributed.pruning_worker import SAVED, batches_of, optimizer_of, outcome, toy_model, train
+from tests.distributed.pruning_worker import METHODS, SAVED, batches_of, optimizer_of, outcome, toy_model, train
 
 pytestmark = pytest.mark.distributed
+every_method = pytest.mark.parametrize("method", METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -14,16 +15,13 @@ def processes(tmp_path_factory):
     return launch("tests.distributed.pruning_worker", tmp_path_factory.mktemp("pruning"))
 
 
-@pytest.fixture(scope="module")
-def alone():
-    model = toy_model()
-    train(model, batches_of(None), optimizer_of(model))
-    return outcome(model)
-
-
+@every_method
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_every_process_keeps_what_one_process_keeps(processes, alone, kind):
-    first, second = (process[kind] for process in processes)
+def test_every_process_keeps_what_one_process_keeps(processes, method, kind):
+    model = toy_model(method)
+    train(model, batches_of(None), optimizer_of(model))
+    alone = outcome(model)
+    first, second = (process[method][kind] for process in processes)
     assert first["events"] == second["events"] == alone["events"]
     assert first["kept"] == second["kept"] == alone["kept"]
     assert len({sum(kept) for kept in alone["kept"].values()}) > 1  # a uniform outcome would prove nothing
@@ -33,9 +31,10 @@ def test_every_process_keeps_what_one_process_keeps(processes, alone, kind):
         torch.testing.assert_close(process["statistics"], alone["statistics"], rtol=1e-6, atol=1e-14)
 
 
+@every_method
 @pytest.mark.parametrize("part", ["parameters", "statistics", "kept"])
-def test_a_sharded_run_resumes_bitwise(processes, part):
-    for process in processes:
+def test_a_sharded_run_resumes_bitwise(processes, method, part):
+    for process in (found[method] for found in processes):
         torch.testing.assert_close(process["resumed"][part], process["fsdp"][part], rtol=0, atol=0)
         later = [event for event in process["fsdp"]["events"] if event[0] > SAVED]
         assert later and process["resumed"]["events"] == later

@@ -14,7 +14,7 @@ from ..allocation import Holding, Plan, parameters_used, ranks_used
 from ..budget import Budget, falling
 from ..deltas import BlockDelta
 from ..hosts.peft import rank_summary
-from ..methods import Method, RankPruning
+from ..methods import GateShrinking, Method
 from ..runtime import controllers_of
 from ..schedules import Run
 from ..tasks import model_name, sketch, train_size
@@ -57,8 +57,13 @@ def show_plan(settings: TrainSettings, console: Console) -> None:
         "steps", f"{steps:,}: {examples:,} examples, {settings.batch_size} a step, {settings.epochs:g} epochs"
     )
     table.add_row("modules", f"{len(summary.modules)}: {modules}")
-    table.add_row("ranks", f"{summary.active} at the start, {last.ranks} at the end, {summary.capacity:,} possible")
-    table.add_row("parameters", parameters_forecast(forecasts, steps, summary.parameters, summary.budget_parameters))
+    if any(found_in_training(controller.method) for controller in controllers_of(model)):
+        table.add_row("ranks", f"{summary.active} at the start; how many are left is found in training")
+        table.add_row("parameters", f"{summary.parameters:,} at the start, at most so many at the end")
+    else:
+        table.add_row("ranks", f"{summary.active} at the start, {last.ranks} at the end, {summary.capacity:,} possible")
+        forecast = parameters_forecast(forecasts, steps, summary.parameters, summary.budget_parameters)
+        table.add_row("parameters", forecast)
     table.add_row("memory", memory_forecast(model, max((f.parameters for f in forecasts), default=last.parameters)))
     console.print(table, soft_wrap=True)
     if forecasts:
@@ -77,9 +82,14 @@ def forecast_events(model: nn.Module, steps: int) -> list[Forecast]:
         method, holdings = controller.method, controller.holdings()
         if method.events is not None and method.allocate is not None:
             return simulated(method, holdings, steps)
-        if isinstance(method.prune, RankPruning) or (method.prune is not None and method.prune.thresholds is None):
+        if method.prune is not None and not found_in_training(method):
             return cuts(method, holdings, steps)
     return []
+
+
+def found_in_training(method: Method) -> bool:
+    """Does no budget say how many ranks there will be?"""
+    return isinstance(method.prune, GateShrinking) and method.prune.thresholds is not None
 
 
 def cuts(method: Method, holdings: Sequence[Holding], steps: int) -> list[Forecast]:

@@ -3,6 +3,8 @@
 e of a reserve block is held fixed: it enters as a constant, so it has no gradient.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ class TripletDelta(BlockDelta):
 
     def _open_ranks(self) -> tuple[Tensor, Tensor, Tensor]:
         """A, e and B of the ranks that are computed; none may be left."""
-        A, E, B = self.block(0).values()
+        A, E, B = map(whole, self.block(0).values())
         chosen = [i for i, closed in enumerate(self.closed) if not closed]
         index = torch.tensor(chosen, dtype=torch.int64, device=A.device)
         return A.index_select(0, index), E.index_select(0, index), B.index_select(1, index)
@@ -39,3 +41,8 @@ class TripletDelta(BlockDelta):
     def _folded(self, A: Tensor, E: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         E = E * self.scale
         return (A * E, B) if self.in_features <= self.out_features else (A, B * E.t())
+
+
+def whole(p: Any) -> Tensor:
+    """The whole parameter: outside the forward pass it may be sharded (a DTensor), which cannot be indexed."""
+    return p.full_tensor() if hasattr(p, "full_tensor") else p

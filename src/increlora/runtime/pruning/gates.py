@@ -22,7 +22,7 @@ from ...errors import BudgetError, CheckpointError
 from ...methods import GateShrinking
 from ...projections import shrink_together, zero_dropped
 from ...schedules import CubicDecay, Levels, Run
-from ..distributed import full, is_sharded, local
+from ..distributed import full, local
 from .base import Change
 from .kept import KeptRanks, dtype_of, e_of
 
@@ -39,7 +39,7 @@ class GatePruner:
         target = budget if rule.thresholds is None else Budget(0)  # a given threshold leaves what it leaves
         self.rule, self.ranks = rule, KeptRanks(target, deltas)
         self.names, self.deltas = list(deltas), list(deltas.values())
-        self.gates = {id(e_of(delta)) for delta in self.deltas}
+        self.gates: set[int] = set()  # ids of their parameters
         self.schedule: CubicDecay | None = None
         self.levels: Levels | None = None
         self.moved = False  # this step moves the gates
@@ -63,7 +63,8 @@ class GatePruner:
     def _plan(self, run: Run) -> tuple[CubicDecay, Levels | None]:
         schedule = self.rule.schedule(run, *self.ranks.span)
         levels = self.rule.thresholds(run) if self.rule.thresholds is not None else None
-        if levels is not None and not self.rule.by_rate:
+        known = not e_of(self.deltas[0]).is_meta  # a dry run has shapes alone
+        if levels is not None and known and not self.rule.by_rate:
             self._check_not_all_at_once(max(levels.values))
         return schedule, levels
 
@@ -76,6 +77,7 @@ class GatePruner:
             )
 
     def start(self, run: Run, *, first: int) -> None:
+        self.gates = {id(e_of(delta)) for delta in self.deltas}  # sharding has put others in their place
         if not self.settled:
             self.schedule, self.levels = self._plan(run)
             self._read_statistics()
@@ -171,8 +173,6 @@ class GatePruner:
         """Take ranks out of the forward pass that have not counted for long, or never will again."""
         for delta, idle in zip(self.deltas, self.idle, strict=True):
             idle[:] = [0 if kept else count + 1 for kept, count in zip(delta.kept, idle, strict=True)]
-            if is_sharded(e_of(delta)):
-                continue
             limit = 1 if delta.settled else self.rule.close_after or math.inf
             closed = [count >= limit for count in idle]
             delta.closed = closed if any(closed) else []
