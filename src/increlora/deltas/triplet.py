@@ -10,7 +10,7 @@ from .base import BlockDelta, Status
 
 
 class TripletDelta(BlockDelta):
-    """ΔW = s B diag(e) A over the live blocks; s·e is folded into the smaller factor."""
+    """ΔW = s B diag(e) A over the live blocks; s·e is folded into A."""
 
     letters = ("A", "E", "B")
 
@@ -25,5 +25,15 @@ class TripletDelta(BlockDelta):
         else:
             A, E = torch.cat([b["A"] for b in blocks]), torch.cat(e)
             B = torch.cat([b["B"] for b in blocks], dim=1)
-        E = E * self.scale
-        return (A * E, B) if self.in_features <= self.out_features else (A, B * E.t())
+        return scaled_rows(A, E * self.scale), B
+
+
+def scaled_rows(A: Tensor, e: Tensor) -> Tensor:
+    """diag(e) A for A (k, n) and e (k, 1), in the dtype of both, under autocast too.
+
+    A batch of k products (1, 1) (1, n), as its backward pass takes two calls; that of `e * A`, which broadcasts, three.
+    """
+    if torch.is_autocast_enabled(A.device.type):  # it would round the factors before they are multiplied
+        with torch.autocast(A.device.type, enabled=False):
+            return scaled_rows(A, e)
+    return torch.bmm(e.unsqueeze(2), A.unsqueeze(1)).squeeze(1)
