@@ -1,4 +1,5 @@
-"""One of two processes that prune: under DDP, under FSDP2, and under FSDP2 resumed from torch's checkpoint."""
+"""One of two processes that prune: under DDP, also with gradient checkpointing, under FSDP2, and under FSDP2 resumed
+from torch's checkpoint."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from increlora import AdaLoraConfig
 from increlora.runtime import controllers_of
@@ -62,9 +64,20 @@ def outcome(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def under_ddp(process: int) -> dict[str, Any]:
+class Recomputed(nn.Module):
+    """Re-entrant gradient checkpointing: the backward pass of the whole model runs within that of one node."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.model, x.requires_grad_(), use_reentrant=True)
+
+
+def under_ddp(process: int, wrapped: Callable[[nn.Module], nn.Module] = lambda model: model) -> dict[str, Any]:
     model = toy_model()
-    train(DistributedDataParallel(model), batches_of(process), optimizer_of(model))
+    train(DistributedDataParallel(wrapped(model)), batches_of(process), optimizer_of(model))
     return outcome(model)
 
 
@@ -93,7 +106,8 @@ def main(folder: str) -> None:
     dist.init_process_group("gloo")
     process = dist.get_rank()
     straight, resumed = under_fsdp(process, Path(folder, "checkpoint"))
-    report(folder, process, {"ddp": under_ddp(process), "fsdp": straight, "resumed": resumed})
+    found = {"ddp": under_ddp(process), "ddp, recomputed": under_ddp(process, Recomputed)}
+    report(folder, process, found | {"fsdp": straight, "resumed": resumed})
     dist.destroy_process_group()
 
 

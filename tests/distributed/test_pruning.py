@@ -21,7 +21,7 @@ def alone():
     return outcome(model)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp, recomputed", "fsdp"])
 def test_every_process_keeps_what_one_process_keeps(processes, alone, kind):
     first, second = (process[kind] for process in processes)
     assert first["events"] == second["events"] == alone["events"]
