@@ -52,10 +52,9 @@ def orthogonality_grad(
         error = gram_error(M)
         if form == "trainer":
             norm = torch.linalg.matrix_norm(error, keepdim=True)
-            factor = torch.where(norm > 0, 2 * weight / (len(factors) * norm), 0.0)
-        else:
-            factor = torch.as_tensor(4 * weight, dtype=M.dtype, device=M.device)
-        for i, grad in zip(members, (factor * error) @ M, strict=True):
+            error /= norm + (norm == 0)  # at the optimum 0 / 1
+        slope = 2 * weight / len(factors) if form == "trainer" else 4 * weight
+        for i, grad in zip(members, torch.baddbmm(M, error, M, beta=0, alpha=slope), strict=True):
             grads[i] = grad
     return grads
 

@@ -1,4 +1,5 @@
-"""One of two processes that prune: under DDP, under FSDP2, and under FSDP2 resumed from torch's checkpoint."""
+"""One of two processes that prune: under DDP, also with gradient checkpointing, under FSDP2, and under FSDP2 resumed
+from torch's checkpoint."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from increlora import AdaLoraConfig, SoraConfig
 from increlora.runtime import controllers_of
@@ -68,9 +70,22 @@ def outcome(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def under_ddp(method: str, process: int) -> dict[str, Any]:
+class Recomputed(nn.Module):
+    """Re-entrant gradient checkpointing: the backward pass of the whole model runs within that of one node."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.model, x.requires_grad_(), use_reentrant=True)
+
+
+def under_ddp(
+    method: str, process: int, wrapped: Callable[[nn.Module], nn.Module] = lambda model: model
+) -> dict[str, Any]:
     model = toy_model(method)
-    train(DistributedDataParallel(model), batches_of(process), optimizer_of(model))
+    train(DistributedDataParallel(wrapped(model)), batches_of(process), optimizer_of(model))
     return outcome(model)
 
 
@@ -101,7 +116,8 @@ def main(folder: str) -> None:
     found = {}
     for method in METHODS:
         straight, resumed = under_fsdp(method, process, Path(folder, method))
-        found[method] = {"ddp": under_ddp(method, process), "fsdp": straight, "resumed": resumed}
+        ddp = {"ddp": under_ddp(method, process), "ddp, recomputed": under_ddp(method, process, Recomputed)}
+        found[method] = ddp | {"fsdp": straight, "resumed": resumed}
     report(folder, process, found)
     dist.destroy_process_group()
 

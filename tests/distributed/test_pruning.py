@@ -16,7 +16,7 @@ def processes(tmp_path_factory):
 
 
 @every_method
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp, recomputed", "fsdp"])
 def test_every_process_keeps_what_one_process_keeps(processes, method, kind):
     model = toy_model(method)
     train(model, batches_of(None), optimizer_of(model))

@@ -1,6 +1,7 @@
 """What the pages say works: Python blocks run, commands parse, shown files exist."""
 
 import argparse
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from increlora.cli.options import parse_option
 from tests.docs.blocks import PAGES, ROOT, commands, python_blocks, snippets
 from tests.docs.stand_ins import STAND_INS, language_model
 
+TEST = re.compile(r"`(?:tests/)?((?:contract|distributed|hosts|parity|unit)/test_\w+\.py)(?:::(\w+))?`")
 WITH_PYTHON = [page for page in PAGES if python_blocks(page)]
 
 # Code that stands between two blocks of a page without being worth showing: (page, number of the block it precedes).
@@ -76,6 +78,13 @@ def parsed(script: Path) -> bool:
         with pytest.raises(Accepted):
             runpy.run_path(str(script), run_name="__main__")
     return True
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_on_the_pages_exist(page):
+    for file, name in TEST.findall((ROOT / page).read_text()):
+        path = ROOT / "tests" / file
+        assert path.is_file() and (not name or f"def {name}(" in path.read_text()), f"{page}: {file}::{name}"
 
 
 def test_shown_files_are_examples():

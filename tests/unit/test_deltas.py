@@ -96,6 +96,15 @@ def test_gradcheck(kind, shape, states) -> None:
     assert torch.autograd.gradcheck(call, (batch(delta, 4).requires_grad_(), *values))
 
 
+def test_autocast_does_not_round_the_triplets() -> None:
+    delta, found = build(TripletDelta, [ACTIVE, ACTIVE], dtype=torch.float32), {}
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            A, _ = delta.factors()
+        found[enabled] = A, *torch.autograd.grad(A.sum(), [delta.lora_A0, delta.lora_E1])
+    torch.testing.assert_close(found[True], found[False], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("states", STATES, ids=lambda s: "-".join(x.name.lower() for x in s))
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)

@@ -65,5 +65,6 @@ class Recorder(TrainerCallback):
 
 
 def live_parameters(model: nn.Module) -> int:
-    """Adapter parameters in LoRA form that are computed now, Σ (active + reserve) · (in + out)."""
+    """Adapter parameters in LoRA form that count now, Σ (active + reserve) · (in + out): those that are computed, but
+    where ranks are pruned those that the last cut has kept."""
     return sum((m.active + m.reserve) * m.cost for m in rank_summary(model).modules)

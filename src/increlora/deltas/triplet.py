@@ -12,7 +12,7 @@ from .base import BlockDelta, Status
 
 
 class TripletDelta(BlockDelta):
-    """ΔW = s B diag(e) A over the live blocks; s·e is folded into the smaller factor."""
+    """ΔW = s B diag(e) A over the live blocks; s·e is folded into A."""
 
     letters = ("A", "E", "B")
 
@@ -39,10 +39,20 @@ class TripletDelta(BlockDelta):
         return A.index_select(0, index), E.index_select(0, index), B.index_select(1, index)
 
     def _folded(self, A: Tensor, E: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        E = E * self.scale
-        return (A * E, B) if self.in_features <= self.out_features else (A, B * E.t())
+        return scaled_rows(A, E * self.scale), B
 
 
 def whole(p: Any) -> Tensor:
     """The whole parameter: outside the forward pass it may be sharded (a DTensor), which cannot be indexed."""
     return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
+def scaled_rows(A: Tensor, e: Tensor) -> Tensor:
+    """diag(e) A for A (k, n) and e (k, 1), in the dtype of both, under autocast too.
+
+    A batch of k products (1, 1) (1, n), as its backward pass takes two calls; that of `e * A`, which broadcasts, three.
+    """
+    if torch.is_autocast_enabled(A.device.type):  # it would round the factors before they are multiplied
+        with torch.autocast(A.device.type, enabled=False):
+            return scaled_rows(A, e)
+    return torch.bmm(e.unsqueeze(2), A.unsqueeze(1)).squeeze(1)
