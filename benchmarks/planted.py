@@ -44,6 +44,7 @@ ROWS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "IncreLoRA, paper preset": fixed("increlora", preset="paper"),
     "AdaLoRA": fixed("adalora"),
     "AdaLoRA, paper preset": fixed("adalora", preset="paper", options=PAPER_ADALORA),
+    "PRILoRA": fixed("prilora"),
     "planted ranks (oracle)": oracle,
 }
 

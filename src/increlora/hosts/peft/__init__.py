@@ -1,6 +1,6 @@
 """Our methods as ordinary peft tuners; the only place that imports peft."""
 
-from .config import AdaLoraConfig, IncreLoraConfig, PlainLoraConfig
+from .config import AdaLoraConfig, IncreLoraConfig, PlainLoraConfig, PriloraConfig
 from .drive import attach, rank_summary
 from .model import AdapterModel
 from .register import register_methods, tell_ranks
@@ -8,4 +8,6 @@ from .register import register_methods, tell_ranks
 register_methods()
 tell_ranks()
 
-__all__ = ["AdaLoraConfig", "AdapterModel", "IncreLoraConfig", "PlainLoraConfig", "attach", "rank_summary"]
+__all__ = [
+    "AdaLoraConfig", "AdapterModel", "IncreLoraConfig", "PlainLoraConfig", "PriloraConfig", "attach", "rank_summary",
+]  # fmt: skip

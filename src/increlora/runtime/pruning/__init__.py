@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 
 from ...deltas import BlockDelta
-from ...methods import Method
+from ...methods import EntryPruning, Method
 from .base import Change, Pruner
+from .entries import EntryPruner
 from .ranks import RankPruner
 
-__all__ = ["Change", "Pruner", "RankPruner", "pruner_of"]
+__all__ = ["Change", "EntryPruner", "Pruner", "RankPruner", "pruner_of"]
 
 
 def pruner_of(method: Method, deltas: Mapping[str, BlockDelta]) -> Pruner | None:
     """The runtime side of the method's pruning rule; None without one."""
+    if isinstance(method.prune, EntryPruning):
+        return EntryPruner(method.prune, deltas)
     return None if method.prune is None else RankPruner(method.prune, method.budget, deltas)
