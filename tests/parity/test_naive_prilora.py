@@ -32,7 +32,8 @@ RAMP = {"r": 2, "first_r": 1.0, "interval_steps": 10}
 CASES = [
     Case("adamw", RAMP, NaiveConfig((1, 2, 3)), steps=210),
     Case(  # at a scale where SGD is stable: rounding is not amplified
-        "sgd, accumulation", {**RAMP, "lora_alpha": 1}, NaiveConfig((1, 2, 3), alpha=1.0), sgd, accumulation=3, steps=210
+        "sgd, accumulation", {**RAMP, "lora_alpha": 1}, NaiveConfig((1, 2, 3), alpha=1.0), sgd, accumulation=3,
+        steps=210,
     ),
     Case("at every step", {**RAMP, "interval_steps": 1}, NaiveConfig((1, 2, 3), interval=1)),
     Case("matrix", {**RAMP, "group": "matrix"}, NaiveConfig((1, 2, 3), by_row=False)),

@@ -46,7 +46,8 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize(("options", "at"), [
-    ({}, {4, 8, 12, 16, 20}), ({"warmup_steps": 4, "settle_steps": 0.2}, {8, 12, 16}), ({"interval_steps": 0.35}, {7, 14}),
+    ({}, {4, 8, 12, 16, 20}), ({"warmup_steps": 4, "settle_steps": 0.2}, {8, 12, 16}),
+    ({"interval_steps": 0.35}, {7, 14}),
 ])  # fmt: skip
 def test_p6_exactly_half_of_every_row_is_zero_after_these_steps_and_nothing_after_others(options, at) -> None:
     model = adapted(**options)
