@@ -7,7 +7,7 @@ each of them is at least one kernel launch on an accelerator; views and numbers 
 time: they do not depend on machine or width."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -39,8 +39,10 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(config: Any, after: Callable[[Any, int], None] = lambda model, step: None) -> dict[str, int]:
-    """Calls of one step at each of MOMENTS."""
+def counted(
+    config: Any, after: Callable[[Any, int], None] = lambda model, step: None, *, moments: Mapping[str, int] = MOMENTS
+) -> dict[str, int]:
+    """Calls of one step at each of these moments, name → step."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -55,7 +57,7 @@ def counted(config: Any, after: Callable[[Any, int], None] = lambda model, step:
             optimizer.step()
             after(model, step)
         optimizer.zero_grad()
-        found |= {moment: calls.count for moment, at in MOMENTS.items() if step == at}
+        found |= {moment: calls.count for moment, at in moments.items() if step == at}
     adapted = sum(isinstance(m, nn.Linear) for n, m in model.named_modules() if n.endswith("base_layer"))
     assert adapted == 36, adapted
     return found

@@ -45,6 +45,7 @@ ROWS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "AdaLoRA": fixed("adalora"),
     "AdaLoRA, paper preset": fixed("adalora", preset="paper", options=PAPER_ADALORA),
     "SoRA": fixed("sora"),
+    "PRILoRA": fixed("prilora"),
     "planted ranks (oracle)": oracle,
 }
 

@@ -12,7 +12,7 @@ from .hosts.allocation import allocation_to_lora_config
 from .hosts.engines import check_export
 from .hosts.export import export_lora
 from .hosts.merge import export_merged
-from .hosts.peft import AdaLoraConfig, IncreLoraConfig, PlainLoraConfig, SoraConfig, attach, rank_summary
+from .hosts.peft import AdaLoraConfig, IncreLoraConfig, PlainLoraConfig, PriloraConfig, SoraConfig, attach, rank_summary
 from .hosts.warm_start import warm_start
 from .runtime import regularization_loss
 
@@ -22,6 +22,7 @@ __all__ = [
     "IncreLoraConfig",
     "IncreloraError",
     "PlainLoraConfig",
+    "PriloraConfig",
     "SoraConfig",
     "allocation_to_lora_config",
     "attach",

@@ -158,6 +158,45 @@ def rising(first: float, last: float, count: int, spacing: Literal["linear", "ge
     return [math.log(math.exp(first) + (math.exp(last) - math.exp(first)) * share) for share in shares]
 
 
+@dataclass(frozen=True)
+class PruneSteps:
+    """Prunings of entries after optimizer steps number `interval`, 2 · `interval`, …, counted from 1.
+
+    None in the first `warmup` steps, and none in the last `settle` of `total` (None: not known, settle = 0).
+    Raises: ScheduleError if a run of known length has no pruning.   Source: PRILoRA (interval); the phases are ours.
+    """
+
+    interval: int
+    warmup: int = 0
+    settle: int = 0
+    total: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.last is not None and self.last < self.first:
+            raise ScheduleError(
+                f"no pruning falls into a run of {self.total} steps (interval_steps={self.interval}, warmup_steps="
+                f"{self.warmup}, settle_steps={self.settle}): lower `interval_steps`, a share such as 0.1 fits any run"
+            )
+
+    @property
+    def first(self) -> int:
+        """0-based step of the first pruning."""
+        return (self.warmup // self.interval + 1) * self.interval - 1
+
+    @property
+    def last(self) -> int | None:
+        """0-based step of the last one; None in a run of unknown length."""
+        return None if self.total is None else (self.total - self.settle) // self.interval * self.interval - 1
+
+    def due(self, step: int) -> bool:
+        """Is there a pruning after this 0-based step?"""
+        return (step + 1) % self.interval == 0 and self.first <= step and not self.over(step - 1)
+
+    def over(self, step: int) -> bool:
+        """Is the last pruning done, once this step is?"""
+        return self.last is not None and step >= self.last
+
+
 def linear_clock(step: int, created: int, *, warmup: int, total: int) -> float:
     """Published learning-rate factor of a tensor created in step `created` (−1: with the model), in units of the peak.
 

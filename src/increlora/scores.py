@@ -92,6 +92,15 @@ def smooth_entries(
     torch._foreach_lerp_(uncertainty, score, 1 - beta_uncertainty)
 
 
+def weighted_magnitude(A: Tensor, norms: Tensor) -> Tensor:
+    """Importance of every entry of A for the inputs there are: S_ij = |A_ij| · N_j.
+
+    Args: A: (…, r, in).   norms: N ≥ 0, (…, 1, in), a moving average of the norms of the input's features.
+    Returns: (…, r, in), in the dtype of `norms`.   Source: PRILoRA (the product as in Wanda).
+    """
+    return A.detach().abs().to(norms.dtype) * norms
+
+
 def triplet_scores(A: Tensor, e: Tensor, B: Tensor) -> Tensor:
     """Importance of each rank from the importance s = I · U of the entries of its triplet.
 

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from increlora import AdaLoraConfig, IncreLoraConfig, PlainLoraConfig, SoraConfig, rank_summary
+from increlora import AdaLoraConfig, IncreLoraConfig, PlainLoraConfig, PriloraConfig, SoraConfig, rank_summary
 from increlora.deltas import BlockDelta, Status
 from increlora.errors import DriveError, ScheduleError
 from increlora.hosts.peft.layer import AdapterLayer
@@ -29,6 +29,7 @@ class Row:
     Attributes:
         config: of a run of STEPS steps in which the whole budget is spent.
         ranks: do they grow from a start below the budget, are they pruned from one above, or are they fixed?
+        driven: is there something to drive although ranks are fixed?
         shares: times as shares of a run of unknown length.
         jump: (rank before, after growth) → factor on the ΔW already learnt.
         shrinks: is what stays made smaller, too, by a step that moves nothing?
@@ -40,6 +41,7 @@ class Row:
     config: Callable[..., Any]
     options: dict[str, Any]
     ranks: Literal["grow", "pruned", "fixed"] = "grow"
+    driven: bool = False
     shares: dict[str, Any] = field(default_factory=lambda: {"warmup_steps": 0.1, "total_steps": None})
     jump: Callable[[int, int], float] = lambda before, after: 1.0
     shrinks: bool = False
@@ -52,7 +54,7 @@ class Row:
     @property
     def adaptive(self) -> bool:
         """Does it need an optimizer that it can follow?"""
-        return self.ranks != "fixed"
+        return self.ranks != "fixed" or self.driven
 
     def build(self, **changes: Any) -> PeftModel:
         base = seeded(Mlp).double()
@@ -80,6 +82,12 @@ def gated(name: str, config: Callable[..., Any] = SoraConfig, **options: Any) ->
     return Row(
         name, config, chosen, ranks="pruned", shrinks=True, exact=exact, at_most_lora="total_ranks" not in chosen
     )
+
+
+def entries(name: str, **options: Any) -> Row:
+    """A row of PRILoRA with prunings after steps 3, 6, … 15."""
+    chosen = {"r": 3, "interval_steps": 3, "total_steps": STEPS} | options
+    return Row(name, PriloraConfig, chosen, ranks="fixed", driven=True, at_most_lora="total_ranks" not in chosen)
 
 
 ADVANCE = {"reserve": "trained", "newborn": "published", "orthogonality": 0.1}  # as published
@@ -121,6 +129,11 @@ ROWS = [
     gated("sora, threshold", threshold=0.04, close_after=2),
     gated("sora, threshold by rate", threshold=2.0, threshold_unit="learning_rate", levels=3),
     gated("sora, paper", SoraConfig.paper, lora_alpha=8, threshold=0.005, gate_penalty=0.1),
+    entries("prilora"),
+    entries("prilora, matrix", group="matrix"),
+    entries("prilora, zeros held", regrow=False, settle_steps=5),
+    entries("prilora, constant scale", scaling="constant", total_ranks=7, warmup_steps=4),
+    entries("prilora, rare statistic", statistic_interval=2, prune_share=0.3),
     Row("lora", PlainLoraConfig, {"r": 3}, ranks="fixed", shares={}),
 ]  # fmt: skip
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)

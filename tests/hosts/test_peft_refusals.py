@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from increlora import AdaLoraConfig, IncreLoraConfig, IncreloraError, PlainLoraConfig
+from increlora import AdaLoraConfig, IncreLoraConfig, IncreloraError, PlainLoraConfig, PriloraConfig
 from increlora.deltas.state import STATE_FORMAT
 from increlora.errors import BudgetError, CheckpointError, ConfigError
 from tests.hosts.tiny import BUILDERS, grow, growing, logits
@@ -42,7 +42,7 @@ UNSUPPORTED = {
 }
 
 
-@pytest.mark.parametrize("config_cls", [IncreLoraConfig, AdaLoraConfig, PlainLoraConfig])
+@pytest.mark.parametrize("config_cls", [IncreLoraConfig, AdaLoraConfig, PriloraConfig, PlainLoraConfig])
 @pytest.mark.parametrize("option", UNSUPPORTED)
 def test_lora_options_without_meaning_here_are_refused(config_cls: type, option: str) -> None:
     value, remedy = UNSUPPORTED[option]

@@ -1,6 +1,6 @@
 """Imports go one way, only hosts know the insides of peft, and files stay small. Read with `ast`; nothing is imported.
 
-cli, tasks, report → hosts → runtime → methods → scores · schedules · selection · penalties · deltas
+cli, tasks, report → hosts → runtime → methods → scores · schedules · selection · ramps · penalties · deltas
 → budget · allocation → torch
 """
 
@@ -18,7 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LEVELS = [
     {"errors", "files"},
     {"budget", "allocation", "naming"},
-    {"scores", "schedules", "selection", "penalties", "projections", "deltas", "kernels"},
+    {"scores", "schedules", "selection", "ramps", "penalties", "projections", "deltas", "kernels"},
     {"methods"},
     {"runtime"},
     {"hosts"},

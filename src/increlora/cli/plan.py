@@ -14,7 +14,7 @@ from ..allocation import Holding, Plan, parameters_used, ranks_used
 from ..budget import Budget, falling
 from ..deltas import BlockDelta
 from ..hosts.peft import rank_summary
-from ..methods import GateShrinking, Method
+from ..methods import GateShrinking, Method, RankPruning
 from ..runtime import controllers_of
 from ..schedules import Run
 from ..tasks import model_name, sketch, train_size
@@ -82,7 +82,7 @@ def forecast_events(model: nn.Module, steps: int) -> list[Forecast]:
         method, holdings = controller.method, controller.holdings()
         if method.events is not None and method.allocate is not None:
             return simulated(method, holdings, steps)
-        if method.prune is not None and not found_in_training(method):
+        if isinstance(method.prune, RankPruning | GateShrinking) and not found_in_training(method):
             return cuts(method, holdings, steps)
     return []
 
@@ -95,7 +95,7 @@ def found_in_training(method: Method) -> bool:
 def cuts(method: Method, holdings: Sequence[Holding], steps: int) -> list[Forecast]:
     """The start and every cut that leaves fewer ranks than there were."""
     begin, cost, target = ranks_used(holdings), parameters_used(holdings), method.budget.ranks
-    assert method.prune is not None and target is not None
+    assert isinstance(method.prune, RankPruning) and target is not None
     start, end = Budget(begin, cost), Budget(target, method.budget.parameters or cost * target // begin)
     schedule = method.prune.schedule(Run(steps, len(holdings)), begin, target)
     found = [Forecast(-1, 0, begin, cost)]

@@ -124,7 +124,7 @@ def from_folder(path: Path) -> Adapter:
     shapes = {name: features(name, found) for name, found in parts.items()}
     totals = len(shapes), sum(m + n for m, n in shapes.values())
     method = config.settings().method(*totals)
-    peers = tuple((name, m + n) for name, (m, n) in shapes.items())
+    peers = tuple((name, m, n) for name, (m, n) in shapes.items())
     sites = {name: Site(name, *shapes[name], *totals, peers=peers) for name in parts}
     deltas = {name: rebuilt(method, sites[name], found) for name, found in parts.items()}
     return native(config, deltas, others(state), None)

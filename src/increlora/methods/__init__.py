@@ -1,14 +1,15 @@
 """Methods by name. Adding one is a line here and a file beside it."""
 
 from .adalora import AdaLora
-from .base import GateShrinking, Method, PenaltyRule, RankPruning, ScoreRule, Site
+from .base import EntryPruning, GateShrinking, Method, PenaltyRule, RankPruning, ScoreRule, Site
 from .increlora import IncreLora
 from .lora import Lora
+from .prilora import Prilora
 from .sora import Sora
 
-METHODS = {"adalora": AdaLora, "increlora": IncreLora, "lora": Lora, "sora": Sora}
+METHODS = {"adalora": AdaLora, "increlora": IncreLora, "lora": Lora, "prilora": Prilora, "sora": Sora}
 
 __all__ = [
-    "METHODS", "AdaLora", "GateShrinking", "IncreLora", "Lora", "Method", "PenaltyRule", "RankPruning", "ScoreRule",
-    "Site", "Sora",
+    "METHODS", "AdaLora", "EntryPruning", "GateShrinking", "IncreLora", "Lora", "Method", "PenaltyRule", "Prilora",
+    "RankPruning", "ScoreRule", "Site", "Sora",
 ]  # fmt: skip

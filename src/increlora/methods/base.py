@@ -11,7 +11,8 @@ from ..allocation import Holding, Plan
 from ..budget import Budget
 from ..deltas import Delta
 from ..penalties import PenaltyForm
-from ..schedules import CubicDecay, GrowthSteps, Levels, Run
+from ..projections import Group
+from ..schedules import CubicDecay, GrowthSteps, Levels, PruneSteps, Run
 from ..scores import Norm
 
 Value = TypeVar("Value", int, float)
@@ -21,7 +22,7 @@ Value = TypeVar("Value", int, float)
 class Site:
     """One linear map that gets a delta: its full name, shape, and the totals over all sites of the model.
 
-    peers: (name, in + out) of every site in model order, for methods that look at a module's place among them."""
+    peers: (name, in, out) of every site in model order, for methods that look at a module's place among them."""
 
     name: str
     in_features: int
@@ -29,7 +30,7 @@ class Site:
     sites: int  # adapted modules in the model
     uniform_parameters: int  # Σ over sites of (in + out): parameters of rank 1 everywhere
     dtype: torch.dtype | None = None  # of the adapter's parameters; default: torch's
-    peers: tuple[tuple[str, int], ...] = ()
+    peers: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,24 @@ class GateShrinking:
     close_after: int | None = None
 
 
+@dataclass(frozen=True)
+class EntryPruning:
+    """Set the entries of A to zero that matter least for the inputs there are, again and again; ranks stay.
+
+    Attributes:
+        schedule: run → when.   share: of the entries of each `group`, in [0, 1).
+        beta: moving average of the input norms.   interval: of its updates, in steps.
+        regrow: the optimizer may move a zero until the next pruning; otherwise zeros are held.
+    """
+
+    schedule: Callable[[Run], PruneSteps]
+    share: float
+    group: Group
+    beta: float
+    interval: int
+    regrow: bool
+
+
 class Clock(Protocol):
     """Learning rate of a tensor created at `created` (−1: with the model), as (own, host).
 
@@ -137,7 +156,7 @@ class Method:
     on_finish: Literal["retire", "keep"] = "retire"
     penalty: PenaltyRule | None = None
     clock: Clock | None = None
-    prune: RankPruning | GateShrinking | None = None
+    prune: RankPruning | GateShrinking | EntryPruning | None = None
     total_steps: int | None = None
 
     @property

@@ -242,6 +242,13 @@ class Controller:
         if self.pruner is not None:
             self.pruner.forget()
 
+    def forget_inputs(self) -> None:
+        """The backward passes so far led to no step."""
+        for watcher in self.watchers:
+            watcher.inputs = 0
+        if self.pruner is not None:
+            self.pruner.forget()
+
     # -- scores and events ---------------------------------------------------------------------------------------
 
     def _score_due(self) -> bool:

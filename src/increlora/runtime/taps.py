@@ -63,13 +63,15 @@ class Watcher:
         self.clear()
 
     def clear(self) -> None:
-        self.calls = 0
+        self.calls = self.inputs = 0
         self.total: Tensor | None = None
         self.kept: list[tuple[Tensor, Tensor]] = []
 
     def wants(self) -> bool:
         self.controller.used, self.controller.stepping = True, False
-        if self.calls and self._abandoned():
+        if (self.calls or self.inputs) and self._abandoned():
+            if self.inputs:
+                self.controller.forget_inputs()
             self.clear()
         return self.controller.tapping
 
@@ -87,6 +89,7 @@ class Watcher:
 
     def collect_input(self, x: Tensor) -> None:
         assert self.controller.pruner is not None
+        self.inputs += 1
         self.controller.pruner.collect(self.index, x)
 
     def tap(self, delta: Delta, y: Tensor, x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class AdapterModel(BaseTuner):
             check_matched(peft_config, model)
         shapes = [in_out_features(base, name) for name, base in bases.items()]
         self._totals = len(shapes), sum(m + n for m, n in shapes)
-        self._peers = tuple((name, m + n) for name, (m, n) in zip(bases, shapes, strict=True))
+        self._peers = tuple((name, m, n) for name, (m, n) in zip(bases, shapes, strict=True))
         self._method = peft_config.settings().method(max(1, len(shapes)), max(1, self._totals[1]))
         self._deltas = {name: self._make_delta(peft_config, name, base) for name, base in bases.items()}
         contents = vars(peft_config).pop("contents", None)

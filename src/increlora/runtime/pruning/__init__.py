@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 
 from ...deltas import BlockDelta
-from ...methods import GateShrinking, Method, RankPruning
+from ...methods import EntryPruning, GateShrinking, Method, RankPruning
 from .base import Change, Pruner
+from .entries import EntryPruner
 from .gates import GatePruner
 from .ranks import RankPruner
 
-__all__ = ["Change", "GatePruner", "Pruner", "RankPruner", "pruner_of"]
+__all__ = ["Change", "EntryPruner", "GatePruner", "Pruner", "RankPruner", "pruner_of"]
 
 
 def pruner_of(method: Method, deltas: Mapping[str, BlockDelta]) -> Pruner | None:
@@ -20,3 +21,5 @@ def pruner_of(method: Method, deltas: Mapping[str, BlockDelta]) -> Pruner | None
             return RankPruner(method.prune, method.budget, deltas)
         case GateShrinking():
             return GatePruner(method.prune, method.budget, deltas)
+        case EntryPruning():
+            return EntryPruner(method.prune, deltas)

@@ -1,0 +1,131 @@
+"""PRILoRA: ranks that rise from the first layer to the last, and entries of A that are set to zero again and again.
+
+    ΔW_l = s_l · B A,   A (r_l, in), B (out, r_l)       r_l from `first_r` to 2 · mean − `first_r`, linear in the layer
+    n_j = ‖X_:j‖₂                                       over all tokens of the step: micro-batches, uses, processes
+    N ← β N + (1 − β) n                                 N = n at first
+    after each `interval_steps`: A_ij ← 0 for the ⌊p · in⌋ smallest |A_ij| · N_j of each row
+
+Source: PRILoRA (arXiv 2401.11316), from its abstract and second-hand summaries: what could not be verified is an
+option, see docs/methods/prilora.md.   Differs: ranks add up to the budget exactly and cost at most LoRA's parameters.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache, partial
+from typing import Literal
+
+from ..budget import Budget, resolve
+from ..deltas import LowRankDelta, Status
+from ..projections import Group
+from ..ramps import depths, first_of, ramp_ranks
+from ..schedules import PruneSteps, Run, Time, in_steps
+from .base import EntryPruning, Method, Site
+from .checks import check_choices, check_counts, check_shares
+from .initial import gaussian, kaiming, zeros
+
+Peers = tuple[tuple[str, int, int], ...]
+RanksOf = Callable[[Peers], dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Prilora:
+    """Every option of PRILoRA. Counts are at least 1; times are steps (int) or shares of the run (float in [0, 1]).
+
+    Budget, one of
+        r: average rank per module, ≥ 1: r · modules ranks exactly, at most LoRA's adapter parameters.
+        total_ranks: ranks over all modules, met exactly.
+    Ranks
+        first_r: rank at the first layer, from 1 to 2 · mean − 1; the last layer gets 2 · mean − first_r. Default: half
+            the mean.
+        ramp: `per_stack` starts anew in each stack of layers (encoder, decoder); `whole` runs through all of them.
+    Pruning
+        prune_share: share p of the entries of A that a pruning sets to zero, in [0, 1); 0: nothing is pruned.
+        group: p counts in each `row` of A, or in the `matrix`.
+        interval_steps: prunings after so many steps, and at the multiples.
+        warmup_steps, settle_steps: no pruning in the first steps, and in the last.
+        regrow: zeros may move again until the next pruning; False holds them at zero.
+        beta: moving average of the input norms, in [0, 1).   statistic_interval: it is updated in each so many steps.
+    Form
+        lora_alpha: numerator α of the scale.   scaling: α / rank of the module (`per_rank`), or α / mean (`constant`).
+        init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
+    Run
+        total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    init_lora_weights: bool = True
+    total_ranks: int | None = None
+    first_r: float | None = None
+    ramp: Literal["per_stack", "whole"] = "per_stack"
+    prune_share: float = 0.5
+    group: Group = "row"
+    interval_steps: Time = 40
+    warmup_steps: Time = 0
+    settle_steps: Time = 0
+    regrow: bool = True
+    beta: float = 0.9
+    statistic_interval: int = 1
+    scaling: Literal["per_rank", "constant"] = "per_rank"
+    total_steps: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts(self, ("r", "total_ranks", "statistic_interval", "total_steps"))
+        check_choices(self)
+        check_shares(self, ("prune_share", "beta", "lora_dropout"))
+        if self.total_ranks is None:
+            first_of(Fraction(self.r), self.first_r)
+
+    def method(self, sites: int, uniform_parameters: int) -> Method:
+        budget = resolve(
+            r=self.r, total_ranks=self.total_ranks, total_parameters=None, uniform_parameters=uniform_parameters,
+            modules=sites,
+        )  # fmt: skip
+        mean = Fraction(budget.ranks or 0, sites)
+        first = first_of(mean, self.first_r)
+        rule = EntryPruning(
+            self._schedule, self.prune_share, self.group, self.beta, self.statistic_interval, self.regrow
+        )
+        return Method(
+            name="prilora",
+            make_delta=partial(self._delta, ranks_of=cache(partial(self._ranks, first, budget)), mean=mean),
+            budget=budget,
+            prune=rule if self.prune_share else None,
+            total_steps=self.total_steps,
+        )
+
+    def _ranks(self, first: Fraction, budget: Budget, peers: Peers) -> dict[str, int]:
+        names, shapes = [name for name, *_ in peers], [(m, n) for _, m, n in peers]
+        places = depths(names, restart=self.ramp == "per_stack")
+        return dict(zip(names, ramp_ranks(places, first=first, budget=budget, shapes=shapes), strict=True))
+
+    def _delta(self, site: Site, *, ranks_of: RanksOf, mean: Fraction) -> LowRankDelta:
+        # a site that is not among its peers is found by a checkpoint's keys; its tensors then say the rank
+        known = ranks_of(site.peers) if site.peers else {}
+        rank = known.get(site.name) or min(max(1, round(mean)), site.in_features, site.out_features)
+        delta = LowRankDelta(
+            site.in_features, site.out_features, [rank],
+            init={"A": kaiming, "B": zeros if self.init_lora_weights else gaussian},
+            scale=partial(scale, self.lora_alpha, None if self.scaling == "per_rank" else float(mean)),
+            name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
+        )  # fmt: skip
+        delta.status[0] = Status.ACTIVE
+        return delta
+
+    def _schedule(self, run: Run) -> PruneSteps:
+        if self.settle_steps and run.steps is None:
+            in_steps(1.0, run, name="the end of the last pruning (settle_steps)")
+        return PruneSteps(
+            interval=in_steps(self.interval_steps, run, name="interval_steps", least=1),
+            warmup=in_steps(self.warmup_steps, run, name="warmup_steps"),
+            settle=in_steps(self.settle_steps, run, name="settle_steps"),
+            total=run.steps,
+        )
+
+
+def scale(alpha: float, mean: float | None, rank: int) -> float:
+    """α over the rank that the module has, or over a given one."""
+    return alpha / (mean or rank)
