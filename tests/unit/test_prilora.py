@@ -64,6 +64,12 @@ def test_micro_batches_and_uses_add_squares_not_norms() -> None:
     assert close(one.statistics, [5, 2, 2**0.5, 8**0.5, 1]) and torch.equal(one.statistics, two.statistics)
 
 
+def test_modules_that_share_their_inputs_add_up_each_for_itself() -> None:
+    deltas, x1, x2 = [delta_of(Prilora(r=1)) for _ in range(2)], tensor(X1), tensor(X2)
+    step(norms_of(*deltas), (0, x1), (1, x1), (0, x2), (1, x2))
+    assert all(close(d.statistics, [5, 2, 2**0.5, 8**0.5, 1]) for d in deltas)
+
+
 def test_a_module_without_a_use_keeps_its_norms() -> None:
     deltas = [delta_of(Prilora(r=1)) for _ in range(2)]
     norms = norms_of(*deltas)
