@@ -30,7 +30,7 @@ INSTEAD = {
     "use_dora": "leave it out, or train with peft's LoraConfig",
     "use_rslora": "set lora_alpha to α·√r",
     "bias": "add bias modules to `modules_to_save`",
-    "rank_pattern": "ranks are found in training; leave it out (IncreLoRA: `capacity_pattern` bounds them)",
+    "rank_pattern": "the method chooses the ranks; leave it out (IncreLoRA: `capacity_pattern` bounds them)",
     "alpha_pattern": "one `lora_alpha` serves all modules",
     "target_parameters": "name the linear modules in `target_modules`",
     "trainable_token_indices": "add the embedding to `modules_to_save`",
