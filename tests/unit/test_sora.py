@@ -173,6 +173,11 @@ def test_gates_start_at_random_or_at_one() -> None:
     assert (delta_of(Sora(gate_init="ones")).block(0)["E"] == 1).all()
 
 
+def test_the_preset_starts_at_the_published_rank() -> None:
+    config = SoraConfig.paper(lora_alpha=4)
+    assert (config.r, config.threshold, config.gate_penalty, config.lora_alpha) == (8, 3e-4, 10.0, 4)
+
+
 def test_a_threshold_bounds_the_ranks_and_promises_none() -> None:
     assert Sora(r=2, threshold=0.1).method(3, 30).budget.exact is False
     assert Sora(r=2, threshold=0.1).method(3, 30).budget.ranks == 6

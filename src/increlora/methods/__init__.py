@@ -1,10 +1,11 @@
 """Methods by name. Adding one is a line here and a file beside it."""
 
 from .adalora import AdaLora
-from .base import EntryPruning, GateShrinking, Method, PenaltyRule, RankPruning, ScoreRule, Site
+from .base import Method, Site
 from .increlora import IncreLora
 from .lora import Lora
 from .prilora import Prilora
+from .rules import EntryPruning, GateShrinking, PenaltyRule, RankPruning, ScoreRule
 from .sora import Sora
 
 METHODS = {"adalora": AdaLora, "increlora": IncreLora, "lora": Lora, "prilora": Prilora, "sora": Sora}

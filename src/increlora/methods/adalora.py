@@ -17,8 +17,9 @@ from ..deltas import Status, TripletDelta
 from ..schedules import CubicDecay, Run, in_steps
 from ..selection import keep_published, keep_top
 from .adalora_settings import AdaLoraSettings, first_rank
-from .base import Method, PenaltyRule, RankPruning, Site
+from .base import Method, Site
 from .initial import gaussian, kaiming, ones, zeros
+from .rules import PenaltyRule, RankPruning
 
 
 class AdaLora(AdaLoraSettings):

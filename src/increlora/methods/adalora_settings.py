@@ -83,7 +83,7 @@ def first_rank(average: float) -> int:
     return math.ceil(1.5 * average)
 
 
-def paper_settings(r: int, **overrides: Any) -> dict[str, Any]:
+def paper_settings(r: int = 2, **overrides: Any) -> dict[str, Any]:
     """Settings under which AdaLoRA equals its published code; each departure of the default is one of these lines."""
     return {
         "r": r, "init_r": {1: 2, 2: 4}.get(r, first_rank(r)), "lora_alpha": 32,

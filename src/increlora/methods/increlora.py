@@ -20,9 +20,10 @@ from ..budget import Budget, block_sizes, default_capacity, resolve
 from ..deltas import Status, TripletDelta
 from ..schedules import GrowthSteps, Run, in_steps, linear_clock, ramp_clock
 from ..selection import grow_published, grow_top
-from .base import Method, PenaltyRule, ScoreRule, Site, matching
+from .base import Method, Site, matching
 from .increlora_settings import IncreLoraSettings, check_reachable
 from .initial import Shape, gaussian, kaiming, ones, zeros
+from .rules import PenaltyRule, ScoreRule
 
 RESERVE_E = 1e-5  # e of a block that learns in reserve
 DEFAULT_EVENTS = 10  # growth events of a run whose `top_h` is not set

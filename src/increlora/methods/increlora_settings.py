@@ -106,7 +106,7 @@ class IncreLoraSettings:
             raise ConfigError("selection='published' counts ranks: use `r` or `total_ranks`, or selection='exact'")
 
 
-def paper_settings(r: int, **overrides: Any) -> dict[str, Any]:
+def paper_settings(r: int = 2, **overrides: Any) -> dict[str, Any]:
     """Settings under which IncreLoRA equals its published code; each departure of the default is one of these lines."""
     settings: dict[str, Any] = {
         "r": r, "lora_alpha": 16, "warmup_steps": 100, "interval_steps": 100, "top_h": 5,

@@ -20,9 +20,10 @@ from ..deltas import LowRankDelta, Status
 from ..projections import Group
 from ..ramps import depths, first_of, ramp_ranks
 from ..schedules import PruneSteps, Run, Time, in_steps
-from .base import EntryPruning, Method, Site
+from .base import Method, Site
 from .checks import check_choices, check_counts, check_shares
 from .initial import gaussian, kaiming, zeros
+from .rules import EntryPruning
 
 Peers = tuple[tuple[str, int, int], ...]
 RanksOf = Callable[[Peers], dict[str, int]]

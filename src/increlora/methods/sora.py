@@ -19,8 +19,9 @@ from ..projections import published_shrink, soft_threshold
 from ..schedules import CubicDecay, Levels, Run, in_steps
 from ..selection import keep_top
 from .adalora_settings import first_rank
-from .base import GateShrinking, Method, PenaltyRule, Site
+from .base import Method, Site
 from .initial import gaussian, kaiming, normal, ones, zeros
+from .rules import GateShrinking, PenaltyRule
 from .sora_settings import SoraSettings
 
 

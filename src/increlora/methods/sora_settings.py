@@ -30,8 +30,8 @@ class SoraSettings:
         close_after: a rank that did not count at so many counts in a row is not computed any more, and stays out; None:
             only once all is settled.
     Form
-        lora_alpha: numerator α of the scale α / (average rank at the end), `scaling="constant"`, or α / init_r,
-            `initial_rank`.   gate_init: gates start at N(0, 1), `normal`, or at `ones`.
+        lora_alpha: numerator α of the scale.   scaling: α / average rank at the end (`constant`), or α / init_r
+            (`initial_rank`).   gate_init: gates start at N(0, 1), `normal`, or at `ones`.
         init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
     Training
         gate_penalty: weight λ ≥ 0 of mean |gate|, as a gradient; 0 turns it off.   penalty_place: whether gradient
@@ -112,7 +112,7 @@ class SoraSettings:
         return rising(self.first_threshold, self.threshold, self.levels + 1, self.spacing)
 
 
-def paper_settings(r: int, **overrides: Any) -> dict[str, Any]:
+def paper_settings(r: int = 8, **overrides: Any) -> dict[str, Any]:
     """Settings under which SoRA equals its published code; each departure of the default is one of these lines."""
     return {
         "r": r, "lora_alpha": 16, "threshold": 3e-4, "operator": "published", "warmup_steps": 0, "settle_steps": 1,

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import MISSING, Field, field, fields, make_dataclass
@@ -128,8 +129,6 @@ def derive(name: str, settings_cls: type) -> type:
 
 def naming_nearest(init: Callable[..., None], name: str) -> Callable[..., None]:
     """`init` with an error for unknown options that names the nearest known one."""
-    import inspect
-
     known = list(inspect.signature(init).parameters)
 
     @functools.wraps(init)
@@ -147,7 +146,7 @@ def naming_nearest(init: Callable[..., None], name: str) -> Callable[..., None]:
 def with_paper(config_cls: type, paper_settings: Callable[..., dict[str, Any]]) -> type:
     """The config class with the preset `paper`, whose settings are `paper_settings(r, **own options)`."""
 
-    def paper(r: int = 2, **overrides: Any) -> Any:
+    def paper(r: int = inspect.signature(paper_settings).parameters["r"].default, **overrides: Any) -> Any:
         """The published code, step by step; `overrides` are further options by name."""
         names = {f.name for f in fields(config_cls.settings_cls)}  # type: ignore[attr-defined]
         own = {k: v for k, v in overrides.items() if k in names}

@@ -1,0 +1,48 @@
+"""Every method at its best learning rate: the demo's task and length, one small grid for all.
+
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/learning_rates.py
+
+Trains each method with each rate (runs/rates/METHOD-RATE-SEED, finished runs are kept) and prints a table: accuracies,
+then ranks and parameters of the best run. The number of threads changes the last digits of sums, and so the runs."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from planted import finished
+
+from increlora.cli.settings import TrainSettings
+from increlora.methods import METHODS
+
+
+def main(
+    r: Annotated[int, typer.Option(help="Average rank per module.")] = 2,
+    rates: Annotated[str, typer.Option(help="Peak learning rates.")] = "1e-3,2e-3,4e-3",
+    methods: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(METHODS),
+    task: Annotated[str, typer.Option(help="As in `increlora train`.")] = "stdlib-docs",
+    seed: Annotated[int, typer.Option(help="The same for all.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/rates"),
+) -> None:
+    """Train what is missing, and print the table."""
+    columns = rates.split(",")
+    print(f"| method | {' | '.join(f'lr {rate}' for rate in columns)} | ranks | parameters peak / average / end |")
+    print(f"| --- |{' --- |' * (len(columns) + 2)}")
+    for method in methods.split(","):
+        settings = [TrainSettings(method=method, task=task, r=r, lr=float(rate), seed=seed) for rate in columns]
+        runs = [finished(out, f"{method} {rate}", s) for rate, s in zip(columns, settings, strict=True)]
+        print(row(method, [json.loads((run / "run.json").read_text()) for run in runs]), flush=True)
+
+
+def row(method: str, states: list[dict[str, Any]]) -> str:
+    """Metric of each run, the best in bold; ranks and parameters of that one."""
+    values = [state["metric"]["after"] for state in states]
+    best = max(range(len(values)), key=values.__getitem__)
+    cells = [f"**{value:.3f}**" if i == best else f"{value:.3f}" for i, value in enumerate(values)]
+    budget = states[best]["budget"]
+    parameters = " / ".join(f"{budget[f'parameters_{when}']:,.0f}" for when in ("peak", "average", "used"))
+    return f"| {method} | {' | '.join(cells)} | {budget['ranks_used']} of {budget['ranks_target']} | {parameters} |"
+
+
+if __name__ == "__main__":
+    typer.run(main)
