@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from increlora import AdaLoraConfig, IncreLoraConfig, PlainLoraConfig, SoraConfig, rank_summary
+from increlora import AdaLoraConfig, IncreLoraConfig, MeloraConfig, PlainLoraConfig, SoraConfig, rank_summary
 from increlora.deltas import BlockDelta, Status
 from increlora.errors import DriveError, ScheduleError
 from increlora.hosts.peft.layer import AdapterLayer
@@ -122,6 +122,7 @@ ROWS = [
     gated("sora, threshold by rate", threshold=2.0, threshold_unit="learning_rate", levels=3),
     gated("sora, paper", SoraConfig.paper, lora_alpha=8, threshold=0.005, gate_penalty=0.1),
     Row("lora", PlainLoraConfig, {"r": 3}, ranks="fixed", shares={}),
+    Row("melora", MeloraConfig, {"r": 3, "minis": 4, "minis_pattern": {"head": 1}}, ranks="fixed", shares={}),
 ]  # fmt: skip
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
 growing_rows = pytest.mark.parametrize("row", [row for row in ROWS if row.ranks == "grow"], ids=str)

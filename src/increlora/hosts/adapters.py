@@ -160,7 +160,7 @@ def features(name: str, found: Mapping[str, Tensor]) -> tuple[int, int]:
     first = next(iter(checkpoint.present(found)), None)
     if first is None or f"lora_B{first}" not in found:
         raise CheckpointError(f"{name} has no complete block: the adapter file is incomplete or not increlora's")
-    return found[f"lora_A{first}"].shape[1], found[f"lora_B{first}"].shape[0]
+    return checkpoint.features(found[f"lora_A{first}"], found[f"lora_B{first}"])
 
 
 def rebuilt(method: Method, site: Site, found: Mapping[str, Tensor]) -> BlockDelta:

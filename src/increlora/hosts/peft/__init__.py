@@ -1,6 +1,6 @@
 """Our methods as ordinary peft tuners; the only place that imports peft."""
 
-from .config import AdaLoraConfig, IncreLoraConfig, PlainLoraConfig, SoraConfig
+from .config import AdaLoraConfig, IncreLoraConfig, MeloraConfig, PlainLoraConfig, SoraConfig
 from .drive import attach, rank_summary
 from .model import AdapterModel
 from .register import register_methods, tell_ranks
@@ -9,5 +9,6 @@ register_methods()
 tell_ranks()
 
 __all__ = [
-    "AdaLoraConfig", "AdapterModel", "IncreLoraConfig", "PlainLoraConfig", "SoraConfig", "attach", "rank_summary",
+    "AdaLoraConfig", "AdapterModel", "IncreLoraConfig", "MeloraConfig", "PlainLoraConfig", "SoraConfig", "attach",
+    "rank_summary",
 ]  # fmt: skip
