@@ -272,7 +272,7 @@ def test_ranks_in_several_blocks_are_the_same_ranks_in_one(shape: tuple[int, int
     one = BlockDiagonalDelta(*shape, [3], minis=2, scale=lambda rank: 3 / rank, dtype=torch.float64, **options)
     one.status[0] = Status.ACTIVE
     with torch.no_grad():
-        for letter, dim, rows in (("A", 1, shape[0]), ("B", 2, shape[1])):
+        for letter, dim in (("A", 1), ("B", 2)):
             parts = [many.block(i)[letter].unflatten(0, (2, -1)) for i in (0, 1)]
             one.block(0)[letter].copy_(torch.cat(parts, dim=dim).flatten(0, 1))
     assert [many.size_of(many.block(i)["A"]) for i in range(3)] == [2, 1, 3]

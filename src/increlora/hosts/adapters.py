@@ -165,7 +165,10 @@ def features(name: str, found: Mapping[str, Tensor]) -> tuple[int, int]:
 
 def rebuilt(method: Method, site: Site, found: Mapping[str, Tensor]) -> BlockDelta:
     """The delta of one module as the checkpoint left it: the one place that knows the scaling rules."""
-    delta = method.make_delta(site)
+    try:
+        delta = method.make_delta(site)
+    except ConfigError as error:
+        raise CheckpointError(f"{error}: the adapter's config and weights do not belong together") from error
     assert isinstance(delta, BlockDelta)
     checkpoint.check_blocks(site.name, delta, found)
     checkpoint.fit_delta(delta, found, keep_dormant=False)
