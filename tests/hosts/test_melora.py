@@ -24,7 +24,7 @@ from increlora import (
 )
 from increlora.errors import CheckpointError, ConfigError
 from increlora.hosts.adapters import read_adapter
-from tests.hosts.test_adalora import LABELS, deltas, train
+from tests.hosts.test_adalora import deltas, train
 from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits
 
 TARGETS = {
@@ -306,12 +306,6 @@ def test_nothing_is_left_on_meta(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(BUILDERS["llama"](), tmp_path, low_cpu_mem_usage=True)
     assert not any(p.is_meta for p in loaded.parameters())
     assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))
-
-
-def test_labels_give_the_tasks_loss() -> None:
-    model = adapted(task_type="SEQ_CLS")
-    output = model(**inputs_for("bert"), labels=LABELS)
-    assert torch.equal(output.loss, nn.functional.cross_entropy(output.logits, LABELS))
 
 
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
