@@ -12,7 +12,16 @@ from .hosts.allocation import allocation_to_lora_config
 from .hosts.engines import check_export
 from .hosts.export import export_lora
 from .hosts.merge import export_merged
-from .hosts.peft import AdaLoraConfig, IncreLoraConfig, PlainLoraConfig, PriloraConfig, SoraConfig, attach, rank_summary
+from .hosts.peft import (
+    AdaLoraConfig,
+    IncreLoraConfig,
+    MeloraConfig,
+    PlainLoraConfig,
+    PriloraConfig,
+    SoraConfig,
+    attach,
+    rank_summary,
+)  # fmt: skip
 from .hosts.warm_start import warm_start
 from .runtime import regularization_loss
 
@@ -21,6 +30,7 @@ __all__ = [
     "AdaLoraConfig",
     "IncreLoraConfig",
     "IncreloraError",
+    "MeloraConfig",
     "PlainLoraConfig",
     "PriloraConfig",
     "SoraConfig",

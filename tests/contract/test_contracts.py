@@ -11,7 +11,15 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from increlora import AdaLoraConfig, IncreLoraConfig, PlainLoraConfig, PriloraConfig, SoraConfig, rank_summary
+from increlora import (
+    AdaLoraConfig,
+    IncreLoraConfig,
+    MeloraConfig,
+    PlainLoraConfig,
+    PriloraConfig,
+    SoraConfig,
+    rank_summary,
+)  # fmt: skip
 from increlora.deltas import BlockDelta, Status
 from increlora.errors import DriveError, ScheduleError
 from increlora.hosts.peft.layer import AdapterLayer
@@ -135,6 +143,7 @@ ROWS = [
     entries("prilora, constant scale", scaling="constant", total_ranks=7, warmup_steps=4),
     entries("prilora, rare statistic", statistic_interval=2, prune_share=0.3),
     Row("lora", PlainLoraConfig, {"r": 3}, ranks="fixed", shares={}),
+    Row("melora", MeloraConfig, {"r": 3, "minis": 4, "minis_pattern": {"head": 1}}, ranks="fixed", shares={}),
 ]  # fmt: skip
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
 growing_rows = pytest.mark.parametrize("row", [row for row in ROWS if row.ranks == "grow"], ids=str)

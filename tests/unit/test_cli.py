@@ -195,6 +195,23 @@ def test_lora_has_its_rank_everywhere_from_the_start(model, tmp_path):
     assert rows(tmp_path / "x", "metrics.jsonl")[-1]["step"] == 2 and not (tmp_path / "x" / "events.jsonl").exists()
 
 
+def test_melora_has_the_parameters_of_lora_and_is_exported_with_its_rank(model, tmp_path):
+    out = tmp_path / "x"
+    assert train(model, out, "--method", "melora", "--set", "minis=4", "--epochs", "0.25").exit_code == 0
+    found = state(out)
+    budget = found["budget"]
+    assert set(found["ranks"].values()) == {2}
+    assert budget["parameters_peak"] == budget["parameters_average"] == budget["parameters_used"] == 832
+    exported = load_file(out / "lora" / "adapter_model.safetensors")
+    assert {len(tensor) for name, tensor in exported.items() if "lora_A" in name} == {8}
+    assert "832 of 832 in LoRA form" in call("inspect", out).output
+    assert "rank 8 for all" in call("inspect", out / "lora").output
+    assert call("report", out).exit_code == 0 and (out / "report.html").is_file()
+    assert "minis=5 does not divide both in=16 and out=16; the nearest that does is 4" in refused(
+        "train", "--model", model, "--out", tmp_path / "y", *TINY, "--method", "melora", "--set", "minis=5"
+    )
+
+
 # -------------------------------------------------------------------------------------------- interruption and resuming
 
 

@@ -1,7 +1,8 @@
 """How ΔW is built: trainable maps that know torch only (no base layer, no adapter name, no optimizer)."""
 
 from .base import BlockDelta, Delta, Status
+from .block_diagonal import BlockDiagonalDelta
 from .lowrank import LowRankDelta
 from .triplet import TripletDelta
 
-__all__ = ["BlockDelta", "Delta", "LowRankDelta", "Status", "TripletDelta"]
+__all__ = ["BlockDelta", "BlockDiagonalDelta", "Delta", "LowRankDelta", "Status", "TripletDelta"]

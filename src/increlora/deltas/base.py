@@ -132,6 +132,10 @@ class BlockDelta(Delta):
         """Shape of one parameter of a block of `size` ranks."""
         return {"A": (size, self.in_features), "E": (size, 1), "B": (self.out_features, size)}[letter]
 
+    def size_of(self, A: Tensor) -> int:
+        """Ranks of the block that this A belongs to: the inverse of `shape`."""
+        return A.shape[0]
+
     def block(self, index: int) -> dict[str, nn.Parameter]:
         """Parameters of a block by letter; empty for a block that was loaded without them."""
         names = {letter: f"lora_{letter}{index}" for letter in self.letters}
@@ -209,15 +213,22 @@ class BlockDelta(Delta):
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         if not self.live:
             return y + self._gate(y.new_zeros(()))
-        A, B = self.factors()
+        A, B = self._operands()
         B = self._gate(B)
         observer = self.observer if B.requires_grad and torch.is_grad_enabled() else None
         wanted = observer is not None and observer.wants()
         if observer is not None:
             A = observer.see_input(A, x)
         x = self.dropout(x)
-        y = add_product(y, x, A, B)  # the same arithmetic, observed or not: resuming must not change a bit
+        y = self._add_product(y, x, A, B)  # the same arithmetic, observed or not: resuming must not change a bit
         return observer.tap(self, y, x) if observer is not None and wanted else y
+
+    def _operands(self) -> tuple[Tensor, Tensor]:
+        """What `_add_product` multiplies x with; a delta with structure has a cheaper form of it than its factors."""
+        return self.factors()
+
+    def _add_product(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return add_product(y, x, A, B)
 
     def _gate(self, value: Tensor) -> Tensor:
         """`value`, with every idle parameter made part of the graph where a process group may insist on it."""

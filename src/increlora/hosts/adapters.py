@@ -160,12 +160,15 @@ def features(name: str, found: Mapping[str, Tensor]) -> tuple[int, int]:
     first = next(iter(checkpoint.present(found)), None)
     if first is None or f"lora_B{first}" not in found:
         raise CheckpointError(f"{name} has no complete block: the adapter file is incomplete or not increlora's")
-    return found[f"lora_A{first}"].shape[1], found[f"lora_B{first}"].shape[0]
+    return checkpoint.features(found[f"lora_A{first}"], found[f"lora_B{first}"])
 
 
 def rebuilt(method: Method, site: Site, found: Mapping[str, Tensor]) -> BlockDelta:
     """The delta of one module as the checkpoint left it: the one place that knows the scaling rules."""
-    delta = method.make_delta(site)
+    try:
+        delta = method.make_delta(site)
+    except ConfigError as error:
+        raise CheckpointError(f"{error}: the adapter's config and weights do not belong together") from error
     assert isinstance(delta, BlockDelta)
     checkpoint.check_blocks(site.name, delta, found)
     checkpoint.fit_delta(delta, found, keep_dormant=False)

@@ -75,6 +75,8 @@ def check_shapes(given: Adapter, deltas: Deltas) -> None:
         here, there = (deltas[name].in_features, deltas[name].out_features), (A.shape[1], B.shape[0])
         if here != there:
             raise ConfigError(f"{name} maps {here} (in, out), in the source {there}: it belongs to another model")
+        if deltas[name].shape("A", 1) != (1, A.shape[1]):
+            raise ConfigError(f"{name} has mini adapters, which no low-rank ΔW of the source fits: start them afresh")
 
 
 def blocks_for(name: str, delta: BlockDelta, rank: int) -> int:

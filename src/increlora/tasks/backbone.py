@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    RobertaConfig,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -36,7 +37,11 @@ KNOWN_SHAPES: dict[str, PreTrainedConfig] = {
         vocab_size=128100, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         type_vocab_size=0, relative_attention=True, position_buckets=256, pos_att_type=["p2c", "c2p"],
         share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False,
-    )
+    ),
+    "FacebookAI/roberta-base": RobertaConfig(
+        vocab_size=50265, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5,
+    ),
 }  # fmt: skip
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]

@@ -92,7 +92,7 @@ def costs(weights: Path) -> dict[str, int]:
         return {}
     modules = checkpoint.split(checkpoint.contents(weights))
     return {
-        name: found[f"lora_A{i}"].shape[1] + found[f"lora_B{i}"].shape[0]
+        name: sum(checkpoint.features(found[f"lora_A{i}"], found[f"lora_B{i}"]))
         for name, found in modules.items()
         for i in checkpoint.present(found)[:1]
     }

@@ -61,7 +61,7 @@ def fit(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], *
 
 
 def fit_delta(delta: BlockDelta, found: Mapping[str, Tensor], *, keep_dormant: bool) -> None:
-    sizes = {i: found[f"lora_A{i}"].shape[0] for i in present(found)}
+    sizes = {i: delta.size_of(found[f"lora_A{i}"]) for i in present(found)}
     delta.fit(sizes, len(states(found)), keep_dormant=keep_dormant)
 
 
@@ -137,7 +137,7 @@ def check_blocks(name: str, delta: BlockDelta, found: Mapping[str, Tensor]) -> N
 
 
 def check_tensor(name: str, delta: BlockDelta, key: str, letter: str, found: Mapping[str, Tensor]) -> None:
-    size = found[key.replace(letter, "A")].shape[0] if key.replace(letter, "A") in found else 0
+    size = delta.size_of(found[key.replace(letter, "A")]) if key.replace(letter, "A") in found else 0
     shape = tuple(found[key].shape) if key in found else None
     if shape != delta.shape(letter, size):
         expected = delta.shape(letter, size) if size else "a tensor"
@@ -148,6 +148,11 @@ def check_tensor(name: str, delta: BlockDelta, key: str, letter: str, found: Map
 
 def present(found: Mapping[str, Tensor]) -> list[int]:
     return sorted(int(key[6:]) for key in found if key.startswith("lora_A"))
+
+
+def features(A: Tensor, B: Tensor) -> tuple[int, int]:
+    """(in, out) of the module of a block, whatever structure its r ranks have: r (in + out) numbers in all."""
+    return A.numel() // max(1, B.shape[1]), B.shape[0]
 
 
 def states(found: Mapping[str, Tensor]) -> list[Status]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError
-from ...methods import AdaLora, IncreLora, Lora, Prilora, Sora
+from ...methods import AdaLora, IncreLora, Lora, Melora, Prilora, Sora, melora
 from ...methods import adalora_settings as adalora
 from ...methods import increlora_settings as increlora
 from ...methods import sora_settings as sora
@@ -158,13 +158,14 @@ def with_paper(config_cls: type, paper_settings: Callable[..., dict[str, Any]]) 
 
 AdaLoraConfig = with_paper(derive("AdaLoraConfig", AdaLora), adalora.paper_settings)
 IncreLoraConfig = with_paper(derive("IncreLoraConfig", IncreLora), increlora.paper_settings)
+MeloraConfig = with_paper(derive("MeloraConfig", Melora), melora.paper_settings)
 PlainLoraConfig = derive("PlainLoraConfig", Lora)
 PriloraConfig = derive("PriloraConfig", Prilora)
 SoraConfig = with_paper(derive("SoraConfig", Sora), sora.paper_settings)
 
 # peft's own method is called ADALORA
 CONFIGS = {
-    "INCRELORA_ADALORA": AdaLoraConfig, "INCRELORA": IncreLoraConfig, "PLAINLORA": PlainLoraConfig,
-    "PRILORA": PriloraConfig, "SORA": SoraConfig,
+    "INCRELORA_ADALORA": AdaLoraConfig, "INCRELORA": IncreLoraConfig, "MELORA": MeloraConfig,
+    "PLAINLORA": PlainLoraConfig, "PRILORA": PriloraConfig, "SORA": SoraConfig,
 }  # fmt: skip
 TYPE_NAMES = {config_cls.__name__: name for name, config_cls in CONFIGS.items()}
