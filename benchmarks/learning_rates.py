@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/learning_rates.py
 
-Trains each method with each rate (runs/rates/METHOD-RATE-SEED, finished runs are kept) and prints a table: accuracies,
-then ranks and parameters of the best run. The number of threads changes the last digits of sums, and so the runs."""
+Trains each method with each rate (runs/rates/TASK-rR-METHOD-RATE-SEED, finished runs are kept) and prints a table: the
+task's metric, then ranks and parameters of the best run. One seed: what is closer than the standard error of the metric
+is not told apart. The number of threads changes the last digits of sums, and so the runs."""
 
 import json
 from pathlib import Path
@@ -30,15 +31,16 @@ def main(
     print(f"| --- |{' --- |' * (len(columns) + 2)}")
     for method in methods.split(","):
         settings = [TrainSettings(method=method, task=task, r=r, lr=float(rate), seed=seed) for rate in columns]
-        runs = [finished(out, f"{method} {rate}", s) for rate, s in zip(columns, settings, strict=True)]
+        runs = [finished(out, f"{task} r{r} {method} {rate}", s) for rate, s in zip(columns, settings, strict=True)]
         print(row(method, [json.loads((run / "run.json").read_text()) for run in runs]), flush=True)
 
 
 def row(method: str, states: list[dict[str, Any]]) -> str:
-    """Metric of each run, the best in bold; ranks and parameters of that one."""
+    """Metric of each run, the best in bold; ranks and parameters of that one. A run without a number has diverged."""
     values = [state["metric"]["after"] for state in states]
-    best = max(range(len(values)), key=values.__getitem__)
-    cells = [f"**{value:.3f}**" if i == best else f"{value:.3f}" for i, value in enumerate(values)]
+    sign = 1 if states[0]["metric"]["higher_is_better"] else -1
+    best = max((i for i, v in enumerate(values) if v is not None), key=lambda i: sign * values[i], default=0)
+    cells = ["diverged" if v is None else f"**{v:.3f}**" if i == best else f"{v:.3f}" for i, v in enumerate(values)]
     budget = states[best]["budget"]
     parameters = " / ".join(f"{budget[f'parameters_{when}']:,.0f}" for when in ("peak", "average", "used"))
     return f"| {method} | {' | '.join(cells)} | {budget['ranks_used']} of {budget['ranks_target']} | {parameters} |"

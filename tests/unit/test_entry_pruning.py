@@ -322,6 +322,20 @@ def test_a_run_that_became_longer_goes_on_from_what_it_hears() -> None:
     assert zeros(second) == pruned_now()
 
 
+@pytest.mark.parametrize("options", [{"statistic_interval": 3}, {"settle_steps": 10}])
+def test_going_back_to_an_earlier_state_hears_its_first_step(options: dict) -> None:
+    straight, rolled_back = adapted(**options), adapted(**options)
+    optimizer = train(rolled_back, steps=3)
+    saved, moments = copy.deepcopy(rolled_back.state_dict()), copy.deepcopy(optimizer.state_dict())
+    train(rolled_back, optimizer=optimizer, start=3, steps=17)
+    rolled_back.load_state_dict(saved)
+    again = adamw(trainable(rolled_back))
+    again.load_state_dict(moments)
+    train(rolled_back, optimizer=again, start=3, steps=6)
+    train(straight, steps=6)
+    assert torch.equal(statistics(rolled_back), statistics(straight)) and same(rolled_back, straight)
+
+
 def test_damaged_statistics_are_refused() -> None:
     model = adapted()
     train(model, steps=2)

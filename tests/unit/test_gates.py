@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
-from increlora import SoraConfig, rank_summary
+from increlora import SoraConfig, attach, rank_summary
 from increlora.errors import BudgetError, ScheduleError
 from tests.reference.loop import adamw, controller_of, fused, trainable
 from tests.reference.toy import toy_network
@@ -65,6 +65,16 @@ def test_a_threshold_in_units_of_the_learning_rate_follows_the_group_of_the_gate
     moved = before - 0.04 * seen["grad"]
     expected = moved.sign() * (moved.abs() - 0.02).clamp(min=0)
     torch.testing.assert_close(gates(model), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_gates_of_two_groups_shrink_at_the_rate_of_their_own() -> None:
+    model = adapted(threshold=0.5, threshold_unit="learning_rate", warmup_steps=0)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    frozen = [p for n, p in named if n.endswith("blocks.0.up.lora_delta.default.lora_E0")]
+    others = [p for n, p in named if all(p is not q for q in frozen)]
+    before = frozen[0].detach().clone()
+    train(model, optimizer=SGD([{"params": frozen, "lr": 0.0}, {"params": others, "lr": 0.04}]), steps=2)
+    assert len(frozen) == 1 and torch.equal(frozen[0].detach(), before)
 
 
 def test_without_a_threshold_or_decay_gates_move_as_any_parameter() -> None:
@@ -131,17 +141,30 @@ def test_a_step_that_is_not_taken_shrinks_nothing(scaled: bool) -> None:
     assert torch.equal(gates(model), before["gates"])
 
 
+def test_a_bad_step_does_not_put_off_a_cut() -> None:
+    model = adapted()
+
+    def spoil(step: int, model: nn.Module) -> None:
+        if step == 4:  # the first cut
+            controller_of(model).deltas[0].lora_A0.grad[0, 0] = torch.inf
+
+    with pytest.warns(UserWarning, match="non-finite gradient"):
+        train(model, steps=5, before=spoil)
+    assert not flags(model, "kept").all()
+
+
 # -- what counts -------------------------------------------------------------------------------------------------------
 
 
 def test_the_rank_of_a_module_is_what_survived() -> None:
-    model = adapted(threshold=0.1, r=3)
+    model = adapted(threshold=0.1, r=3, interval_steps=2, close_after=1)
     train(model)
     survived = gates(model) != 0
     assert torch.equal(flags(model, "kept"), survived) and 0 < survived.sum() < len(survived)
     assert rank_summary(model).active == survived.sum()
     kinds = [event.kind for event in controller_of(model).events]
     assert "retirement" in kinds and kinds.count("finish") == 6
+    assert all((event.importance or 0) >= 0 for event in controller_of(model).events)
 
 
 def test_a_budget_is_met_by_the_threshold_it_chooses() -> None:
@@ -225,6 +248,41 @@ def test_a_second_run_keeps_what_the_first_has_settled() -> None:
     settled = flags(model, "kept")
     train(model)
     assert torch.equal(flags(model, "kept"), settled) and torch.equal(gates(model) != 0, settled)
+
+
+def test_a_copy_goes_on_where_the_original_was() -> None:
+    model = adapted()
+    optimizer = train(model, steps=7)
+    twin = copy.deepcopy(model)
+    fresh = adamw(trainable(twin))
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    attach(twin, fresh)
+    train(twin, optimizer=fresh, start=7)
+    train(model, optimizer=optimizer, start=7)
+    assert torch.equal(gates(twin), gates(model)) and torch.equal(flags(twin, "kept"), flags(model, "kept"))
+
+
+@pytest.mark.parametrize("options", [{}, {"r": 1, "init_r": 4, "close_after": 1, "interval_steps": 2}])
+def test_a_new_run_on_an_unfinished_one_starts_anew(options: dict) -> None:
+    model = adapted(**options)
+    train(model, steps=9)
+    assert not flags(model, "kept").all()
+    before = gates(model)
+    optimizer = train(model, make=still, steps=3)
+    assert torch.equal(gates(model), before)  # the threshold of the run before is forgotten
+    assert flags(model, "kept").all() and not flags(model, "closed").any()
+    assert model.peft_config["default"].ranks == controller_of(model).ranks
+    train(model, optimizer=optimizer, start=3)
+    assert rank_summary(model).active == rank_summary(model).budget_ranks
+
+
+def test_a_checkpoint_of_a_shorter_schedule_goes_on_under_a_longer_one() -> None:
+    """There the budget would still allow more ranks than are left."""
+    first, second = adapted(r=1, init_r=4, interval_steps=8), adapted(r=1, init_r=4, interval_steps=8, total_steps=60)
+    train(first, steps=9)
+    second.load_state_dict(first.state_dict())
+    train(second, start=9)
+    assert controller_of(second).step == STEPS
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------

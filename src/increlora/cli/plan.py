@@ -95,7 +95,7 @@ def found_in_training(method: Method) -> bool:
 def cuts(method: Method, holdings: Sequence[Holding], steps: int) -> list[Forecast]:
     """The start and every cut that leaves fewer ranks than there were."""
     begin, cost, target = ranks_used(holdings), parameters_used(holdings), method.budget.ranks
-    assert isinstance(method.prune, RankPruning) and target is not None
+    assert isinstance(method.prune, RankPruning | GateShrinking) and target is not None
     start, end = Budget(begin, cost), Budget(target, method.budget.parameters or cost * target // begin)
     schedule = method.prune.schedule(Run(steps, len(holdings)), begin, target)
     found = [Forecast(-1, 0, begin, cost)]

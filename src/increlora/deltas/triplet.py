@@ -15,6 +15,7 @@ class TripletDelta(BlockDelta):
     """ΔW = s B diag(e) A over the live blocks; s·e is folded into A."""
 
     letters = ("A", "E", "B")
+    _opened: tuple[object, Tensor] | None = None  # index of the ranks that are computed, and what it was made for
 
     def factors(self) -> tuple[Tensor, Tensor]:
         if self.closed:
@@ -34,8 +35,13 @@ class TripletDelta(BlockDelta):
     def _open_ranks(self) -> tuple[Tensor, Tensor, Tensor]:
         """A, e and B of the ranks that are computed; none may be left."""
         A, E, B = map(whole, self.block(0).values())
-        chosen = [i for i, closed in enumerate(self.closed) if not closed]
-        index = torch.tensor(chosen, dtype=torch.int64, device=A.device)
+        made_for = (*self.closed, A.device)
+        if (
+            self._opened is None or self._opened[0] != made_for
+        ):  # copying it to the device at every use would wait for it
+            chosen = [i for i, closed in enumerate(self.closed) if not closed]
+            self._opened = made_for, torch.tensor(chosen, dtype=torch.int64, device=A.device)
+        index = self._opened[1]
         return A.index_select(0, index), E.index_select(0, index), B.index_select(1, index)
 
     def _folded(self, A: Tensor, E: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,6 @@ def check_choices(settings: Any) -> None:
 
 
 def check_weight(settings: Any, name: str) -> None:
-    """Raise ConfigError for a weight below 0."""
-    if getattr(settings, name) < 0:
-        raise ConfigError(f"{name}={getattr(settings, name)!r}: give a weight ≥ 0")
+    """Raise ConfigError for a weight that is no finite number of at least 0."""
+    if not 0 <= getattr(settings, name) < float("inf"):
+        raise ConfigError(f"{name}={getattr(settings, name)!r}: give a finite weight ≥ 0")

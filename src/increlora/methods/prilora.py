@@ -45,7 +45,7 @@ class Prilora:
         group: p counts in each `row` of A, or in the `matrix`.
         interval_steps: prunings after so many steps, and at the multiples.
         warmup_steps, settle_steps: no pruning in the first steps, and in the last.
-        regrow: zeros may move again until the next pruning; False holds them at zero.
+        regrow: zeros may move again until the next pruning; False holds them at zero, from the first pruning of a run.
         beta: moving average of the input norms, in [0, 1).   statistic_interval: it is updated in each so many steps.
     Form
         lora_alpha: numerator α of the scale.   scaling: α / rank of the module (`per_rank`), or α / mean (`constant`).

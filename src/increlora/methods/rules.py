@@ -72,8 +72,8 @@ class GateShrinking:
             by the next one, and the budget is met exactly.
         keep: as in `RankPruning`, of |gate|; for budgets.
         by_rate: the threshold is a multiple of the gates' learning rate.
-        close_after: a rank that did not count at so many cuts in a row is not computed any more; None: only once all is
-            final, and never where `schedule` is over before.
+        close_after: a rank that did not count at so many cuts in a row is not computed any more; None: only what does
+            not count at the last cut.
     """
 
     shrink: Callable[[torch.Tensor, float], torch.Tensor]

@@ -27,15 +27,16 @@ class SoraSettings:
         warmup_steps: nothing shrinks and no cut yet, but for `first_threshold`.   settle_steps: at the end, with the
             ranks that are left; ≥ 1.   interval_steps: ranks are counted, and cut to the budget, at its multiples;
             between them a gate at zero may come back.
-        close_after: a rank that did not count at so many counts in a row is not computed any more, and stays out; None:
-            only once all is settled.
+        close_after: a rank that did not count at so many counts in a row is not computed any more, and stays out unless
+            the bound on parameters leaves no other choice; None: only once all is settled.
     Form
         lora_alpha: numerator α of the scale.   scaling: α / average rank at the end (`constant`), or α / init_r
             (`initial_rank`).   gate_init: gates start at N(0, 1), `normal`, or at `ones`.
         init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
     Training
         gate_penalty: weight λ ≥ 0 of mean |gate|, as a gradient; 0 turns it off.   penalty_place: whether gradient
-            clipping sees it.   total_steps: optimizer steps of the run, where nobody else can tell.
+            clipping sees it (in a loop of your own: see `regularization_loss`).
+        total_steps: optimizer steps of the run, where nobody else can tell.
         seed: of the initial values.
     """
 
@@ -87,7 +88,8 @@ class SoraSettings:
                 f"r={self.r} is above the start of init_r={self.init_r} ranks per module: raise `init_r`, or leave it "
                 f"out for 1.5 times r"
             )
-        for name, usual in (("threshold_unit", "constant"), ("levels", 1), ("first_threshold", 0.0)):
+        without = {"threshold_unit": "constant", "levels": 1, "first_threshold": 0.0, "spacing": "linear"}
+        for name, usual in without.items():
             if getattr(self, name) != usual:
                 raise ConfigError(f"{name}={getattr(self, name)!r} needs a `threshold`: without one it is chosen")
 

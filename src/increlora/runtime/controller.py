@@ -69,7 +69,7 @@ class Controller:
         self.uncertainty = torch.zeros(len(self.names), dtype=dtype)
         self.watchers = [Watcher(self, i) for i in range(len(self.names))]
         for delta, watcher in zip(self.deltas, self.watchers, strict=True):
-            watcher.load_state(delta.remembered)
+            watcher.load_state(delta.remembered if delta.observer is None else delta.observer.state())  # a copy's
             delta.observer = watcher
         fresh = method.allocate is not None and all(d.indices(Status.ACTIVE) == [0] for d in self.deltas)
         if fresh or not self.finished:  # a start above the budget counts as finished, and is an error all the same
@@ -132,6 +132,7 @@ class Controller:
             growth = self.method.events(run, self.holdings(), start)
         if self.pruner is not None:
             self.pruner.start(run, first=start)
+            self.on_change()
         self.growth, self.run, self.step = growth, run, start
         self.births = BirthRates(self.method.clock, run, optimizer) if self.method.clock else None
         if start == 0:
@@ -332,6 +333,8 @@ class Controller:
     def load_module_state(self, index: int, values: list[float]) -> None:
         """What a checkpoint says; the run goes on from there at the next step."""
         self.step = self.restored_step = int(values[0])
+        if self.pruner is not None:
+            self.pruner.restored()
         self.sensitivity[index], self.uncertainty[index] = values[1], values[2]
         if self.driven:
             self.expected_steps, self._optimizer = self.expected_steps or self.run.steps, None

@@ -52,3 +52,7 @@ class Pruner(Protocol):
     def forget(self) -> None:
         """The backward passes since the last step led to none."""
         ...
+
+    def restored(self) -> None:
+        """A state was loaded: another run goes on from here."""
+        ...

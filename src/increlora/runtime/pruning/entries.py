@@ -68,6 +68,9 @@ class EntryPruner:
     def forget(self) -> None:
         self.norms.forget()
 
+    def restored(self) -> None:
+        self.reads_inputs = True  # until `start` says otherwise
+
     @torch.no_grad()
     def before_step(self, step: int, optimizer: Optimizer, *, scale: float) -> None:
         assert self.schedule is not None

@@ -42,8 +42,7 @@ class GatePruner:
         self.gates: set[int] = set()  # ids of their parameters
         self.schedule: CubicDecay | None = None
         self.levels: Levels | None = None
-        self.moved = False  # this step moves the gates
-        self.rate: float | Tensor = 0.0  # their learning rate
+        self.moved: list[tuple[list[Tensor], float | Tensor]] = []  # gates that this step moves, and at what rate
         self.open: list[Tensor] = []  # 0 for what is not computed; empty where all is
         self.decayed: list[tuple[list[Tensor], list[Tensor]]] = []
         for delta in self.deltas:
@@ -58,18 +57,18 @@ class GatePruner:
 
     def check(self, run: Run) -> None:
         if not self.settled:
-            self._plan(run)
+            _, levels = self._plan(run)
+            self._check_not_all_at_once(levels)
 
     def _plan(self, run: Run) -> tuple[CubicDecay, Levels | None]:
         schedule = self.rule.schedule(run, *self.ranks.span)
         levels = self.rule.thresholds(run) if self.rule.thresholds is not None else None
-        known = not e_of(self.deltas[0]).is_meta  # a dry run has shapes alone
-        if levels is not None and known and not self.rule.by_rate:
-            self._check_not_all_at_once(max(levels.values))
         return schedule, levels
 
-    def _check_not_all_at_once(self, threshold: float) -> None:
-        largest = max(max(of_module) for of_module in self._sizes())
+    def _check_not_all_at_once(self, levels: Levels | None) -> None:
+        if levels is None or self.rule.by_rate or e_of(self.deltas[0]).is_meta:  # a dry run has shapes alone
+            return
+        threshold, largest = max(levels.values), max(max(of_module) for of_module in self._sizes())
         if self.rule.shrink(torch.tensor(largest), threshold) == 0:
             raise BudgetError(
                 f"threshold={threshold} is not below the largest gate of the model ({largest:.3g}): one step would "
@@ -80,8 +79,17 @@ class GatePruner:
         self.gates = {id(e_of(delta)) for delta in self.deltas}  # sharding has put others in their place
         if not self.settled:
             self.schedule, self.levels = self._plan(run)
+            if first == 0:
+                self._begin()
             self._read_statistics()
         self.ranks.lay_out()
+
+    def _begin(self) -> None:
+        """A new run: what an unfinished one before it has taken may come back."""
+        self._check_not_all_at_once(self.levels)
+        for delta in self.deltas:
+            delta.kept, delta.closed = [True] * len(delta.kept), []
+            delta.statistics = torch.zeros(len(delta.kept) + 1, dtype=dtype_of(delta))
 
     def _read_statistics(self) -> None:
         """They are read and written on the host, at cuts only."""
@@ -105,27 +113,29 @@ class GatePruner:
     def forget(self) -> None:
         pass
 
+    def restored(self) -> None:
+        pass
+
     @torch.no_grad()
     def before_step(self, step: int, optimizer: Optimizer, *, scale: float) -> None:
-        self.moved, self.decayed = False, []
+        self.moved, self.decayed = [], []
         for group in optimizer.param_groups:
             gates = [local(p.detach()) for p in group["params"] if id(p) in self.gates and p.grad is not None]
             if gates:
-                self.moved, self.rate = True, group["lr"]
+                self.moved.append((gates, group["lr"]))
                 if share := decoupled_decay(group):
                     self.decayed.append((gates, list(torch._foreach_mul(gates, share))))
 
     @torch.no_grad()
     def after_step(self, step: int) -> Sequence[Change]:
-        if not self.moved:  # a step that was judged bad
-            return []
         for gates, decay in self.decayed:
             torch._foreach_add_(gates, decay)
         if self.settled:
             self.ranks.project()
             return []
         assert self.schedule is not None
-        self._shrink(step)
+        if self.moved:  # not in a step that was judged bad
+            self._shrink(step)
         if self.schedule.due(step):
             return self._cut(step, self.schedule)
         if step == self.schedule.warmup:
@@ -134,8 +144,10 @@ class GatePruner:
 
     def _shrink(self, step: int) -> None:
         threshold = self.threshold if self.levels is None else self.levels.at(step)
-        threshold *= float(self.rate) if self.rule.by_rate else 1.0
-        if threshold > 0:
+        if self.rule.by_rate:
+            for gates, rate in self.moved:
+                shrink_together(gates, self.rule.shrink, threshold * float(rate))
+        elif threshold > 0:
             shrink_together(self.ranks.values(), self.rule.shrink, threshold)
         if self.open:  # momentum still moves gates whose ranks are not computed
             zero_dropped(self.ranks.values(), self.open)
@@ -148,7 +160,8 @@ class GatePruner:
             self._check_some_left(step, kept)
         else:
             kept = self.rule.keep(sizes, self.ranks.costs, self.ranks.budget(schedule.ranks(step)))
-        changes = self.ranks.decide(kept, sizes, settled=step >= schedule.last_cut)
+        scores = [[max(0.0, size) for size in of_module] for of_module in sizes]
+        changes = self.ranks.decide(kept, scores, settled=step >= schedule.last_cut)
         self.ranks.project()
         self._close()
         self._choose_threshold(step, schedule, sizes)
@@ -157,7 +170,7 @@ class GatePruner:
     def _sizes(self) -> list[list[float]]:
         """|gate| of every rank, module by module, the same on every process; −1 for what is not computed."""
         parts = [full(e_of(delta).detach()).flatten() for delta in self.deltas]
-        flat = torch.cat([part.to(parts[0].device, torch.float64) for part in parts]).abs().tolist()
+        flat = torch.cat([part.to(parts[0].device) for part in parts]).cpu().double().abs().tolist()
         closed = [c for delta in self.deltas for c in delta.closed or [False] * len(delta.kept)]
         sizes = iter(-1.0 if c else size for size, c in zip(flat, closed, strict=True))
         return [list(islice(sizes, len(delta.kept))) for delta in self.deltas]
@@ -190,6 +203,7 @@ class GatePruner:
             going = schedule.ranks(step) - schedule.ranks(schedule.next(step))
         pairs = (zip(delta.kept, of_module, strict=True) for delta, of_module in zip(self.deltas, sizes, strict=True))
         left = sorted(size for of_module in pairs for kept, size in of_module if kept)
+        going = min(going, len(left))
         self.threshold = left[going - 1] / (schedule.next(step) - step) if going else 0.0
         for delta, idle in zip(self.deltas, self.idle, strict=True):
             delta.statistics = torch.tensor([*map(float, idle), self.threshold], dtype=dtype_of(delta))

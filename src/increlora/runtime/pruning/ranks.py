@@ -80,6 +80,9 @@ class RankPruner:
     def forget(self) -> None:
         pass
 
+    def restored(self) -> None:
+        pass
+
     def before_step(self, step: int, optimizer: Optimizer, *, scale: float) -> None:
         if self.rule.observe == "before_step":
             self._observe(step, scale)
