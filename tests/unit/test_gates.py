@@ -277,8 +277,9 @@ def test_a_new_run_on_an_unfinished_one_starts_anew(options: dict) -> None:
 
 
 def test_a_checkpoint_of_a_shorter_schedule_goes_on_under_a_longer_one() -> None:
-    """There the budget would still allow more ranks than are left."""
-    first, second = adapted(r=1, init_r=4, interval_steps=8), adapted(r=1, init_r=4, interval_steps=8, total_steps=60)
+    """There more ranks may stay than are left, and more would have to go at once."""
+    options = {"r": 1, "init_r": 4, "interval_steps": 8}
+    first, second = adapted(**options), adapted(**options | {"warmup_steps": 12, "total_steps": 40})
     train(first, steps=9)
     second.load_state_dict(first.state_dict())
     train(second, start=9)
