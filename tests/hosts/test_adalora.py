@@ -1,7 +1,6 @@
 """AdaLoRA on real architectures: what peft's own AdaLoRA is known to get wrong about losses, files, resuming and
 export, shown to be right here."""
 
-import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from increlora import AdaLoraConfig, attach, export_lora, rank_summary
 from increlora.deltas import BlockDelta
 from increlora.errors import CheckpointError
 from increlora.hosts.peft.layer import AdapterLayer
+from tests.hosts.stock import assert_exports_compute_the_same
 from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits
 
 STEPS = 14
@@ -153,15 +153,7 @@ def test_t10_an_export_computes_the_same_in_stock_peft_rank_0_included(kind: str
         reloaded = PeftModel.from_pretrained(BUILDERS[kind](), tmp_path / "native", is_trainable=trainable)
         assert torch.equal(logits(reloaded, kind), expected)
         assert [d.rank for d in deltas(reloaded)] == [d.rank for d in deltas(model)]
-    for layout in ("uniform", "pattern"):
-        for name, source in (("live", model), ("folder", tmp_path / "native")):
-            written = export_lora(source, tmp_path / f"{layout}-{name}", layout)
-            assert dict(written.ranks) == {d.name: d.rank for d in deltas(model)}
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "fan_in_fan_out")
-                stock = PeftModel.from_pretrained(BUILDERS[kind](), written)
-            torch.testing.assert_close(logits(stock, kind), expected, rtol=0, atol=1e-6)
-            torch.testing.assert_close(logits(stock.merge_and_unload(), kind), expected, rtol=0, atol=1e-6)
+    assert_exports_compute_the_same(model, kind, tmp_path / "native", {d.name: d.rank for d in deltas(model)})
 
 
 def test_an_export_between_cuts_is_that_of_the_running_model(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from increlora import PriloraConfig, export_lora, rank_summary
+from increlora import PriloraConfig, rank_summary
 from increlora.deltas import BlockDelta
 from increlora.errors import BudgetError
 from increlora.hosts.peft.layer import AdapterLayer
+from tests.hosts.stock import assert_exports_compute_the_same
 from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits
 from tests.reference.loop import controller_of
 
@@ -177,14 +178,7 @@ def test_an_export_computes_the_same_in_stock_peft(kind: str, scaling: str, tmp_
     expected = logits(model, kind)
     assert any((d.lora_A0 == 0).any() for d in deltas(model).values())
     model.save_pretrained(tmp_path / "native")
-    for layout in ("uniform", "pattern"):
-        for name, source in (("live", model), ("folder", tmp_path / "native")):
-            written = export_lora(source, tmp_path / f"{layout}-{name}", layout)
-            assert dict(written.ranks) == {n: d.rank for n, d in deltas(model).items()}
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "fan_in_fan_out")
-                stock = PeftModel.from_pretrained(BUILDERS[kind](), written)
-            torch.testing.assert_close(logits(stock, kind), expected, rtol=0, atol=1e-6)
+    assert_exports_compute_the_same(model, kind, tmp_path / "native", {n: d.rank for n, d in deltas(model).items()})
     torch.testing.assert_close(logits(model.merge_and_unload(), kind), expected, rtol=0, atol=1e-5)
 
 

@@ -1,6 +1,5 @@
 """SoRA on real architectures: files, resuming as the Trainer does, modules without rank, and export."""
 
-import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from increlora import SoraConfig, export_lora, rank_summary
+from tests.hosts.stock import assert_exports_compute_the_same
 from tests.hosts.test_adalora import LABELS, STEPS, TARGETS, deltas, train
 from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits
 
@@ -44,15 +44,7 @@ def test_an_export_computes_the_same_in_stock_peft_rank_0_included(kind: str, tm
         assert torch.equal(logits(reloaded, kind), expected)
         assert [d.rank for d in deltas(reloaded)] == [d.rank for d in deltas(model)]
         assert [d.closed for d in deltas(reloaded)] == [d.closed for d in deltas(model)]
-    for layout in ("uniform", "pattern"):
-        for name, source in (("live", model), ("folder", tmp_path / "native")):
-            written = export_lora(source, tmp_path / f"{layout}-{name}", layout)
-            assert dict(written.ranks) == {d.name: d.rank for d in deltas(model)}
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "fan_in_fan_out")
-                stock = PeftModel.from_pretrained(BUILDERS[kind](), written)
-            torch.testing.assert_close(logits(stock, kind), expected, rtol=0, atol=1e-6)
-            torch.testing.assert_close(logits(stock.merge_and_unload(), kind), expected, rtol=0, atol=1e-6)
+    assert_exports_compute_the_same(model, kind, tmp_path / "native", {d.name: d.rank for d in deltas(model)})
 
 
 def test_an_export_between_cuts_is_that_of_the_running_model(tmp_path: Path) -> None:

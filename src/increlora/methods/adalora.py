@@ -14,10 +14,10 @@ from functools import partial
 
 from ..budget import Budget, resolve
 from ..deltas import Status, TripletDelta
-from ..schedules import CubicDecay, Run, in_steps
 from ..selection import keep_published, keep_top
-from .adalora_settings import AdaLoraSettings, first_rank
+from .adalora_settings import AdaLoraSettings
 from .base import Method, Site
+from .falling import cubic_of, first_rank
 from .initial import gaussian, kaiming, ones, zeros
 from .rules import PenaltyRule, RankPruning
 
@@ -34,11 +34,12 @@ class AdaLora(AdaLoraSettings):
             budget = Budget(budget.ranks, exact=False)  # the published code knows no parameter bound
         mean_rank = (budget.ranks or 0) / sites
         keep = {"exact": keep_top, "published": keep_published}[self.selection]
+        schedule = partial(cubic_of, self, late=self.selection == "published")
         return Method(
             name="adalora",
             make_delta=partial(self._delta, mean_rank=mean_rank),
             budget=budget,
-            prune=RankPruning(self._schedule, keep, self.observe, self.beta, self.beta_uncertainty),
+            prune=RankPruning(schedule, keep, self.observe, self.beta, self.beta_uncertainty),
             penalty=PenaltyRule(self.orthogonality, self.orthogonality_form, self.penalty_place)
             if self.orthogonality
             else None,
@@ -66,16 +67,3 @@ class AdaLora(AdaLoraSettings):
         if self.scaling == "constant":
             return self.lora_alpha / mean_rank
         return (self.lora_alpha if self.lora_alpha > 0 else start) / (start + self.scale_epsilon)
-
-    def _schedule(self, run: Run, start: int, end: int) -> CubicDecay:
-        if run.steps is None:
-            in_steps(1.0, run, name="the cubic of the budget")
-        return CubicDecay(
-            start,
-            end,
-            warmup=in_steps(self.warmup_steps, run, name="warmup_steps"),
-            settle=in_steps(self.settle_steps, run, name="settle_steps", least=1),
-            interval=in_steps(self.interval_steps, run, name="interval_steps", least=1),
-            total=run.steps or 0,
-            late=self.selection == "published",
-        )

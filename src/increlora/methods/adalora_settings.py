@@ -1,12 +1,12 @@
 """Settings of AdaLoRA: the default, the published code as `paper`, and the checks of both."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from ..errors import BudgetError
 from ..schedules import Time
 from .checks import check_choices, check_counts, check_shares, check_weight
+from .falling import first_rank
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,6 @@ class AdaLoraSettings:
                 f"r={self.r} is above the start of init_r={self.init_r} ranks per module: raise `init_r`, or leave it "
                 f"out for {first_rank(self.r)}"
             )
-
-
-def first_rank(average: float) -> int:
-    """Rank of a module at the start when none is given: 1.5 times the average at the end, rounded up."""
-    return math.ceil(1.5 * average)
 
 
 def paper_settings(r: int = 2, **overrides: Any) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from functools import partial
 from ..budget import Budget, resolve
 from ..deltas import Status, TripletDelta
 from ..projections import published_shrink, soft_threshold
-from ..schedules import CubicDecay, Levels, Run, in_steps
+from ..schedules import Levels, Run, in_steps
 from ..selection import keep_top
-from .adalora_settings import first_rank
 from .base import Method, Site
+from .falling import cubic_of, first_rank
 from .initial import gaussian, kaiming, normal, ones, zeros
 from .rules import GateShrinking, PenaltyRule
 from .sora_settings import SoraSettings
@@ -41,7 +41,7 @@ class Sora(SoraSettings):
             budget=budget,
             prune=GateShrinking(
                 {"exact": soft_threshold, "published": published_shrink}[self.operator],
-                self._schedule,
+                partial(cubic_of, self),
                 self._levels if self.threshold is not None else None,
                 keep_top,
                 by_rate=self.threshold_unit == "learning_rate",
@@ -67,18 +67,6 @@ class Sora(SoraSettings):
         )  # fmt: skip
         delta.status[0], delta.kept = Status.ACTIVE, [True] * rank
         return delta
-
-    def _schedule(self, run: Run, start: int, end: int) -> CubicDecay:
-        if run.steps is None:
-            in_steps(1.0, run, name="the end of the shrinking")
-        return CubicDecay(
-            start,
-            end,
-            warmup=in_steps(self.warmup_steps, run, name="warmup_steps"),
-            settle=in_steps(self.settle_steps, run, name="settle_steps", least=1),
-            interval=in_steps(self.interval_steps, run, name="interval_steps", least=1),
-            total=run.steps or 0,
-        )
 
     def _levels(self, run: Run) -> Levels:
         warmup = in_steps(self.warmup_steps, run, name="warmup_steps")

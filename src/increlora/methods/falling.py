@@ -1,0 +1,28 @@
+"""What methods that start rich and prune have in common: the rank they start at, and the budget that falls from it."""
+
+import math
+from typing import Any
+
+from ..schedules import CubicDecay, Run, in_steps
+
+
+def first_rank(average: float) -> int:
+    """Rank of a module at the start when none is given: 1.5 times the average at the end, rounded up."""
+    return math.ceil(1.5 * average)
+
+
+def cubic_of(settings: Any, run: Run, start: int, end: int, *, late: bool = False) -> CubicDecay:
+    """The cubic from `start` to `end` ranks with the settings' `warmup_steps`, `settle_steps` and `interval_steps`.
+
+    late: see `CubicDecay`.   Raises: ScheduleError if the run's length is not known, or leaves no step to fall in."""
+    if run.steps is None:
+        in_steps(1.0, run, name="the cubic of the budget")
+    return CubicDecay(
+        start,
+        end,
+        warmup=in_steps(settings.warmup_steps, run, name="warmup_steps"),
+        settle=in_steps(settings.settle_steps, run, name="settle_steps", least=1),
+        interval=in_steps(settings.interval_steps, run, name="interval_steps", least=1),
+        total=run.steps or 0,
+        late=late,
+    )
