@@ -19,7 +19,7 @@ from increlora.methods import METHODS
 
 def main(
     r: Annotated[int, typer.Option(help="Average rank per module.")] = 2,
-    rates: Annotated[str, typer.Option(help="Peak learning rates.")] = "1e-3,2e-3,4e-3",
+    rates: Annotated[str, typer.Option(help="Peak learning rates.")] = "5e-4,1e-3,2e-3",
     methods: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(METHODS),
     task: Annotated[str, typer.Option(help="As in `increlora train`.")] = "stdlib-docs",
     seed: Annotated[int, typer.Option(help="The same for all.")] = 0,
