@@ -2,7 +2,8 @@
 
 from .base import BlockDelta, Delta, Status
 from .block_diagonal import BlockDiagonalDelta
+from .four_factor import FourFactorDelta
 from .lowrank import LowRankDelta
 from .triplet import TripletDelta
 
-__all__ = ["BlockDelta", "BlockDiagonalDelta", "Delta", "LowRankDelta", "Status", "TripletDelta"]
+__all__ = ["BlockDelta", "BlockDiagonalDelta", "Delta", "FourFactorDelta", "LowRankDelta", "Status", "TripletDelta"]
