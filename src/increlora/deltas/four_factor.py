@@ -2,21 +2,25 @@
 
     lora_A0 (r, a), lora_B0 (b, r)               parameters: r (a + b) numbers, a ≤ in, b ≤ out
     lora_aux_A (a, in), lora_aux_B (out, b)      buffers: drawn once, never trained
-    lora_digest (16 bytes)                       of both buffers: tells whether others, drawn or read, are the same
+    lora_digest (16 bytes)                       buffer: which outer factors these are
 
 The outer factors are rounded, when they are drawn, to numbers that float16 and bfloat16 both hold. So every dtype of an
 adapter holds the same ones, and it takes more than another last bit of a random number to change them.
 """
 
 import hashlib
+from collections.abc import Container, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .base import BlockDelta, add_product, matched
+from ..errors import CheckpointError
+from .base import check_shape
+from .blocks import BlockDelta
+from .products import add_product, matched
 
-OUTER = ("aux_A", "aux_B")
+OUTER = {"lora_aux_A": "aux_A", "lora_aux_B": "aux_B"}  # name of the buffer: letter in `init` and `shape`
 
 
 class FourFactorDelta(BlockDelta):
@@ -48,10 +52,11 @@ class FourFactorDelta(BlockDelta):
         self.inner, self.path, self.save_projection = inner, path, save_projection
         super().__init__(in_features, out_features, *args, **options)
         assert len(self.sizes) == 1
-        outer = [self.draw(letter, 0).to(self.block(0)["A"].dtype) for letter in OUTER]
-        for letter, values in zip(OUTER, outer, strict=True):
-            self.register_buffer(f"lora_{letter}", values)
-        self.register_buffer("lora_digest", digest(*outer))
+        outer = {name: self.draw(letter, 0) for name, letter in OUTER.items()}
+        for name, values in outer.items():
+            self.register_buffer(name, values.to(self.block(0)["A"].dtype))
+        self.drawn = digest(*outer.values())  # of the seed, for good; the buffer goes with what is loaded
+        self.register_buffer("lora_digest", torch.tensor(list(self.drawn), dtype=torch.uint8))
 
     def shape(self, letter: str, size: int) -> tuple[int, int]:
         a, b = self.inner
@@ -60,7 +65,11 @@ class FourFactorDelta(BlockDelta):
 
     def draw(self, letter: str, index: int) -> Tensor:
         values = super().draw(letter, index)
-        return values.bfloat16().half() if letter in OUTER else values
+        return values.bfloat16().half() if letter in OUTER.values() else values
+
+    @property
+    def cost(self) -> int:
+        return sum(self.inner)
 
     # -- computation ---------------------------------------------------------------------------------------------
 
@@ -95,6 +104,40 @@ class FourFactorDelta(BlockDelta):
             return self.lora_aux_A.to(A.dtype), self.lora_aux_B.to(A.dtype) @ (B @ A)
         return (B @ A) @ self.lora_aux_A.to(A.dtype), self.lora_aux_B.to(A.dtype)
 
+    # -- checkpoints: outer factors are written, or drawn again; either way they must be those of the digest -----------
+
+    def saved(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = super().saved(values)
+        if not self.save_projection and bytes(kept["lora_digest"].tolist()) == self.drawn:
+            kept = {name: value for name, value in kept.items() if name not in OUTER}
+        return kept
+
+    def check(self, found: Mapping[str, Tensor]) -> None:
+        super().check(found)
+        check_shape("lora_digest", (16,), found)
+        trained_with = bytes(found["lora_digest"].tolist())
+        if not any(name in found for name in OUTER):
+            if trained_with != self.drawn:
+                raise CheckpointError(
+                    f"lora_digest: seed={self.seed} draws other outer factors here than it was trained with: give the "
+                    f"seed of that run; if this is it, save the adapter where it was trained with save_projection=True"
+                )
+            return
+        for name, letter in OUTER.items():
+            check_shape(name, self.shape(letter, 0), found)
+        outer = [found[name] for name in OUTER]
+        if not outer[0].is_meta and digest(*outer) != trained_with:  # meta: a file of which only the shapes are known
+            raise CheckpointError(
+                "lora_digest is not that of lora_aux_A and lora_aux_B: the adapter is damaged; restore it from a copy"
+            )
+
+    def left_out(self, given: Container[str]) -> dict[str, Tensor]:
+        found = super().left_out(given)
+        for name, letter in OUTER.items():
+            if name not in given:
+                found[name] = self.draw(letter, 0).to(getattr(self, name).dtype)
+        return found
+
 
 def composing_pays(tokens: int, r: int, inner: tuple[int, int], ends: tuple[int, int]) -> bool:
     """Does multiplying the weights first take no more multiplications than the four factors one after the other?
@@ -107,12 +150,12 @@ def composing_pays(tokens: int, r: int, inner: tuple[int, int], ends: tuple[int,
     return r * outer + tokens * r * sum(ends) <= tokens * (outer + r * sum(inner))
 
 
-def digest(*outer: Tensor) -> Tensor:
-    """16 bytes that tell the outer factors from any others (blake2b of their values in bfloat16, which is exact)."""
+def digest(*outer: Tensor) -> bytes:
+    """16 bytes that tell the outer factors from any others, in whatever dtype: blake2b of their values in float32."""
     found = hashlib.blake2b(digest_size=16)
     for values in outer:
-        found.update(values.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
-    return torch.tensor(list(found.digest()), dtype=torch.uint8)
+        found.update(values.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    return found.digest()
 
 
 class Frozen(torch.autograd.Function):
