@@ -39,9 +39,9 @@ class LoraMini:
             the module has.
         reduction: ρ ≥ 1, instead of inner sizes: a = in/ρ and b = out/ρ, rounded, so that ρ times fewer parameters than
             LoRA's are trained.
-        init: the outer factors have variances 1/a and 1/b and A starts so that the branch does what LoRA's does
-            (`matched`); N(0, 1) as in the published file, A ~ U(±1/√a) (`official_aux`); or orthonormal rows of A_aux
-            and columns of B_aux, A ~ U(±1/√a) (`orthonormal`). B starts at zero.
+        init: outer factors N(0, 1/a) and N(0, 1/b), a start and steps of LoRA's size (`matched`); N(0, 1), as in the
+            published file (`official_aux`); orthonormal rows of A_aux and columns of B_aux (`orthonormal`). B starts at
+            zero, A never.
         forward: multiply the weights first (`composed`), send the input through four factors and keep only a numbers of
             each token for the backward pass (`sequential`), or what takes fewer multiplications (`auto`).
         save_projection: write the outer factors to adapter files; False: draw them again on loading, and compare.
