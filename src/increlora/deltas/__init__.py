@@ -4,6 +4,10 @@ from .base import Delta, Status, Stored
 from .block_diagonal import BlockDiagonalDelta
 from .blocks import BlockDelta
 from .lowrank import LowRankDelta
+from .tensor import TensorBank, TensorDelta
 from .triplet import TripletDelta
 
-__all__ = ["BlockDelta", "BlockDiagonalDelta", "Delta", "LowRankDelta", "Status", "Stored", "TripletDelta"]
+__all__ = [
+    "BlockDelta", "BlockDiagonalDelta", "Delta", "LowRankDelta", "Status", "Stored", "TensorBank", "TensorDelta",
+    "TripletDelta",
+]  # fmt: skip
