@@ -14,7 +14,8 @@ class LortaSettings:
     """Every option of LoRTA; by name or its ending (regex, first match) a module may have its own α.
 
     Attributes:
-        r: rank of the tensor, ≥ 1, one for all modules: r · (d + d_h + H + L + 4) parameters in all.
+        r: rank of the tensor, ≥ 1, one for all modules: r · (d + d_h + H + L + 4) parameters in all (d: width of the
+            model, d_h: of a head; H heads, L attention blocks).
         lora_alpha: numerator of the scale α/r.   alpha_pattern: other α.
         lora_dropout: on the input of ΔW, in [0, 1); every module draws a mask of its own.
         orientation: which side of ΔW carries the heads: the one that has them (`head_aligned`), the input side of all
@@ -24,7 +25,7 @@ class LortaSettings:
         init_scale: the published slope, ≥ 0: larger values make C smaller.
         init_lora_weights: False draws B at random too (for tests).   seed: of the initial values.
     Architecture
-        heads, head_dim: H and d_h; None: as the model's config says.
+        heads: H, of q; None: as the model's config says.   head_dim: d_h, likewise.
         layers: names of the attention blocks, in the order of the rows of C_layer; None: all that the model has.
         matrices: what modules are, by the ending of their names: `q`, `k`, `v`, `o`, or several of q, k and v for
             stacked outputs (`qkv`); looked at before the known names.
