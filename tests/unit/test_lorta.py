@@ -272,6 +272,17 @@ def test_reentrant_checkpointing_is_refused_in_a_process_group(reentrant, groupe
     torch.testing.assert_close([x.grad, *(p.grad for p in bank.parameters())], list(expected))
 
 
+@pytest.mark.parametrize("roles", ["k", "o", "qkv"])
+def test_compiled_in_one_graph(roles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("increlora.deltas.tensor.in_process_group", lambda: True)
+    bank = random_bank()
+    delta = delta_of(bank, roles, 1, key_heads=2 if roles != "o" else None)
+    compiled, x = torch.compile(delta, backend="eager", fullgraph=True), batch(3, delta.in_features)
+    for _ in range(2):  # new values are seen
+        torch.testing.assert_close(compiled(x), x @ delta.weight().T)
+        bank.lora_B.data.add_(1)
+
+
 # ---- one owner
 
 

@@ -126,7 +126,9 @@ def refuse_reentrant_checkpointing() -> None:
     """Raise DriveError in a forward pass that re-entrant activation checkpointing repeats within a process group: each
     repeated segment has a backward pass of its own, and DDP takes the first one's gradient of a shared parameter for
     all of it. Elsewhere this costs a look or two: the call stack is read in backward passes alone."""
-    if not (in_process_group() and torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1):
+    if torch.compiler.is_compiling() or not (in_process_group() and torch.is_grad_enabled()):
+        return
+    if torch._C._current_graph_task_id() == -1:  # outside any backward pass
         return
     frame = sys._getframe(1)
     while frame is not None:

@@ -72,10 +72,10 @@ class Lorta(LortaSettings):
         bank = site.shared
         assert isinstance(bank, TensorBank)
         block, roles = place(site.name, self.matrices)
-        key_heads = self._check(site, roles, bank)
+        count = self._check(site, roles, bank)
         return TensorDelta(
             site.in_features, site.out_features, bank,
-            parts=[(ROLES.index(role), len(bank.lora_C_head) if role in "qo" else key_heads) for role in roles],
+            parts=[(ROLES.index(role), len(bank.lora_C_head) if role in "qo" else count) for role in roles],
             layer=self._layer(site, block),
             alpha=matching(self.alpha_pattern, site.name) or self.lora_alpha,
             heads_out=roles != "o" if self.orientation == "head_aligned" else self.orientation == "official_litgpt",
