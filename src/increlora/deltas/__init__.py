@@ -3,6 +3,9 @@
 from .base import BlockDelta, Delta, Status
 from .block_diagonal import BlockDiagonalDelta
 from .lowrank import LowRankDelta
+from .square import Form, SquareDelta
 from .triplet import TripletDelta
 
-__all__ = ["BlockDelta", "BlockDiagonalDelta", "Delta", "LowRankDelta", "Status", "TripletDelta"]
+__all__ = [
+    "BlockDelta", "BlockDiagonalDelta", "Delta", "Form", "LowRankDelta", "SquareDelta", "Status", "TripletDelta",
+]  # fmt: skip
