@@ -26,7 +26,7 @@ FORMS = {
     "decoupling, folded": ({"operator": "decoupling", "dead_inputs": "fold"}, ("decoupling", {"fold": True})),
     "rotation": ({"mora_type": 6, "dead_inputs": "ignore"}, ("rotation", {})),
     "rotation, adjacent": (
-        {"operator": "rotation", "dead_inputs": "ignore", "pairing": "adjacent"}, ("rotation", {"pairing": "adjacent"})),
+        {"mora_type": 6, "dead_inputs": "ignore", "pairing": "adjacent"}, ("rotation", {"pairing": "adjacent"})),
     "rotation, folded": ({"operator": "rotation", "dead_inputs": "fold"}, ("rotation", {"fold": True})),
 }  # fmt: skip
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -353,7 +353,6 @@ def test_permutations_are_the_same_everywhere_and_differ_by_round_side_and_lengt
     ({"operator": "truncation", "pad": "zero"}, "pad='zero' means nothing for operator='truncation'"),
     ({"side": "ceil"}, "side='ceil': give 'floor', 'round' or an int"),
     ({"side": 0}, "side=0"), ({"side": 2.5}, "side=2.5"), ({"side": True}, "side=True"),
-    ({"side": 5, "operator": "rotation"}, "side=5: rotation turns pairs; give an even number"),
     ({"r": 0}, "r=0"), ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
     ({"lora_alpha": 16}, "lora_alpha=16: MoRA has no scale"),  # trap 12: backends of the published code disagree on it
     ({"restart_steps": 0}, "restart_steps=0"), ({"restart_steps": -1}, "restart_steps=-1"),
@@ -383,9 +382,13 @@ def test_c13_no_wrapping_further_than_there_are_inputs(options: dict) -> None:
     assert zero(batch(2, 3)).shape == (2, 30)
 
 
-def test_an_empty_matrix_is_refused() -> None:
-    with pytest.raises(ConfigError, match="side 0 is empty"):
-        delta_of(1, 1, r=1, operator="rotation")
+@pytest.mark.parametrize(("shape", "options", "message"), [
+    ((1, 1), {"r": 1}, r"layer.3.value \(in=1, out=1\): a matrix of side 0 is empty: raise `r`"),
+    ((8, 8), {"side": 5}, "side 5 cannot be turned in pairs: give an even `side`"),
+])  # fmt: skip
+def test_a_side_that_cannot_be_is_refused(shape: tuple[int, int], options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        delta_of(*shape, operator="rotation", **options)
 
 
 @pytest.mark.parametrize(("settings", "budget"), [

@@ -1,11 +1,13 @@
 """How ΔW is built: trainable maps that know torch only (no base layer, no adapter name, no optimizer)."""
 
-from .base import BlockDelta, Delta, Status
+from .base import Delta, Status, Stored
 from .block_diagonal import BlockDiagonalDelta
+from .blocks import BlockDelta
 from .lowrank import LowRankDelta
 from .square import Form, SquareDelta
 from .triplet import TripletDelta
 
 __all__ = [
-    "BlockDelta", "BlockDiagonalDelta", "Delta", "Form", "LowRankDelta", "SquareDelta", "Status", "TripletDelta",
+    "BlockDelta", "BlockDiagonalDelta", "Delta", "Form", "LowRankDelta", "SquareDelta", "Status", "Stored",
+    "TripletDelta",
 ]  # fmt: skip

@@ -19,7 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .base import BlockDelta
+from ..errors import CheckpointError
+from .base import check_shape
+from .blocks import BlockDelta
 from .maps import Groups, Layout, Lengthen, Pairing, Rotate, Shorten, shuffled
 
 Operator = Literal["truncation", "sharing", "decoupling", "rotation"]
@@ -57,6 +59,16 @@ class Form:
     def dead(self, in_features: int, out_features: int, side: int) -> int:
         """Inputs that reach no output because their chunk has no place there."""
         return max(0, in_features - self.counts(in_features, out_features, side)[0] * side) if self.chunked else 0
+
+    def misfit(self, in_features: int, side: int) -> str | None:
+        """Why a matrix of this side cannot be used, if so."""
+        if side < 1:
+            return "is empty: raise `r`, or leave the module out of `target_modules`"
+        if self.operator == "rotation" and side % 2:
+            return "cannot be turned in pairs: give an even `side`"
+        if self.wrap and self.padding(in_features, side) > in_features:
+            return "needs more than twice the inputs there are: lower `r`, or set pad='zero'"
+        return None
 
     def padding(self, in_features: int, side: int) -> int:
         """Inputs that are missing in the last chunk or row, where the form has such."""
@@ -112,7 +124,7 @@ class SquareMaps:
         form = self.form
         h = h.flatten(-2) if form.chunked else h
         if not form.shuffle:
-            return Lengthen.apply(y, h, self.outer)  # type: ignore[no-any-return]
+            return Lengthen.apply(y, h, self.outer)
         order = shuffled(f"{form.shuffle}/out", self.out_features, y.device)
         added: Tensor = Lengthen.apply(torch.zeros_like(y), h, self.outer)
         return y + added.index_select(-1, order)
@@ -128,6 +140,7 @@ class SquareDelta(BlockDelta):
     """
 
     letters = ("M",)
+    lora_M0: nn.Parameter
     lora_past: Tensor | None
 
     def __init__(self, *args: Any, form: Callable[[int], Form], **options: Any) -> None:
@@ -207,8 +220,12 @@ class SquareDelta(BlockDelta):
 
     def check(self, found: Mapping[str, Tensor]) -> None:
         super().check(found)
+        side, turns = len(found["lora_M0"]), found[PAST].shape[:1] if PAST in found else ()
+        for turn in range(1 + sum(turns)):
+            if reason := self.form(turn).misfit(self.in_features, side):
+                raise CheckpointError(f"lora_M0: side {side} {reason}; the adapter is damaged or of another model")
         if PAST in found:
-            check_shape(PAST, (len(found[PAST]), *found["lora_M0"].shape), found)
+            check_shape(PAST, (*turns, side, side), found)
 
     def fit(self, found: Mapping[str, Tensor], *, keep_dormant: bool) -> None:
         super().fit(found, keep_dormant=keep_dormant)

@@ -88,10 +88,8 @@ def check_fits(form: Form, site: Site, side: int, dead_inputs: str) -> None:
     """Raise ConfigError, naming the module, if the maps leave inputs without any output or cannot pad so far."""
     shape = site.in_features, site.out_features
     where = f"{site.name} (in={site.in_features}, out={site.out_features}): a matrix of side {side}"
-    if side < 1:
-        raise ConfigError(f"{where} is empty: raise `r`, or leave the module out of `target_modules`")
-    if form.wrap and form.padding(site.in_features, side) > site.in_features:
-        raise ConfigError(f"{where} needs more than twice the inputs there are: lower `r`, or set pad='zero'")
+    if reason := form.misfit(site.in_features, side):
+        raise ConfigError(f"{where} {reason}")
     dead = form.dead(*shape, side)
     if dead and dead_inputs == "refuse":
         raise ConfigError(

@@ -1,6 +1,6 @@
 """Settings of MoRA: which square matrix, which fixed maps, which restarts; the published types; the checks of all."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from ..deltas.maps import Layout, Pairing
@@ -72,10 +72,10 @@ class MoraSettings:
     def paper(cls, r: int = 8, **overrides: Any) -> Self:
         """The published code; unless given, mora_type = 1, its default (its authors: 1 for a large r, 6 for a small
         one), and lora_dropout = 0.05. Restarts, if any, cycle through the types."""
-        chosen: dict[str, Any] = {"mora_type": 1, "side": "round", "lora_dropout": 0.05, "restart_maps": "cycle"} | overrides
-        if chosen["mora_type"] == 6:
-            chosen = {"dead_inputs": "ignore", **chosen}
-        return cls(r=r, **chosen)
+        chosen: dict[str, Any] = {"mora_type": 1, "side": "round", "lora_dropout": 0.05, "restart_maps": "cycle"}
+        if overrides.get("mora_type") == 6:
+            chosen["dead_inputs"] = "ignore"
+        return cls(**{"r": r} | chosen | overrides)
 
     def __post_init__(self) -> None:
         check_counts(self, ("r", "total_steps"))
@@ -86,9 +86,7 @@ class MoraSettings:
         self._check_side()
         self._check_restarts()
         if self.lora_alpha != 8:
-            raise ConfigError(
-                f"lora_alpha={self.lora_alpha}: MoRA has no scale; leave it out, and set the learning rate"
-            )
+            raise ConfigError(f"lora_alpha={self.lora_alpha}: MoRA has no scale; leave it out, set the learning rate")
 
     @property
     def maps(self) -> tuple[Operator, Layout, Layout]:
@@ -106,6 +104,10 @@ class MoraSettings:
         folded = self.dead_inputs == "fold"
         return Form(*self.maps, wrap=self.pad == "wrap", pairing=self.pairing, fold=folded)
 
+    def _chosen(self, name: str) -> bool:
+        """Is an option not at its default?"""
+        return getattr(self, name) != type(self).__dataclass_fields__[name].default
+
     def _check_type(self) -> None:
         if self.mora_type is None:
             return
@@ -115,24 +117,20 @@ class MoraSettings:
                 f"and decoupling have no number, choose them by `operator`"
             )
         for name in ("operator", "compress", "expand"):
-            if getattr(self, name) != default(name):
+            if self._chosen(name):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: mora_type={self.mora_type} says so already")
 
     def _check_operator(self) -> None:
         for name, operators in GOES_WITH.items():
-            if getattr(self, name) != default(name) and self.maps[0] not in operators:
+            if self._chosen(name) and self.maps[0] not in operators:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} means nothing for operator={self.maps[0]!r}, only for "
                     f"{' and '.join(operators)}: leave it out"
                 )
 
     def _check_side(self) -> None:
-        if self.side in ("floor", "round"):
-            return
-        if isinstance(self.side, bool) or not isinstance(self.side, int) or self.side < 1:
+        if self.side not in ("floor", "round") and (type(self.side) is not int or self.side < 1):
             raise ConfigError(f"side={self.side!r}: give 'floor', 'round' or an int of at least 1")
-        if self.maps[0] == "rotation" and self.side % 2:
-            raise ConfigError(f"side={self.side}: rotation turns pairs; give an even number")
 
     def _check_restarts(self) -> None:
         in_steps(self.restart_warmup, Run(1, 1), name="restart_warmup")
@@ -146,8 +144,3 @@ class MoraSettings:
                 f"restart_maps={self.restart_maps!r} goes through the published types {ROUNDS[self.restart_maps]}, and "
                 f"a start at {self.published or self.maps[0]!r} is none of them: choose another, or 'permute'"
             )
-
-
-def default(name: str) -> Any:
-    """Default of an option."""
-    return next(option.default for option in fields(MoraSettings) if option.name == name)
