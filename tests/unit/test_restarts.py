@@ -1,6 +1,8 @@
-"""ReMoRA: what a restart does to the rank, the function, the optimizer and the learning rate (C11), and when it is due."""
+"""ReMoRA: what a restart does to rank, function, optimizer and learning rate (C11), and when it is due."""
 
+import itertools
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -60,7 +62,7 @@ def test_c11_permutations_add_almost_a_side_each_time(operator: str) -> None:
     found = ranks(delta_of(64, 8, operator=operator), 8)
     if operator == "sharing":
         assert found == [8 + turn * 7 for turn in range(8)] == [8, 15, 22, 29, 36, 43, 50, 57]
-    assert all(later > earlier for earlier, later in zip(found, found[1:], strict=False))
+    assert all(later > earlier for earlier, later in itertools.pairwise(found))
 
 
 @pytest.mark.parametrize("options", [
@@ -78,7 +80,7 @@ def test_c11_a_restart_changes_nothing_and_later_rounds_add_to_it(options: dict)
         torch.testing.assert_close(delta(x), before, rtol=1e-13, atol=1e-13)
         assert not delta.lora_M0.any() and torch.equal(delta.lora_past[turn], M)
         alone = delta_of(14, 4, **options)
-        alone.form = lambda _, form=delta.form(turn): form
+        alone.form = partial(lambda form, _: form, delta.form(turn))
         with torch.no_grad():
             alone.lora_M0.copy_(M)
         parts.append(alone.weight())
