@@ -424,3 +424,16 @@ def test_maps_of_the_rounds(maps: str, start: int, expected: list[int]) -> None:
         assert (form.compress, form.expand) == TYPES[number] and not form.wrap and not form.shuffle
     permuted = Mora(mora_type=start, restart_steps=5)
     assert [permuted.round_form(turn).shuffle for turn in range(3)] == ["", "0/1", "0/2"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own: it makes an autograd.Function while tracing
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")  # traced: angles
+@pytest.mark.parametrize("form", ["type 1", "rotation, folded"])
+def test_a_compiled_forward_pass_has_no_graph_break(form: str) -> None:
+    delta, x = random(form, (21, 9, 4)), batch(5, 21)
+    compiled = torch.compile(delta, backend="aot_eager", fullgraph=True)
+    compiled(x).sum().backward()
+    expected, delta.lora_M0.grad = delta.lora_M0.grad.clone(), None
+    delta(x).sum().backward()
+    torch.testing.assert_close(delta.lora_M0.grad, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(compiled(x), delta(x), rtol=1e-12, atol=1e-12)
