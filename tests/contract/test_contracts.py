@@ -16,6 +16,7 @@ from increlora import (
     IncreLoraConfig,
     LortaConfig,
     MeloraConfig,
+    MoraConfig,
     PlainLoraConfig,
     PriloraConfig,
     SoraConfig,
@@ -115,6 +116,12 @@ def placed(name: str, **options: Any) -> Row:
     )  # fmt: skip
 
 
+def restarted(name: str, **options: Any) -> Row:
+    """A row of ReMoRA with restarts after steps 4, 8 and 12 of 16."""
+    chosen = {"r": 3, "restart_steps": 0.25, "restart_warmup": 2, "total_steps": STEPS} | options
+    return Row(name, MoraConfig, chosen, ranks="fixed", driven=True, shares={"total_steps": None})
+
+
 ADVANCE = {"reserve": "trained", "newborn": "published", "orthogonality": 0.1}  # as published
 
 
@@ -163,6 +170,19 @@ ROWS = [
     placed("lorta"),
     placed("lorta, as lora starts", init="lora_matched", alpha_pattern={"q_proj": 5}),
     Row("melora", MeloraConfig, {"r": 3, "minis": 4, "minis_pattern": {"head": 1}}, ranks="fixed", shares={}),
+    Row("mora", MoraConfig, {"r": 3}, ranks="fixed", shares={}),
+    Row("mora, blocks", MoraConfig, {"r": 2, "mora_type": 2}, ranks="fixed", shares={}),
+    Row("mora, zero-padded", MoraConfig, {"r": 2, "mora_type": 4, "pad": "zero"}, ranks="fixed", shares={}),
+    Row("mora, truncation", MoraConfig, {"r": 3, "operator": "truncation"}, ranks="fixed", shares={}),
+    Row("mora, decoupling", MoraConfig, {"r": 2, "operator": "decoupling", "dead_inputs": "fold"}, ranks="fixed",
+        shares={}),
+    Row("mora, rotation", MoraConfig, {"r": 2, "operator": "rotation", "dead_inputs": "fold"}, ranks="fixed",
+        shares={}),
+    Row("mora, paper", MoraConfig.paper, {"r": 2, "mora_type": 6, "lora_dropout": 0.0}, ranks="fixed", shares={}),
+    restarted("mora, restarts"),
+    restarted("mora, restarts in a cycle", mora_type=3, restart_maps="cycle"),
+    restarted("mora, restarts of the same", restart_maps="same", restart_warmup=0),
+    restarted("mora, restarts of rotation", r=2, operator="rotation", dead_inputs="fold"),
 ]  # fmt: skip
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
 growing_rows = pytest.mark.parametrize("row", [row for row in ROWS if row.ranks == "grow"], ids=str)

@@ -4,10 +4,12 @@ from .base import Delta, Status, Stored
 from .block_diagonal import BlockDiagonalDelta
 from .blocks import BlockDelta
 from .lowrank import LowRankDelta
+from .square import Form, SquareDelta
 from .tensor import TensorBank, TensorDelta
 from .triplet import TripletDelta
 
 __all__ = [
-    "BlockDelta", "BlockDiagonalDelta", "Delta", "LowRankDelta", "Status", "Stored", "TensorBank", "TensorDelta",
+    "BlockDelta", "BlockDiagonalDelta", "Delta", "Form", "LowRankDelta", "SquareDelta", "Status", "Stored",
+    "TensorBank", "TensorDelta",
     "TripletDelta",
 ]  # fmt: skip
