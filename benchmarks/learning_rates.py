@@ -1,4 +1,4 @@
-"""Every method at its best learning rate: the demo's task and length, one small grid for all.
+"""Every method at its best learning rate: the demo's task and length, a small grid for each.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/learning_rates.py
 
@@ -16,34 +16,39 @@ from planted import finished
 from increlora.cli.settings import TrainSettings
 from increlora.methods import METHODS
 
+RATES = "5e-4,1e-3,2e-3"
+OWN_RATES = {"lorta": "5e-3,1e-2,2e-2"}  # a method whose published rates are far from those of LoRA
+
 
 def main(
-    r: Annotated[int, typer.Option(help="Average rank per module.")] = 2,
-    rates: Annotated[str, typer.Option(help="Peak learning rates.")] = "5e-4,1e-3,2e-3",
+    r: Annotated[int, typer.Option(help="As in `increlora train`.")] = 2,
+    rates: Annotated[str | None, typer.Option(help="Peak learning rates of all methods.")] = None,
     methods: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(METHODS),
     task: Annotated[str, typer.Option(help="As in `increlora train`.")] = "stdlib-docs",
     seed: Annotated[int, typer.Option(help="The same for all.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/rates"),
 ) -> None:
     """Train what is missing, and print the table."""
-    columns = rates.split(",")
-    print(f"| method | {' | '.join(f'lr {rate}' for rate in columns)} | ranks | parameters peak / average / end |")
-    print(f"| --- |{' --- |' * (len(columns) + 2)}")
+    print("| method | learning rate: result | ranks | parameters peak / average / end |")
+    print("| --- | --- | --- | --- |")
     for method in methods.split(","):
-        settings = [TrainSettings(method=method, task=task, r=r, lr=float(rate), seed=seed) for rate in columns]
-        runs = [finished(out, f"{task} r{r} {method} {rate}", s) for rate, s in zip(columns, settings, strict=True)]
-        print(row(method, [json.loads((run / "run.json").read_text()) for run in runs]), flush=True)
+        grid = (rates or OWN_RATES.get(method, RATES)).split(",")
+        settings = [TrainSettings(method=method, task=task, r=r, lr=float(rate), seed=seed) for rate in grid]
+        runs = [finished(out, f"{task} r{r} {method} {rate}", s) for rate, s in zip(grid, settings, strict=True)]
+        print(row(method, grid, [json.loads((run / "run.json").read_text()) for run in runs]), flush=True)
 
 
-def row(method: str, states: list[dict[str, Any]]) -> str:
+def row(method: str, grid: list[str], states: list[dict[str, Any]]) -> str:
     """Metric of each run, the best in bold; ranks and parameters of that one. A run without a number has diverged."""
     values = [state["metric"]["after"] for state in states]
     sign = 1 if states[0]["metric"]["higher_is_better"] else -1
     best = max((i for i, v in enumerate(values) if v is not None), key=lambda i: sign * values[i], default=0)
-    cells = ["diverged" if v is None else f"**{v:.3f}**" if i == best else f"{v:.3f}" for i, v in enumerate(values)]
+    shown = ["diverged" if v is None else f"**{v:.3f}**" if i == best else f"{v:.3f}" for i, v in enumerate(values)]
+    cell = " · ".join(f"{rate}: {value}" for rate, value in zip(grid, shown, strict=True))
     budget = states[best]["budget"]
+    target = "" if budget["ranks_target"] is None else f" of {budget['ranks_target']}"
     parameters = " / ".join(f"{budget[f'parameters_{when}']:,.0f}" for when in ("peak", "average", "used"))
-    return f"| {method} | {' | '.join(cells)} | {budget['ranks_used']} of {budget['ranks_target']} | {parameters} |"
+    return f"| {method} | {cell} | {budget['ranks_used']}{target} | {parameters} |"
 
 
 if __name__ == "__main__":

@@ -7,39 +7,32 @@ model = get_peft_model(base, IncreLoraConfig(r=8, target_modules="all-linear")) 
 Trainer(model=model, args=args, train_dataset=data).train()                       # ranks grow by themselves
 """
 
+from typing import Any
+
 from .errors import IncreloraError
 from .hosts.allocation import allocation_to_lora_config
 from .hosts.engines import check_export
 from .hosts.export import export_lora
 from .hosts.merge import export_merged
-from .hosts.peft import (
-    AdaLoraConfig,
-    IncreLoraConfig,
-    MeloraConfig,
-    PlainLoraConfig,
-    PriloraConfig,
-    SoraConfig,
-    attach,
-    rank_summary,
-)  # fmt: skip
+from .hosts.peft import CONFIGS, attach, rank_summary
 from .hosts.warm_start import warm_start
 from .runtime import regularization_loss
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdaLoraConfig",
-    "IncreLoraConfig",
-    "IncreloraError",
-    "MeloraConfig",
-    "PlainLoraConfig",
-    "PriloraConfig",
-    "SoraConfig",
-    "allocation_to_lora_config",
-    "attach",
-    "check_export",
-    "export_lora",
-    "export_merged",
-    "rank_summary",
-    "regularization_loss",
-    "warm_start",
-]
+    "IncreloraError", "allocation_to_lora_config", "attach", "check_export", "export_lora", "export_merged",
+    "rank_summary", "regularization_loss", "warm_start",
+]  # fmt: skip
+__all__ += [config_cls.__name__ for config_cls in CONFIGS.values()]
+
+
+def __getattr__(name: str) -> Any:
+    """The config classes, one for every method in `methods.METHODS`."""
+    for config_cls in CONFIGS.values():
+        if config_cls.__name__ == name:
+            return config_cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

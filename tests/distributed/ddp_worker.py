@@ -52,7 +52,7 @@ def averages(process: int) -> list[float]:
 
 def without_the_gate(process: int) -> str:
     """What DDP says where idle parameters take no part in the backward pass."""
-    with patch("increlora.deltas.base.in_process_group", return_value=False):
+    with patch("increlora.deltas.blocks.in_process_group", return_value=False):
         try:
             train("plain", process)
         except RuntimeError as error:

@@ -268,7 +268,7 @@ def test_the_card_counts_what_was_trained(tmp_path: Path) -> None:
     model = trained()
     model.save_pretrained(tmp_path)
     count = rank_summary(model).parameters
-    assert f"{count:,} parameters in LoRA form (budget {count:,})" in (tmp_path / "README.md").read_text()
+    assert f"{count:,} parameters (budget {count:,})" in (tmp_path / "README.md").read_text()
 
 
 def test_an_allocation_of_it_is_lora_of_the_same_parameters() -> None:
@@ -285,7 +285,7 @@ def test_it_starts_others_but_no_other_adapter_fits_it(tmp_path: Path) -> None:
     close(logits(lora, "bert"), logits(model, "bert"))
     fresh = adapted()
     before = logits(fresh, "bert")
-    with pytest.raises(ConfigError, match="query has mini adapters"):
+    with pytest.raises(ConfigError, match="query: MELORA has no place"):
         warm_start(fresh, lora)
     assert torch.equal(logits(fresh, "bert"), before) and not deltas(fresh)[0].lora_B0.any()
 

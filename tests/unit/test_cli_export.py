@@ -179,7 +179,7 @@ def test_inspect_shows_ranks_and_budget_of_a_run(run: Path) -> None:
     assert [sorted(map(int, row[1:])) for row in rows] == [
         sorted(rank for name, rank in ranks.items() if f"layers.{row[0]}." in name) for row in rows
     ]
-    assert re.search(r"parameters +\d+ of 432 in LoRA form", text)  # 3 · (2·(16+16) + 2·(24+16))
+    assert re.search(r"parameters +\d+ of 432\s", text)  # 3 · (2·(16+16) + 2·(24+16))
 
 
 def test_inspect_reads_lora_and_adalora(run: Path, tmp_path: Path) -> None:

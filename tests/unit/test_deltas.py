@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from increlora import IncreLoraConfig, attach
-from increlora.deltas import BlockDelta, LowRankDelta, Status, TripletDelta, base
+from increlora.deltas import BlockDelta, LowRankDelta, Status, TripletDelta, blocks
+from increlora.deltas.state import ModuleState
 from increlora.methods import IncreLora, Lora, Site
 from increlora.methods.initial import gaussian, kaiming, ones, zeros
 
@@ -339,13 +340,19 @@ def test_blocks_unknown_to_a_checkpoint_stay_dormant() -> None:
     assert (large.born, large.reserved) == ([-1, 4, -1], [-1, 2, -1])
 
 
+def checkpoint(sizes: dict[int, int], count: int) -> dict[str, Tensor]:
+    """What a checkpoint with `count` blocks says of those in `sizes`."""
+    state = ModuleState([0.0] * 3, [int(ACTIVE)] * count, [-1] * count, [-1] * count)
+    return {"lora_state": state.pack()} | {f"lora_A{i}": torch.zeros(size, 5) for i, size in sizes.items()}
+
+
 def test_fit_takes_the_blocks_of_a_checkpoint() -> None:
     delta = build(TripletDelta, [ACTIVE, DORMANT], sizes=(2, 1, 3))
-    delta.fit({0: 2, 1: 3, 3: 1}, 4, keep_dormant=True)
+    delta.fit(checkpoint({0: 2, 1: 3, 3: 1}, 4), keep_dormant=True)
     assert delta.sizes == [2, 3, 1, 1]
     assert [tuple(delta.block(1)[k].shape) for k in "AEB"] == [(3, 5), (3, 1), (3, 3)]
     assert delta.block(2) and all(p.dtype == torch.float64 for p in delta.parameters())
-    delta.requires_grad_(False).fit({0: 2, 3: 1}, 5, keep_dormant=False)
+    delta.requires_grad_(False).fit(checkpoint({0: 2, 3: 1}, 5), keep_dormant=False)
     assert [bool(delta.block(i)) for i in range(5)] == [True, False, False, True, False]
     assert not any(p.requires_grad for p in delta.parameters())
 
@@ -377,7 +384,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_idle_ranks_do_not_move(name: str, gated: bool, monkeypatch) -> None:
     """With momentum, weight decay, a schedule and clipping; also where DDP gives idle blocks a gradient of zero."""
-    monkeypatch.setattr(base, "in_process_group", lambda: gated)
+    monkeypatch.setattr(blocks, "in_process_group", lambda: gated)
     model = net()
     optimizer = OPTIMIZERS[name]([p for p in model.parameters() if p.requires_grad])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda g: 1 / (1 + 0.1 * g))
@@ -433,7 +440,7 @@ def test_the_zero_gate_changes_nothing(monkeypatch) -> None:
     """Its gradients are zeros, so neither clipping nor the active ranks notice it."""
 
     def train(gated: bool) -> list[Tensor]:
-        monkeypatch.setattr(base, "in_process_group", lambda: gated)
+        monkeypatch.setattr(blocks, "in_process_group", lambda: gated)
         model = net()
         optimizer = OPTIMIZERS["AdamW"]([p for p in model.parameters() if p.requires_grad])
         controller = attach(model, optimizer, total_steps=20)

@@ -27,11 +27,9 @@ def inspect(
 
 
 def totals(adapter: Adapter, folder: Path) -> Table:
-    """Ranks, parameters in LoRA form, layout and size."""
+    """Ranks, parameters, layout and size."""
     ranks = list(adapter.ranks.values())
-    costs = {name: A.shape[1] + B.shape[0] for name, (A, B) in adapter.factors.items()}
-    parameters = sum(rank * costs[name] for name, rank in adapter.ranks.items())
-    budget = budget_of(adapter, costs)
+    budget = budget_of(adapter, {name: A.shape[1] + B.shape[0] for name, (A, B) in adapter.factors.items()})
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(overflow="fold")
@@ -39,7 +37,7 @@ def totals(adapter: Adapter, folder: Path) -> Table:
     table.add_row("base", str(adapter.config.base_model_name_or_path or "not named"))
     spread = f"mean {sum(ranks) / len(ranks):.2f}, from {min(ranks)} to {max(ranks)}"
     table.add_row("ranks", f"{sum(ranks):,}{of(budget.ranks)} over {len(ranks)} modules: {spread}")
-    table.add_row("parameters", f"{parameters:,}{of(budget.parameters)} in LoRA form")
+    table.add_row("parameters", f"{adapter.parameters:,}{of(budget.parameters)}")
     if adapter.others:
         table.add_row("beside it", f"{sum(t.numel() for t in adapter.others.values()):,} parameters trained in full")
     table.add_row("file", f"{(folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size:,} bytes")

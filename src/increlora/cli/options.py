@@ -8,13 +8,14 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError
-from ..hosts.peft.config import CONFIGS, default_of
+from ..hosts.peft.config import CONFIGS, OURS, default_of
 from ..methods import METHODS
 from ..naming import nearest
 
 OWN_FLAG = {"r": "--r", "seed": "--seed", "target_modules": "--target-modules"}
-SET_HERE = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode",
-            "ranks", "blocks", "increlora_version"}  # fmt: skip
+SET_HERE = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode", *OURS
+}  # fmt: skip
 
 
 def config_class(method: str) -> Any:

@@ -133,7 +133,7 @@ def grown(holdings: Sequence[Holding], plan: Plan) -> list[Holding]:
 
 
 def parameters_forecast(forecasts: Sequence[Forecast], steps: int, now: int, budget: int | None) -> str:
-    """Adapter parameters in LoRA form: at the end, and their average over the steps."""
+    """Adapter parameters: at the end, and their average over the steps."""
     if not forecasts:
         return f"{now:,} throughout"
     begins = [max(0, f.step + 1) for f in forecasts] + [steps]
@@ -149,7 +149,7 @@ def memory_forecast(model: nn.Module, adapter: int) -> str:
     of a pruning method; no activations."""
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
     capacity = sum(p.numel() for n, p in model.named_parameters() if ".lora_delta." in n)
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in trained)
+    frozen = sum(t.nbytes for t in [*model.parameters(), *model.buffers()] if id(t) not in trained)
     heads = sum(trained.values()) - capacity
     moving = (adapter + heads) * FLOAT_BYTES * (1 + ADAM_STATES)
     parts = {

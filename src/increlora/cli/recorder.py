@@ -19,9 +19,9 @@ class Recorder(TrainerCallback):
 
         {"step", "loss", "learning_rate", "ranks", "parameters", "seconds"[, metrics]}
 
-    step: optimizer steps done.   ranks: active after the step.   parameters: live during the step, in LoRA form,
-    reserve included.   seconds: of training so far, without evaluation.   The task's metrics, each under its name, are
-    there every `evaluate_every` steps and at the end; row 0 has nothing but the metrics before training.
+    step: optimizer steps done.   ranks: active after the step.   parameters: live during the step, reserve included (in
+    LoRA form, where the method has one).   seconds: of training so far, without evaluation.   The task's metrics, each
+    under its name, are there every `evaluate_every` steps and at the end; row 0 has nothing but those before training.
     """
 
     def __init__(
@@ -65,6 +65,6 @@ class Recorder(TrainerCallback):
 
 
 def live_parameters(model: nn.Module) -> int:
-    """Adapter parameters in LoRA form that count now, Σ (active + reserve) · (in + out): those that are computed, but
-    where ranks are pruned those that the last cut has kept."""
-    return sum((m.active + m.reserve) * m.cost for m in rank_summary(model).modules)
+    """Adapter parameters that count now, of active ranks and reserve: those that are computed, but where ranks are
+    pruned those that the last cut has kept."""
+    return rank_summary(model).live_parameters

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import BlockDelta, matched
+from .blocks import BlockDelta
+from .products import matched
 
 
 class BlockDiagonalDelta(BlockDelta):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .base import BlockDelta
+from .blocks import BlockDelta
 
 
 class LowRankDelta(BlockDelta):

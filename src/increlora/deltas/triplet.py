@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import BlockDelta, Status
+from .base import Status
+from .blocks import BlockDelta
 
 
 class TripletDelta(BlockDelta):

@@ -6,7 +6,7 @@ folder that holds it.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,16 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..deltas import BlockDelta
+from ..deltas import Delta, Stored
 from ..errors import CheckpointError, ConfigError, ExportError
-from ..methods import Method, Site
+from ..methods import Site
 from ..naming import natural
 from .foreign import adalora_factors, described, live_factors, lora_factors
 from .lora_format import PREFIX, read_config, read_shapes
 from .peft import checkpoint
 from .peft.config import CONFIGS, check_folder
 from .peft.drive import chosen_adapter
-from .peft.model import adapter_layers
+from .peft.model import SHARED, adapter_layers, shared_parameters
 
 READERS = {"LORA": lora_factors, "ADALORA": adalora_factors}
 KNOWN = (*CONFIGS, *READERS)
@@ -41,6 +41,7 @@ class Adapter:
         kind: peft type.   config: ours, or a LoraConfig that says what the adapter belongs to.
         factors: module → (A, B) with ΔW = B A, zero components left out.
         ranks: module → rank in use: active rank of ours, components that are not zero of others.
+        parameters: how many these are, as `rank_summary` counts them.
         others: further tensors (`modules_to_save`) by module path.
         every: names of all modules of the base model, None where only the adapter is known.
     """
@@ -49,6 +50,7 @@ class Adapter:
     config: Any
     factors: Mapping[str, tuple[Tensor, Tensor]]
     ranks: Mapping[str, int]
+    parameters: int
     others: Mapping[str, Tensor]
     every: frozenset[str] | None
 
@@ -92,7 +94,7 @@ def from_model(model: nn.Module, adapter_name: str | None) -> Adapter:
     deltas = {n.removeprefix(PREFIX): layer.delta(name) for n, layer in adapter_layers(model, name).items()}
     config = model.peft_config[name]  # type: ignore[index]
     rest = others(get_peft_model_state_dict(model, adapter_name=name))
-    return native(config, deltas, rest, base_names(model))
+    return native(config, deltas, shared_parameters(model, name), rest, base_names(model))
 
 
 def foreign_adapter(model: nn.Module, adapter_name: str | None) -> str | None:
@@ -121,21 +123,17 @@ def from_folder(path: Path) -> Adapter:
     parts = checkpoint.split(state)
     if not parts:
         raise CheckpointError(f"{path / SAFETENSORS_WEIGHTS_NAME} holds no module of ours: it is damaged or foreign")
-    shapes = {name: features(name, found) for name, found in parts.items()}
-    totals = len(shapes), sum(m + n for m, n in shapes.values())
-    method = config.settings().method(*totals)
-    peers = tuple((name, m, n) for name, (m, n) in shapes.items())
-    sites = {name: Site(name, *shapes[name], *totals, peers=peers) for name in parts}
-    deltas = {name: rebuilt(method, sites[name], found) for name, found in parts.items()}
-    return native(config, deltas, others(state), None)
+    deltas, shared = rebuilt(config, parts)
+    return native(config, deltas, sum(p.numel() for p in shared.parameters()) if shared else 0, others(state), None)
 
 
 def native(
-    config: Any, deltas: Mapping[str, BlockDelta], rest: Mapping[str, Tensor], every: frozenset[str] | None
+    config: Any, deltas: Mapping[str, Delta], shared: int, rest: Mapping[str, Tensor], every: frozenset[str] | None
 ) -> Adapter:
     factors = {name: nonzero(*delta.factors()) for name, delta in deltas.items()}
     ranks = {name: delta.rank for name, delta in deltas.items()}
-    return Adapter(config.peft_type.value, config, factors, ranks, rest, every)
+    parameters = shared + sum(delta.rank * delta.cost for delta in deltas.values())
+    return Adapter(config.peft_type.value, config, factors, ranks, parameters, rest, every)
 
 
 def foreign(
@@ -144,8 +142,9 @@ def foreign(
 ) -> Adapter:  # fmt: skip
     factors = {name: nonzero(*pair) for name, pair in pairs.items()}
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
+    parameters = sum(A.numel() + B.numel() for A, B in factors.values())
     config: LoraConfig = described(raw)
-    return Adapter(kind, config, factors, ranks, rest, every)
+    return Adapter(kind, config, factors, ranks, parameters, rest, every)
 
 
 def others(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -155,25 +154,34 @@ def others(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in named.items() if key.rpartition(".")[0] not in ours}
 
 
-def features(name: str, found: Mapping[str, Tensor]) -> tuple[int, int]:
-    """(in, out) of a module, from its first block."""
-    first = next(iter(checkpoint.present(found)), None)
-    if first is None or f"lora_B{first}" not in found:
-        raise CheckpointError(f"{name} has no complete block: the adapter file is incomplete or not increlora's")
-    return checkpoint.features(found[f"lora_A{first}"], found[f"lora_B{first}"])
-
-
-def rebuilt(method: Method, site: Site, found: Mapping[str, Tensor]) -> BlockDelta:
-    """The delta of one module as the checkpoint left it: the one place that knows the scaling rules."""
+def rebuilt(config: Any, parts: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, Delta], Stored | None]:
+    """The deltas of all modules, and what they share, as a checkpoint left them; no model is built."""
+    shapes = checked_shapes(config)
+    totals = len(shapes), sum(m + n for m, n in shapes.values())
+    peers = tuple((name, m, n) for name, (m, n) in shapes.items())
+    sites = [Site(name, m, n, *totals, peers=peers) for name, m, n in peers]
     try:
-        delta = method.make_delta(site)
+        method = config.settings().method(*totals)
+        shared = method.make_shared(sites) if method.make_shared is not None else None
+        deltas = {site.name: method.make_delta(replace(site, shared=shared)) for site in sites}
     except ConfigError as error:
         raise CheckpointError(f"{error}: the adapter's config and weights do not belong together") from error
-    assert isinstance(delta, BlockDelta)
-    checkpoint.check_blocks(site.name, delta, found)
-    checkpoint.fit_delta(delta, found, keep_dormant=False)
-    delta.load_state_dict({"_extra_state" if k == "lora_state" else k: v for k, v in found.items()}, assign=True)
-    return delta
+    modules: dict[str, Stored] = {**({SHARED: shared} if shared is not None else {}), **deltas}
+    checkpoint.check_parts(modules, parts)
+    for name, part in parts.items():
+        checkpoint.load(modules[name], part)
+    return deltas, shared
+
+
+def checked_shapes(config: Any) -> dict[str, tuple[int, int]]:
+    """(in, out) of every module. Raises CheckpointError if the config does not say."""
+    shapes = config.shapes
+    if not isinstance(shapes, dict) or not shapes:
+        raise CheckpointError("adapter_config.json has no `shapes` of the modules: restore it from a copy")
+    for name, shape in shapes.items():
+        if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+            raise CheckpointError(f"adapter_config.json: shapes of {name}: {shape!r}, expected [in, out]")
+    return {name: (shapes[name][0], shapes[name][1]) for name in sorted(shapes, key=natural)}
 
 
 def nonzero(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

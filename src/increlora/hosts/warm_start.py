@@ -10,7 +10,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..allocation import Holding
-from ..deltas import BlockDelta, Status
+from ..deltas import BlockDelta, LowRankDelta, Status, TripletDelta
 from ..errors import ConfigError, DriveError
 from ..runtime import controllers_of
 from ..runtime.scoring import check_budget
@@ -42,7 +42,7 @@ def warm_start(
         (source). The model is then unchanged.
     """
     name = chosen_adapter(model, adapter_name)
-    deltas = {n.removeprefix(PREFIX): layer.delta(name) for n, layer in adapter_layers(model, name).items()}
+    deltas = low_rank(model, name)
     given = read_adapter(source)
     check_fresh(deltas)
     check_shapes(given, deltas)
@@ -60,6 +60,18 @@ def warm_start(
         controller.on_change()
 
 
+def low_rank(model: nn.Module, adapter: str) -> dict[str, BlockDelta]:
+    """The deltas by module. Raises ConfigError if they cannot hold any low-rank ΔW."""
+    deltas: dict[str, BlockDelta] = {}
+    for name, layer in adapter_layers(model, adapter).items():
+        delta = layer.delta(adapter)
+        if not isinstance(delta, LowRankDelta | TripletDelta):
+            kind = model.peft_config[adapter].peft_type.value  # type: ignore[index]
+            raise ConfigError(f"{delta.name}: {kind} has no place for the low-rank ΔW of a source: start it afresh")
+        deltas[name.removeprefix(PREFIX)] = delta
+    return deltas
+
+
 def check_fresh(deltas: Deltas) -> None:
     for name, delta in deltas.items():
         steps = delta.observer.state()[0] if delta.observer is not None else delta.remembered[0]
@@ -75,8 +87,6 @@ def check_shapes(given: Adapter, deltas: Deltas) -> None:
         here, there = (deltas[name].in_features, deltas[name].out_features), (A.shape[1], B.shape[0])
         if here != there:
             raise ConfigError(f"{name} maps {here} (in, out), in the source {there}: it belongs to another model")
-        if deltas[name].shape("A", 1) != (1, A.shape[1]):
-            raise ConfigError(f"{name} has mini adapters, which no low-rank ΔW of the source fits: start them afresh")
 
 
 def blocks_for(name: str, delta: BlockDelta, rank: int) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from ..allocation import Holding, Plan
 from ..budget import Budget
-from ..deltas import Delta
+from ..deltas import Delta, Stored
 from ..schedules import GrowthSteps, Run
 from .rules import EntryPruning, GateShrinking, PenaltyRule, RankPruning, ScoreRule
 
@@ -20,7 +20,8 @@ Value = TypeVar("Value", int, float)
 class Site:
     """One linear map that gets a delta: its full name, shape, and the totals over all sites of the model.
 
-    peers: (name, in, out) of every site in model order, for methods that look at a module's place among them."""
+    peers: (name, in, out) of every site in model order, for methods that look at a module's place among them.
+    shared: what `Method.make_shared` made, where the method has such."""
 
     name: str
     in_features: int
@@ -29,6 +30,7 @@ class Site:
     uniform_parameters: int  # Σ over sites of (in + out): parameters of rank 1 everywhere
     dtype: torch.dtype | None = None  # of the adapter's parameters; default: torch's
     peers: tuple[tuple[str, int, int], ...] = ()
+    shared: Stored | None = None
 
 
 class Clock(Protocol):
@@ -40,12 +42,19 @@ class Clock(Protocol):
     def __call__(self, step: int, created: int, run: Run) -> tuple[float, float | None]: ...
 
 
+def anywhere(name: str) -> bool:
+    """Most methods can adapt any linear map."""
+    return True
+
+
 @dataclass(frozen=True)
 class Method:
     """Everything the runtime needs to know about a method. None: the method has no such part.
 
     Attributes:
         make_delta: site → delta.
+        make_shared: sites (without it) → the parameters that all deltas of an adapter share; the model owns them.
+        places: can the method adapt a module of this name? "all-linear" means those that it can.
         budget: what may be active at the end.
         score, events, allocate: who deserves rank, when it is handed out (run, holdings, first step → steps), to whom.
         reserve: the block next in line of every module is `trained` before it is born, or held `frozen` (it counts in
@@ -67,6 +76,8 @@ class Method:
     clock: Clock | None = None
     prune: RankPruning | GateShrinking | EntryPruning | None = None
     total_steps: int | None = None
+    make_shared: Callable[[Sequence[Site]], Stored] | None = None
+    places: Callable[[str], bool] = anywhere
 
     @property
     def adaptive(self) -> bool:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..deltas.base import in_process_group
+from ..deltas.products import in_process_group
 
 try:
     from torch.distributed.tensor import DTensor, distribute_tensor

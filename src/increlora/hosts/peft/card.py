@@ -14,7 +14,6 @@ from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ...naming import natural, places, short
-from . import checkpoint
 
 BEGIN, END = "<!-- increlora: begin (rewritten by save_pretrained) -->", "<!-- increlora: end -->"
 TAGS = {"increlora", "lora"}
@@ -51,13 +50,13 @@ model = PeftModel.from_pretrained(base, "lora")
 
 def update_card(folder: Path, config: Any) -> None:
     """Write our section and tags into the README.md of an adapter folder; nothing happens where no weights are."""
-    weights = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).is_file()]
-    if not weights or not config.ranks:
+    saved = any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+    if not saved or not config.ranks:
         return
     path = folder / "README.md"
     card = ModelCard.load(path) if path.exists() else new_card(folder, config)
     card.data["tags"] = sorted(TAGS | set(card.data.get("tags") or ()))
-    card.text = with_section(card.text, section(config, costs(weights[0])))
+    card.text = with_section(card.text, section(config))
     card.save(path)
 
 
@@ -79,35 +78,21 @@ def with_section(text: str, section: str) -> str:
     return f"{text.rstrip()}\n\n{section}\n"
 
 
-def section(config: Any, costs: Mapping[str, int]) -> str:
+def section(config: Any) -> str:
     return SECTION.format(
-        begin=BEGIN, end=END, config=type(config).__name__, figures=figures(config, costs),
+        begin=BEGIN, end=END, config=type(config).__name__, figures=figures(config),
         table=rank_table(config.ranks),
     )  # fmt: skip
 
 
-def costs(weights: Path) -> dict[str, int]:
-    """Parameters of one rank, in + out, per module; empty if the file cannot be read in part (a pickle of torch's)."""
-    if weights.suffix != ".safetensors":
-        return {}
-    modules = checkpoint.split(checkpoint.contents(weights))
-    return {
-        name: sum(checkpoint.features(found[f"lora_A{i}"], found[f"lora_B{i}"]))
-        for name, found in modules.items()
-        for i in checkpoint.present(found)[:1]
-    }
-
-
-def figures(config: Any, costs: Mapping[str, int]) -> str:
+def figures(config: Any) -> str:
     """Ranks and parameters in use, against the budget."""
     ranks = config.ranks
-    known = ranks.keys() <= costs.keys()
-    budget = config.settings().method(len(ranks), sum(costs[name] for name in ranks) if known else 0).budget
-    text = f"{len(ranks)} modules hold {sum(ranks.values()):,} ranks{limit(budget.ranks)}"
-    if known:
-        used = sum(rank * costs[name] for name, rank in ranks.items())
-        text += f" and {used:,} parameters in LoRA form{limit(budget.parameters)}"
-    return f"{text}; a module has {span(list(ranks.values()))}."
+    budget = config.settings().method(len(ranks), sum(map(sum, config.shapes.values()))).budget
+    return (
+        f"{len(ranks)} modules hold {sum(ranks.values()):,} ranks{limit(budget.ranks)} and {config.parameters:,} "
+        f"parameters{limit(budget.parameters)}; a module has {span(list(ranks.values()))}."
+    )
 
 
 def limit(budget: int | None) -> str:

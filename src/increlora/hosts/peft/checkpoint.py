@@ -1,23 +1,31 @@
 """The checkpoint format, through peft's state-dict hooks: compact, and read by tensor shapes alone.
 
-    <module>.lora_A0 …  parameters of active and reserve blocks      <module>.lora_state  see `deltas.state`
+    <module>.lora_A0 …  what the delta of a module says is worth writing (see `deltas.Stored`)
+    <module>.lora_state  what a resumed run needs beside it, see `deltas.state`
+    shared_factors.lora_…  parameters that all modules share, where the method has such
 
-Dormant and retired blocks are not written. The tensors say everything: whatever loads a state dict resumes a run.
+The tensors say everything: whatever loads a state dict resumes a run.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ...deltas import BlockDelta, Status
-from ...deltas.state import STATE_FORMAT, unpack, without_idle_statistics
+from ...deltas import Stored
+from ...deltas.base import NAMES
 from ...errors import CheckpointError
+from .layer import TunerLayer
 
 PREFIX = "base_model.model."
+
+
+def stored(model: nn.Module, adapter_name: str) -> dict[str, Stored]:
+    """Everything of an adapter that checkpoints hold, by the module's name in `model`, in model order."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, TunerLayer) and adapter_name in m.lora_delta}
+    return {name: layer.lora_delta[adapter_name] for name, layer in layers.items()}  # type: ignore[misc]
 
 
 def checkpoint_key(key: str, adapter_name: str) -> str:
@@ -25,65 +33,52 @@ def checkpoint_key(key: str, adapter_name: str) -> str:
     marker = f".lora_delta.{adapter_name}."
     if marker not in key:
         return key
-    module, _, parameter = key.rpartition(marker)
-    return f"{module}.{'lora_state' if parameter == '_extra_state' else parameter}"
+    module, _, entry = key.rpartition(marker)
+    return f"{module}.{NAMES.get(entry, entry)}"
 
 
 def compact(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries worth saving: those of active and reserve blocks, and the states."""
-    from .model import adapter_layers
-
+    """The entries worth saving."""
     kept = dict(state_dict)
-    for name, layer in adapter_layers(model, adapter_name).items():
-        delta, place = layer.delta(adapter_name), f"{name}.lora_delta.{adapter_name}."
-        for i in delta.indices(Status.DORMANT, Status.RETIRED):
-            for letter in delta.letters:
-                kept.pop(f"{place}lora_{letter}{i}", None)
-        if f"{place}_extra_state" in kept:
-            kept[f"{place}_extra_state"] = without_idle_statistics(kept[f"{place}_extra_state"])
+    for name, module in stored(model, adapter_name).items():
+        place = f"{name}.lora_delta.{adapter_name}."
+        keys = {checkpoint_key(key, adapter_name).rpartition(".")[2]: key for key in kept if key.startswith(place)}
+        values = {entry: kept.pop(key) for entry, key in keys.items()}
+        kept |= {keys[entry]: value for entry, value in module.saved(values).items()}
     return kept
 
 
 def fit(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], *, trainable: bool) -> None:
-    """Give every module the blocks that the checkpoint has.
+    """Give every module the shapes that the checkpoint has.
 
     Raises: CheckpointError, before anything is changed, if the checkpoint is newer, incomplete, or of another model.
     """
-    from .model import adapter_layers
-
-    layers = adapter_layers(model, adapter_name)
+    modules = {name.removeprefix(PREFIX): module for name, module in stored(model, adapter_name).items()}
     parts = split(state_dict)
-    check_modules([name.removeprefix(PREFIX) for name in layers], parts)
-    for name, layer in layers.items():
-        check_blocks(name, layer.delta(adapter_name), parts[name.removeprefix(PREFIX)])
-    for name, layer in layers.items():
-        fit_delta(layer.delta(adapter_name), parts[name.removeprefix(PREFIX)], keep_dormant=trainable)
-
-
-def fit_delta(delta: BlockDelta, found: Mapping[str, Tensor], *, keep_dormant: bool) -> None:
-    sizes = {i: delta.size_of(found[f"lora_A{i}"]) for i in present(found)}
-    delta.fit(sizes, len(states(found)), keep_dormant=keep_dormant)
+    check_parts(modules, parts)
+    for name, module in modules.items():
+        module.fit(parts.get(name, {}), keep_dormant=trainable)
 
 
 def contents(weights: Path) -> dict[str, Tensor]:
-    """What a weights file holds, without reading it all: block states, and the rest as tensors on the meta device."""
+    """What a weights file holds, without reading it all: small entries, and the rest as tensors on the meta device."""
     with safe_open(weights, framework="pt") as file:
         return {
             key: file.get_tensor(key)
-            if key.endswith(".lora_state")
+            if key.endswith(SMALL)
             else torch.empty(file.get_slice(key).get_shape(), device="meta")
             for key in file.keys()  # noqa: SIM118
         }
 
 
+SMALL = (".lora_state", ".lora_digest")  # their values are checked, too
+
+
 def check_contents(
-    found: Mapping[str, Tensor], deltas: Mapping[str, BlockDelta], model: nn.Module, modules_to_save: Sequence[str]
+    found: Mapping[str, Tensor], modules: Mapping[str, Stored], model: nn.Module, modules_to_save: Sequence[str]
 ) -> None:
     """Raise CheckpointError if a file with these contents cannot be loaded into `model`, which is still untouched."""
-    parts = split(found)
-    check_modules(list(deltas), parts)
-    for name, delta in deltas.items():
-        check_blocks(name, delta, parts[name])
+    check_parts(modules, split(found))
     others = {key.removeprefix(PREFIX): tuple(value.shape) for key, value in found.items()}
     for full_name, p in model.named_parameters():
         name = full_name.replace(".original_module.", ".")
@@ -98,16 +93,26 @@ def check_contents(
 
 
 def split(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Our entries by module (without peft's prefix) and parameter."""
+    """Our entries by module (without peft's prefix) and name."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
-        module, _, parameter = key.rpartition(".")
-        if re.fullmatch(r"lora_(state|[A-Z]\d+)", parameter):
-            parts.setdefault(module.removeprefix(PREFIX), {})[parameter] = value
+        module, _, entry = key.rpartition(".")
+        if entry.startswith("lora_"):
+            parts.setdefault(module.removeprefix(PREFIX), {})[entry] = value
     return parts
 
 
-def check_modules(names: Sequence[str], parts: Mapping[str, object]) -> None:
+def check_parts(modules: Mapping[str, Stored], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise CheckpointError unless the parts of a checkpoint are those of these modules."""
+    check_modules([name for name, module in modules.items() if module.entries()], parts)
+    for name, part in parts.items():
+        try:
+            modules[name].check(part)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}.{error}") from error
+
+
+def check_modules(names: Iterable[str], parts: Iterable[str]) -> None:
     here = set(names)
     for name in sorted(here ^ set(parts)):
         where = "the checkpoint" if name in here else "the model"
@@ -116,62 +121,19 @@ def check_modules(names: Sequence[str], parts: Mapping[str, object]) -> None:
         )
 
 
-def check_blocks(name: str, delta: BlockDelta, found: Mapping[str, Tensor]) -> None:
-    if "lora_state" not in found:
-        raise CheckpointError(f"{name}.lora_state is missing: the adapter file is incomplete or not increlora's")
-    version = int(found["lora_state"][0])
-    if version > STATE_FORMAT:
-        raise CheckpointError(
-            f"{name}: written in format {version}, this version reads {STATE_FORMAT}; upgrade increlora"
-        )
-    try:
-        state = unpack(found["lora_state"])
-    except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{name}.lora_state ({error}): the adapter file is damaged") from error
-    if delta.kept and not state.kept:
-        raise CheckpointError(f"{name}.lora_state does not say which ranks count: it belongs to another method")
-    for i, status in enumerate(states(found)):
-        if status in (Status.ACTIVE, Status.RESERVE):
-            for letter in delta.letters:
-                check_tensor(name, delta, f"lora_{letter}{i}", letter, found)
+def load(module: Stored, found: Mapping[str, Tensor]) -> None:
+    """Give a module that lives outside any model the entries of a checkpoint. Raises CheckpointError, see `check`."""
+    module.check(found)
+    module.fit(found, keep_dormant=False)
+    ours = {entry: name for name, entry in NAMES.items()}
+    values = {**module.left_out(found), **found}
+    module.load_state_dict({ours.get(entry, entry): value for entry, value in values.items()}, assign=True)
 
 
-def check_tensor(name: str, delta: BlockDelta, key: str, letter: str, found: Mapping[str, Tensor]) -> None:
-    size = delta.size_of(found[key.replace(letter, "A")]) if key.replace(letter, "A") in found else 0
-    shape = tuple(found[key].shape) if key in found else None
-    if shape != delta.shape(letter, size):
-        expected = delta.shape(letter, size) if size else "a tensor"
-        raise CheckpointError(
-            f"{name}.{key}: expected {expected}, found {shape or 'nothing'}; the adapter is damaged or of another model"
-        )
-
-
-def present(found: Mapping[str, Tensor]) -> list[int]:
-    return sorted(int(key[6:]) for key in found if key.startswith("lora_A"))
-
-
-def features(A: Tensor, B: Tensor) -> tuple[int, int]:
-    """(in, out) of the module of a block, whatever structure its r ranks have: r (in + out) numbers in all."""
-    return A.numel() // max(1, B.shape[1]), B.shape[0]
-
-
-def states(found: Mapping[str, Tensor]) -> list[Status]:
-    """Block states out of a module's state vector."""
-    return [Status(v) for v in unpack(found["lora_state"]).status]
-
-
-@torch.no_grad()
 def complete(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add what the checkpoint leaves out, so that nothing is missing: unchanged, or freshly drawn if it lies on the
-    meta device or has been trained since."""
-    from .model import adapter_layers
-
-    for name, layer in adapter_layers(model, adapter_name).items():
-        delta = layer.delta(adapter_name)
-        for i in range(len(delta.sizes)):
-            trained = delta.status[i] != Status.DORMANT
-            for letter, p in delta.block(i).items():
-                key = f"{name}.lora_delta.{adapter_name}.lora_{letter}{i}"
-                if key not in state_dict:
-                    state_dict[key] = delta.draw(letter, i).to(p.dtype) if trained or p.is_meta else p.detach()
+    """Add what the checkpoint leaves out, so that nothing is missing."""
+    for name, module in stored(model, adapter_name).items():
+        place = f"{name}.lora_delta.{adapter_name}."
+        given = {key.removeprefix(place) for key in state_dict if key.startswith(place)}
+        state_dict |= {f"{place}{entry}": value for entry, value in module.left_out(given).items()}
     return state_dict

@@ -14,10 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError
-from ...methods import AdaLora, IncreLora, Lora, Melora, Prilora, Sora, melora
-from ...methods import adalora_settings as adalora
-from ...methods import increlora_settings as increlora
-from ...methods import sora_settings as sora
+from ...methods import METHODS
 from . import checkpoint
 from .card import update_card
 
@@ -39,6 +36,13 @@ INSTEAD = {
 }
 
 
+# What we write into a config: (type, a value for none)
+OURS: dict[str, Any] = {
+    "ranks": (dict, dict), "blocks": (dict, dict), "shapes": (dict, dict), "parameters": (int, int),
+    "increlora_version": (str | None, lambda: None),
+}  # fmt: skip
+
+
 class UnknownOptionError(ConfigError, TypeError):
     """An option that does not exist; also a TypeError, so that peft can drop options of newer versions on loading."""
 
@@ -46,7 +50,8 @@ class UnknownOptionError(ConfigError, TypeError):
 class MethodConfig(LoraConfig):
     """Abstract: what all our configs add to LoraConfig.
 
-    ranks: active rank per module, kept up to date while training; blocks: their states. Both are ours to write.
+    Ours to write: shapes, (in, out) of each module; and, kept up to date while training: ranks, the active rank of
+    each; blocks, the states of its blocks; parameters, how many count in all.
     """
 
     settings_cls: type
@@ -75,7 +80,7 @@ class MethodConfig(LoraConfig):
 
 def refuse_unsupported(config: LoraConfig) -> None:
     """Raise ConfigError for a LoRA option without meaning here, with the alternative."""
-    own = {f.name for f in fields(config.settings_cls)} | {"ranks", "blocks", "increlora_version"}
+    own = {f.name for f in fields(config.settings_cls)} | set(OURS)
     for option in fields(config):
         if option.name in SUPPORTED | own:
             continue
@@ -115,11 +120,7 @@ def derive(name: str, settings_cls: type) -> type:
     added: list[Any] = [(f.name, f.type, field(default=f.default)
                          if f.default is not MISSING else field(default_factory=f.default_factory))
                         for f in fields(settings_cls)]  # fmt: skip
-    added += [
-        ("ranks", dict, field(default_factory=dict)),
-        ("blocks", dict, field(default_factory=dict)),
-        ("increlora_version", str | None, None),
-    ]
+    added += [(name, kind, field(default_factory=nothing)) for name, (kind, nothing) in OURS.items()]
     namespace = {"settings_cls": settings_cls, "__doc__": settings_cls.__doc__}
     config_cls = make_dataclass(name, added, bases=(MethodConfig,), namespace=namespace)
     config_cls.__module__ = __name__
@@ -143,29 +144,36 @@ def naming_nearest(init: Callable[..., None], name: str) -> Callable[..., None]:
     return checked
 
 
-def with_paper(config_cls: type, paper_settings: Callable[..., dict[str, Any]]) -> type:
-    """The config class with the preset `paper`, whose settings are `paper_settings(r, **own options)`."""
+def with_paper(config_cls: Any) -> Any:
+    """The config class, with the preset `paper` if the settings have one."""
+    settings_cls = config_cls.settings_cls
+    if hasattr(settings_cls, "paper"):
+        default_r = inspect.signature(settings_cls.paper).parameters["r"].default
+        names = {f.name for f in fields(settings_cls)}
 
-    def paper(r: int = inspect.signature(paper_settings).parameters["r"].default, **overrides: Any) -> Any:
-        """The published code, step by step; `overrides` are further options by name."""
-        names = {f.name for f in fields(config_cls.settings_cls)}  # type: ignore[attr-defined]
-        own = {k: v for k, v in overrides.items() if k in names}
-        return config_cls(**paper_settings(r, **own), **{k: v for k, v in overrides.items() if k not in names})
+        def paper(r: int = default_r, **overrides: Any) -> Any:
+            """The published code, step by step; `overrides` are further options by name."""
+            own = {k: v for k, v in overrides.items() if k in names}
+            chosen = settings_cls.paper(r, **own)
+            rest = {k: v for k, v in overrides.items() if k not in names}
+            return config_cls(**{name: getattr(chosen, name) for name in names}, **rest)
 
-    config_cls.paper = staticmethod(paper)  # type: ignore[attr-defined]
+        config_cls.paper = staticmethod(paper)
     return config_cls
 
 
-AdaLoraConfig = with_paper(derive("AdaLoraConfig", AdaLora), adalora.paper_settings)
-IncreLoraConfig = with_paper(derive("IncreLoraConfig", IncreLora), increlora.paper_settings)
-MeloraConfig = with_paper(derive("MeloraConfig", Melora), melora.paper_settings)
-PlainLoraConfig = derive("PlainLoraConfig", Lora)
-PriloraConfig = derive("PriloraConfig", Prilora)
-SoraConfig = with_paper(derive("SoraConfig", Sora), sora.paper_settings)
+# peft has methods of these names: (name of our config class, of our peft type)
+RENAMED = {"adalora": ("AdaLoraConfig", "INCRELORA_ADALORA"), "lora": ("PlainLoraConfig", "PLAINLORA")}
 
-# peft's own method is called ADALORA
-CONFIGS = {
-    "INCRELORA_ADALORA": AdaLoraConfig, "INCRELORA": IncreLoraConfig, "MELORA": MeloraConfig,
-    "PLAINLORA": PlainLoraConfig, "PRILORA": PriloraConfig, "SORA": SoraConfig,
-}  # fmt: skip
-TYPE_NAMES = {config_cls.__name__: name for name, config_cls in CONFIGS.items()}
+
+def names_of(method: str, settings_cls: type) -> tuple[str, str]:
+    """Name of a method's config class, and of its peft type."""
+    return RENAMED.get(method, (f"{settings_cls.__name__}Config", method.upper()))
+
+
+TYPE_NAMES = dict(names_of(method, settings_cls) for method, settings_cls in METHODS.items())
+CONFIGS: dict[str, type] = {
+    TYPE_NAMES[name]: with_paper(derive(name, settings_cls))
+    for (name, _), settings_cls in ((names_of(*item), item[1]) for item in METHODS.items())
+}
+globals().update({config_cls.__name__: config_cls for config_cls in CONFIGS.values()})  # pickle looks for them here

@@ -6,11 +6,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ...deltas import Status
 from ...errors import ConfigError
 from ...runtime import Controller, attach_controller, controllers_of
 from .layer import AdapterLayer
-from .model import adapter_layers, drive
+from .model import adapter_layers, drive, shared_parameters
 
 
 def attach(
@@ -46,7 +45,7 @@ def _drive_copies(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class ModuleRanks:
-    """Ranks of one module: in use, learning in reserve, and the most it can hold; parameters of one rank."""
+    """Ranks of one module: in use, learning in reserve, and the most it can hold; own parameters of one rank."""
 
     module: str
     active: int
@@ -57,11 +56,15 @@ class ModuleRanks:
 
 @dataclass(frozen=True)
 class RankSummary:
-    """Ranks of an adapter: per module, in total, and against the budget (None: counted in the other unit)."""
+    """Ranks of an adapter: per module, in total, and against the budget (None: counted in the other unit).
+
+    Parameters are those that count: what merging absorbs (e) is left out. shared: those that all modules have together.
+    """
 
     modules: tuple[ModuleRanks, ...]
     budget_ranks: int | None
     budget_parameters: int | None
+    shared: int = 0
 
     @property
     def active(self) -> int:
@@ -77,17 +80,27 @@ class RankSummary:
 
     @property
     def parameters(self) -> int:
-        """Active adapter parameters in LoRA form."""
-        return sum(m.active * m.cost for m in self.modules)
+        """Of the active ranks."""
+        return self.shared + sum(m.active * m.cost for m in self.modules)
+
+    @property
+    def live_parameters(self) -> int:
+        """Of all that is computed: active ranks and the reserve."""
+        return self.shared + sum((m.active + m.reserve) * m.cost for m in self.modules)
+
+    @property
+    def most_parameters(self) -> int:
+        """At full capacity."""
+        return self.shared + sum(m.capacity * m.cost for m in self.modules)
 
     @property
     def total(self) -> str:
-        """One line: active and reserve ranks against budget and capacity, and their parameters in LoRA form."""
+        """One line: active and reserve ranks against budget and capacity, and their parameters."""
         ranks = f" of {self.budget_ranks}" if self.budget_ranks is not None else ""
         parameters = f" of {self.budget_parameters:,}" if self.budget_parameters is not None else ""
         return (
             f"active: {self.active}{ranks} ranks, {self.parameters:,}{parameters} parameters | reserve: {self.reserve} "
-            f"ranks | capacity: {self.capacity} ranks, {sum(m.capacity * m.cost for m in self.modules):,} parameters"
+            f"ranks | capacity: {self.capacity} ranks, {self.most_parameters:,} parameters"
         )
 
     def __str__(self) -> str:
@@ -98,15 +111,11 @@ class RankSummary:
 def rank_summary(model: nn.Module, adapter_name: str | None = None) -> RankSummary:
     """Where the rank is now. `adapter_name`: default the active one. Raises ConfigError if there is no such adapter."""
     chosen = chosen_adapter(model, adapter_name)
-    layers = adapter_layers(model, chosen)
-    deltas = [layer.delta(chosen) for layer in layers.values()]
-    costs = [d.in_features + d.out_features for d in deltas]
-    budget = _config(model, chosen).settings().method(len(deltas), sum(costs)).budget
-    modules = [
-        ModuleRanks(d.name, d.rank, sum(d.sizes[i] for i in d.indices(Status.RESERVE)), d.capacity, cost)
-        for d, cost in zip(deltas, costs, strict=True)
-    ]
-    return RankSummary(tuple(modules), budget.ranks, budget.parameters)
+    deltas = [layer.delta(chosen) for layer in adapter_layers(model, chosen).values()]
+    uniform = sum(d.in_features + d.out_features for d in deltas)
+    budget = _config(model, chosen).settings().method(len(deltas), uniform).budget
+    modules = [ModuleRanks(d.name, d.rank, d.reserve, d.capacity, d.cost) for d in deltas]
+    return RankSummary(tuple(modules), budget.ranks, budget.parameters, shared_parameters(model, chosen))
 
 
 def chosen_adapter(model: nn.Module, adapter_name: str | None) -> str:

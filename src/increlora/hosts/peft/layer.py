@@ -8,25 +8,44 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...deltas import BlockDelta
+from ...deltas import Delta
 from ...errors import ConfigError
 
 
-class AdapterLayer(nn.Module, BaseTunerLayer):
-    """y = base(x) + Σ_active ΔW x, for nn.Linear and GPT-2's Conv1D (whose weight is stored as (in, out))."""
+class TunerLayer(nn.Module, BaseTunerLayer):
+    """What peft's loops visit to switch, freeze, cast, delete and merge adapters.   lora_delta: by adapter."""
 
     adapter_layer_names = ("lora_delta",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_delta = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+
+class SharedFactors(TunerLayer):
+    """Parameters that all modules of an adapter share: they have one owner, here at the root of the model, and the
+    deltas refer to them. Merging is the deltas' business."""
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        self.merged_adapters += [a for a in check_adapters_to_merge(self, adapter_names) if a in self.lora_delta]
+
+    def unmerge(self) -> None:
+        self.merged_adapters.clear()
+
+
+class AdapterLayer(TunerLayer):
+    """y = base(x) + Σ_active ΔW x, for nn.Linear and GPT-2's Conv1D (whose weight is stored as (in, out))."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.lora_delta = nn.ModuleDict()
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
         self.in_features, self.out_features = in_out_features(self.get_base_layer(), "target module")
         self.transposed = isinstance(self.get_base_layer(), Conv1D)
 
-    def delta(self, adapter: str) -> BlockDelta:
+    def delta(self, adapter: str) -> Delta:
         return self.lora_delta[adapter]  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,36 +1,42 @@
 """The tuner: one for all methods. It counts the sites, puts a delta at each, and gives adaptive ones a controller."""
 
 import difflib
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...deltas import BlockDelta, Status
+from ...deltas import BlockDelta, Delta, Status, Stored
 from ...errors import ConfigError
 from ...methods import Site
 from ...runtime import Controller, register
 from .. import transformers as trainer_host
 from . import checkpoint
-from .layer import AdapterLayer, in_out_features
+from .layer import AdapterLayer, SharedFactors, TunerLayer, in_out_features
+
+SHARED = "shared_factors"  # where the model holds what all modules of an adapter share
 
 
 class AdapterModel(BaseTuner):
     """peft tuner of every method of this library."""
 
     prefix = "lora_"
-    tuner_layer_cls = AdapterLayer
+    tuner_layer_cls = TunerLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Make and check every delta before any module is replaced: budgets and block sizes depend on the totals, and
         what is refused leaves the model as it was."""
+        everything = is_all_linear(peft_config.target_modules)
         _maybe_include_all_linear_layers(peft_config, model)
+        if everything:
+            self._keep_placeable(peft_config, model)
         bases = self._targets(peft_config, model)
         if not bases and not self._by_state_dict:
             check_matched(peft_config, model)
@@ -38,12 +44,35 @@ class AdapterModel(BaseTuner):
         self._totals = len(shapes), sum(m + n for m, n in shapes)
         self._peers = tuple((name, m, n) for name, (m, n) in zip(bases, shapes, strict=True))
         self._method = peft_config.settings().method(max(1, len(shapes)), max(1, self._totals[1]))
+        sites = [self._site(name, base) for name, base in bases.items()]
+        self._shared = self._method.make_shared(sites) if self._method.make_shared is not None else None
         self._deltas = {name: self._make_delta(peft_config, name, base) for name, base in bases.items()}
         contents = vars(peft_config).pop("contents", None)
         if contents and not getattr(model, "_checkpoint_conversion_mapping", None):  # its keys are renamed on loading
-            checkpoint.check_contents(contents, self._deltas, model, peft_config.modules_to_save or ())
+            stored: dict[str, Stored] = {**self._deltas, **({SHARED: self._shared} if self._shared else {})}
+            checkpoint.check_contents(contents, stored, model, peft_config.modules_to_save or ())
         if self._deltas and self._method.adaptive and not peft_config.inference_mode:
-            Controller(self._method, self._deltas)  # a trial: it refuses a budget that does not fit
+            Controller(self._method, blocks_of(self._deltas))  # a trial: it refuses a budget that does not fit
+
+    def _keep_placeable(self, peft_config: Any, model: nn.Module) -> None:
+        """Of all linear modules target those that the method can adapt."""
+        found = list(self._targets(peft_config, model))
+        method = peft_config.settings().method(1, 1)
+        placed = [name for name in found if method.places(name)]
+        if found and not placed:
+            raise ConfigError(f"{method.name} can place none of the linear modules of this model ({found[0]}, …)")
+        if placed != found:
+            peft_config.target_modules = set(placed)
+
+    def _own_shared(self, adapter_name: str, shared: Stored, like: nn.Module, inference_mode: bool) -> None:
+        """Give the model what the modules of this adapter share, once: when the first of them is put in its place."""
+        owner = getattr(self.model, SHARED, None) or SharedFactors()
+        if adapter_name in owner.lora_delta:
+            return
+        setattr(self.model, SHARED, owner)
+        weight: Any = like.weight
+        owner.lora_delta[adapter_name] = shared.to("meta" if self._low_memory else weight.device)
+        owner.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _targets(self, peft_config: Any, model: nn.Module) -> dict[str, nn.Module]:
         inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
@@ -62,18 +91,24 @@ class AdapterModel(BaseTuner):
         delta = self._deltas.pop(current_key, None)
         if delta is None:  # found by the keys of a state dict, not by `target_modules`
             delta = self._make_delta(peft_config, current_key, layer.get_base_layer())
+        if self._shared is not None:
+            self._own_shared(adapter_name, self._shared, layer.get_base_layer(), peft_config.inference_mode)
         layer.lora_delta[adapter_name] = delta.to("meta") if self._low_memory else delta
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
-    def _make_delta(self, peft_config: Any, name: str, base: nn.Module) -> BlockDelta:
+    def _site(self, name: str, base: nn.Module, shared: Stored | None = None) -> Site:
         weight: Any = base.weight  # of a quantised layer: integers
         dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
-        delta = self._method.make_delta(Site(name, *in_out_features(base, name), *self._totals, dtype, self._peers))
+        return Site(name, *in_out_features(base, name), *self._totals, dtype, self._peers, shared)
+
+    def _make_delta(self, peft_config: Any, name: str, base: nn.Module) -> Delta:
+        delta = self._method.make_delta(self._site(name, base, self._shared))
         states = peft_config.blocks.get(name) if len(self.peft_config) > 1 else None
-        if states:  # a second adapter made from a live config starts at the ranks of the first
+        if states and isinstance(delta, BlockDelta):
+            # a second adapter made from a live config starts at the ranks of the first
             delta.status = [Status(s) for s in states]
         return delta
 
@@ -90,6 +125,18 @@ class AdapterModel(BaseTuner):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        owner = getattr(self.model, SHARED, None)
+        if owner is not None and not owner.lora_delta:
+            delattr(self.model, SHARED)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        if hasattr(model, SHARED):
+            delattr(model, SHARED)
+        return model
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -109,6 +156,10 @@ class AdapterModel(BaseTuner):
         checkpoint.fit(model, adapter_name, state_dict, trainable=not config.inference_mode)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return checkpoint.complete(model, adapter_name, remapped)
+
+
+def is_all_linear(targets: object) -> bool:
+    return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
 def check_matched(peft_config: Any, model: nn.Module) -> None:
@@ -133,14 +184,28 @@ def drive(model: nn.Module, adapter_name: str, config: Any, method: Any) -> Cont
     trainer_host.install()
     deltas = {layer.delta(adapter_name).name: layer.delta(adapter_name)
               for layer in adapter_layers(model, adapter_name).values()}  # fmt: skip
+    blocks, shared = blocks_of(deltas), shared_parameters(model, adapter_name)
+    config.shapes = {name: [delta.in_features, delta.out_features] for name, delta in deltas.items()}
 
     def keep_config_current() -> None:
         config.ranks = {name: delta.rank for name, delta in deltas.items()}
-        config.blocks = {name: [int(s) for s in delta.status] for name, delta in deltas.items()}
+        config.blocks = {name: [int(s) for s in delta.status] for name, delta in blocks.items()}
+        config.parameters = shared + sum(delta.rank * delta.cost for delta in deltas.values())
 
     keep_config_current()
     if not method.adaptive:
         return None
-    controller = Controller(method, deltas, on_change=keep_config_current)
+    controller = Controller(method, blocks, on_change=keep_config_current)
     register(controller)
     return controller
+
+
+def blocks_of(deltas: Mapping[str, Delta]) -> dict[str, BlockDelta]:
+    """Those deltas that have blocks: of an adaptive method all."""
+    return {name: delta for name, delta in deltas.items() if isinstance(delta, BlockDelta)}
+
+
+def shared_parameters(model: nn.Module, adapter_name: str) -> int:
+    """How many numbers the modules of an adapter share."""
+    owners = [m for m in model.modules() if isinstance(m, SharedFactors) and adapter_name in m.lora_delta]
+    return sum(p.numel() for owner in owners for p in owner.lora_delta[adapter_name].parameters())

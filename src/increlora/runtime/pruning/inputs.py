@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...deltas import BlockDelta
-from ...deltas.base import in_process_group
+from ...deltas.products import in_process_group
 from ...errors import CheckpointError
 from .kept import dtype_of
 

@@ -1,0 +1,251 @@
+"""Rank that lives in blocks of fixed parameters.
+
+    ΔW = Σ_blocks s · B_i diag(e_i) A_i        A_i (k, in)   e_i (k, 1)   B_i (out, k)
+
+A block is born once and never reshaped: dormant → reserve → active, or retired. Only active and reserve blocks are
+computed; a dormant block has no gradient, hence no optimizer state, and cannot move. Pruning works within blocks: it
+says which ranks count (`kept`) and sets the others to zero.
+"""
+
+import hashlib
+from collections.abc import Callable, Container, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .base import Delta, Status, check_shape
+from .products import ZeroGate, add_product, in_process_group
+from .state import STATE_FORMAT, ModuleState, unpack, without_idle_statistics
+
+Init = Callable[[tuple[int, int], torch.Generator, int], Tensor]
+STATE = "lora_state"
+
+
+class BlockDelta(Delta):
+    """Abstract delta whose rank lives in blocks; subclasses name the parameters of a block in `letters`.
+
+    Args:
+        sizes: ranks of each block, in the order of birth.
+        init: per letter, (shape, generator, block index) → initial values. The generator is seeded by `seed`, module
+            and block alone, so every process and every order of construction draws the same numbers.
+        scale: active rank → s.
+        name: full module name; part of the seed.
+    Attributes:
+        kept: of each rank, whether it counts, where ranks are pruned; else empty.   settled: this will not change.
+        closed: of each rank, whether it is left out of the forward pass; empty: none is. Its e is zero for good.
+        statistics: what pruning has to remember, flat; filled by the runtime, and only while training.
+    """
+
+    letters: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        sizes: Sequence[int],
+        *,
+        init: Mapping[str, Init],
+        scale: Callable[[int], float],
+        name: str = "",
+        seed: int = 0,
+        dropout: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, name=name, dropout=dropout)
+        self.init, self.scale_of, self.seed = init, scale, seed
+        self.sizes: list[int] = []
+        self.status: list[Status] = []
+        self.born: list[int] = []  # step after which the block became active; -1: with the model
+        self.reserved: list[int] = []  # step after which it entered the reserve, else as `born`
+        self.kept: list[bool] = []
+        self.settled = False
+        self.closed: list[bool] = []
+        self.statistics = torch.zeros(0)
+        for size in sizes:
+            self._append_block(size, dtype or torch.get_default_dtype())
+
+    # -- structure -----------------------------------------------------------------------------------------------
+
+    def shape(self, letter: str, size: int) -> tuple[int, int]:
+        """Shape of one parameter of a block of `size` ranks."""
+        return {"A": (size, self.in_features), "E": (size, 1), "B": (self.out_features, size)}[letter]
+
+    def size_of(self, A: Tensor) -> int:
+        """Ranks of the block whose first parameter this is: the inverse of `shape`."""
+        return A.shape[0]
+
+    def block(self, index: int) -> dict[str, nn.Parameter]:
+        """Parameters of a block by letter; empty for a block that was loaded without them."""
+        names = {letter: f"lora_{letter}{index}" for letter in self.letters}
+        return {letter: getattr(self, name) for letter, name in names.items() if name in self._parameters}
+
+    def _append_block(self, size: int, dtype: torch.dtype) -> None:
+        index = len(self.sizes)
+        self.sizes.append(size)
+        self.status.append(Status.DORMANT)
+        self.born.append(-1)
+        self.reserved.append(-1)
+        for letter in self.letters:
+            self._set_parameter(letter, index, self.draw(letter, index).to(dtype))
+
+    def _set_parameter(self, letter: str, index: int, values: Tensor) -> None:
+        setattr(self, f"lora_{letter}{index}", nn.Parameter(values))
+
+    def draw(self, letter: str, index: int) -> Tensor:
+        """Initial values of one parameter, the same on every machine."""
+        key = f"{self.seed}/{self.name}/{letter}{index}".encode()
+        number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+        generator = torch.Generator().manual_seed(number)
+        return self.init[letter](self.shape(letter, self.sizes[index]), generator, index)
+
+    def indices(self, *wanted: Status) -> list[int]:
+        """Indices of the blocks in one of the given states, in the order of birth."""
+        return [i for i, status in enumerate(self.status) if status in wanted]
+
+    @property
+    def live(self) -> list[int]:
+        """Blocks that are computed: active, and the reserve if it learns."""
+        if self.closed and all(self.closed):
+            return []
+        return self.indices(Status.ACTIVE, Status.RESERVE) if self.reserve_learns else self.indices(Status.ACTIVE)
+
+    @property
+    def rank(self) -> int:
+        return sum(self.sizes[i] for i in self.indices(Status.ACTIVE)) - self.kept.count(False)
+
+    @property
+    def reserve(self) -> int:
+        return sum(self.sizes[i] for i in self.indices(Status.RESERVE))
+
+    @property
+    def capacity(self) -> int:
+        return sum(self.sizes[i] for i in range(len(self.sizes)) if self.status[i] != Status.RETIRED)
+
+    @property
+    def scale(self) -> float:
+        """s for the current active rank."""
+        return self.scale_of(self.rank)
+
+    def still(self) -> list[nn.Parameter]:
+        """Parameters that must not move now: all of dormant and retired blocks, e of the reserve."""
+        idle = [p for i in range(len(self.sizes)) if i not in self.live for p in self.block(i).values()]
+        return idle + [
+            self.block(i)["E"] for i in self.live if self.status[i] == Status.RESERVE and "E" in self.letters
+        ]
+
+    # -- computation ---------------------------------------------------------------------------------------------
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        if not self.live:
+            return y + self._gate(y.new_zeros(()))
+        A, B = self._operands()
+        B = self._gate(B)
+        observer = self.observer if B.requires_grad and torch.is_grad_enabled() else None
+        wanted = observer is not None and observer.wants()
+        if observer is not None:
+            A = observer.see_input(A, x)
+        x = self.dropout(x)
+        y = self._add_product(y, x, A, B)  # the same arithmetic, observed or not: resuming must not change a bit
+        return observer.tap(self, y, x) if observer is not None and wanted else y
+
+    def _operands(self) -> tuple[Tensor, Tensor]:
+        """What `_add_product` multiplies x with; a delta with structure has a cheaper form of it than its factors."""
+        return self.factors()
+
+    def _add_product(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return add_product(y, x, A, B)
+
+    def _gate(self, value: Tensor) -> Tensor:
+        """`value`, with every idle parameter made part of the graph where a process group may insist on it."""
+        if not (torch.is_grad_enabled() and in_process_group()):
+            return value
+        still = [p for p in self.still() if p.requires_grad]
+        return ZeroGate.apply(value, *still) if still else value
+
+    # -- checkpoints: parameters of active and reserve blocks, and the state; tensors say everything -------------------
+
+    def saved(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = dict(values)
+        for i in self.indices(Status.DORMANT, Status.RETIRED):
+            for letter in self.letters:
+                kept.pop(f"lora_{letter}{i}", None)
+        if STATE in kept:
+            kept[STATE] = without_idle_statistics(kept[STATE])
+        return kept
+
+    def check(self, found: Mapping[str, Tensor]) -> None:
+        state = self._checked_state(found)
+        for i, status in enumerate(state.status):
+            if status not in (Status.ACTIVE, Status.RESERVE):
+                continue
+            first = f"lora_{self.letters[0]}{i}"
+            if first not in found:
+                raise CheckpointError(f"{first}: expected a tensor, found nothing; the adapter file is incomplete")
+            for letter in self.letters:
+                check_shape(f"lora_{letter}{i}", self.shape(letter, self.size_of(found[first])), found)
+
+    def _checked_state(self, found: Mapping[str, Tensor]) -> ModuleState:
+        if STATE not in found:
+            raise CheckpointError(f"{STATE} is missing: the adapter file is incomplete or not increlora's")
+        version = int(found[STATE][0])
+        if version > STATE_FORMAT:
+            raise CheckpointError(
+                f"{STATE}: written in format {version}, this version reads {STATE_FORMAT}; upgrade increlora"
+            )
+        try:
+            state = unpack(found[STATE])
+        except (ValueError, IndexError) as error:
+            raise CheckpointError(f"{STATE} ({error}): the adapter file is damaged") from error
+        if self.kept and not state.kept:
+            raise CheckpointError(f"{STATE} does not say which ranks count: it belongs to another method")
+        return state
+
+    def fit(self, found: Mapping[str, Tensor], *, keep_dormant: bool) -> None:
+        first = f"lora_{self.letters[0]}"
+        sizes = {int(name[len(first) :]): self.size_of(t) for name, t in found.items() if name.startswith(first)}
+        like = next(iter(self.parameters()))
+        while len(self.sizes) < len(unpack(found[STATE]).status):
+            self._append_block(sizes.get(len(self.sizes), 1), like.dtype)
+        for i, size in sizes.items():
+            if not self.block(i) or self.sizes[i] != size:
+                self.sizes[i] = size
+                for letter in self.letters:
+                    self._set_parameter(letter, i, self.draw(letter, i).to(like))
+        for i in set(range(len(self.sizes))) - set(sizes) if not keep_dormant else ():
+            for letter in self.letters:
+                self._parameters.pop(f"lora_{letter}{i}", None)
+        for p in self.parameters():
+            p.requires_grad_(like.requires_grad)
+
+    @torch.no_grad()
+    def left_out(self, given: Container[str]) -> dict[str, Tensor]:
+        """Parameters of blocks: unchanged, or freshly drawn if they lie on the meta device or have been trained."""
+        found = {}
+        for i, status in enumerate(self.status):
+            for letter, p in self.block(i).items():
+                drawn = status != Status.DORMANT or p.is_meta
+                if f"lora_{letter}{i}" not in given:
+                    found[f"lora_{letter}{i}"] = self.draw(letter, i).to(p.dtype) if drawn else p.detach()
+        return found
+
+    def get_extra_state(self) -> Tensor:
+        """All that a resumed run needs beside the parameters, see `state`. It travels inside the state dict, so any way
+        of saving a model saves it."""
+        own = self.observer.state() if self.observer is not None else self.remembered
+        status = [int(s) for s in self.status]
+        pruned = self.kept, self.settled, self.statistics, self.closed
+        return ModuleState(own, status, self.born, self.reserved, *pruned).pack()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        found = unpack(state)
+        spare = len(self.sizes) - len(found.status)  # blocks that the checkpoint did not know
+        self.status = [Status(s) for s in found.status] + [Status.DORMANT] * spare
+        self.born, self.reserved = found.born + [-1] * spare, found.reserved + [-1] * spare
+        self.kept, self.settled, self.closed = found.kept, found.settled, found.closed
+        if len(self.statistics):  # somebody trains here
+            given = found.statistics.to(self.statistics, copy=True)
+            self.statistics = given if len(given) else torch.zeros_like(self.statistics)
+        self.remembered = found.own
+        if self.observer is not None:
+            self.observer.load_state(found.own)
