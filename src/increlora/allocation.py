@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-Kind = Literal["birth", "retirement", "consolidation", "saturation", "finish"]
+Kind = Literal["birth", "retirement", "consolidation", "saturation", "restart", "finish"]
 
 
 @dataclass(frozen=True)

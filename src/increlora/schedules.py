@@ -197,6 +197,35 @@ class PruneSteps:
         return self.last is not None and step >= self.last
 
 
+@dataclass(frozen=True)
+class RestartSteps:
+    """Restarts after optimizer steps number `interval`, 2 · `interval`, …, counted from 1, never after the last of
+    `total` (None: not known; then there may be one).
+
+    Raises: ScheduleError if a run of known length has none, or `warmup`, the steps until a round learns at the full
+    rate, is longer than a round.   Source: ReMoRA; the published code restarts after the last step, too.
+    """
+
+    interval: int
+    warmup: int = 0
+    total: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.total is not None and self.interval >= self.total:
+            raise ScheduleError(
+                f"no restart falls into a run of {self.total} steps (restart_steps={self.interval}): lower "
+                f"`restart_steps`, a share such as 0.2 fits any run"
+            )
+        if self.warmup > self.interval:
+            raise ScheduleError(
+                f"restart_warmup={self.warmup} is longer than a round of restart_steps={self.interval} steps: lower it"
+            )
+
+    def due(self, step: int) -> bool:
+        """Is there a restart after this 0-based step?"""
+        return (step + 1) % self.interval == 0 and (self.total is None or step + 1 < self.total)
+
+
 def linear_clock(step: int, created: int, *, warmup: int, total: int) -> float:
     """Published learning-rate factor of a tensor created in step `created` (−1: with the model), in units of the peak.
 

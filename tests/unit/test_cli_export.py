@@ -96,7 +96,9 @@ def test_a_merged_model_has_the_adapters_logits(run: Path, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--merge", "--max-rank", "2"], "--merge writes a whole model: leave out --layout and --max-rank"),
+    (["--merge", "--max-rank", "2"], "leave out --layout, --max-rank and --tolerance"),
+    (["--merge", "--tolerance", "0.2"], "leave out --layout, --max-rank and --tolerance"),
+    (["--tolerance", "2"], "tolerance=2.0: give a share of ΔW in [0, 1]"),
     (["--base", "x"], "give --merge"),
     (["--layout", "wide"], "wide"),
     (["--max-rank", "0"], "max_rank=0: give an int of at least 1"),

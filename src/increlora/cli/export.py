@@ -25,14 +25,20 @@ def export(
         typer.Option(help="One rank for all modules, or each its own.", show_default="uniform"),
     ] = None,
     max_rank: Annotated[int | None, typer.Option(help="Truncate each module to this rank.", show_default="no")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Most a truncated module may lose, as a share of its ΔW.", show_default="0.01 where ΔW has no low rank"
+        ),
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write the whole model with the adapter in it.")] = False,
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="To merge into.", show_default="the adapter's own")
     ] = None,
 ) -> None:
     """Write an adapter (ours, LoRA, or peft's AdaLoRA) as a plain LoRA adapter, and say which engines serve it."""
-    if merge and (layout is not None or max_rank is not None):
-        raise ConfigError("--merge writes a whole model: leave out --layout and --max-rank")
+    if merge and any(option is not None for option in (layout, max_rank, tolerance)):
+        raise ConfigError("--merge writes a whole model: leave out --layout, --max-rank and --tolerance")
     if base is not None and not merge:
         raise ConfigError("--base is the model to merge into: give --merge, too")
     console = Console(highlight=False, markup=False)
@@ -40,7 +46,7 @@ def export(
         merged(source, out, base)
         console.print(f"written to {out}: the merged model, for any engine", soft_wrap=True)
         return
-    done = write_lora(source, out, layout or "uniform", max_rank=max_rank)
+    done = write_lora(source, out, layout or "uniform", max_rank=max_rank, tolerance=tolerance)
     show(console, done)
     console.print(verdicts(check_export(done)))
 

@@ -107,6 +107,12 @@ class Delta(Stored):
         """Parameters of one rank, those that merging absorbs left out; shared ones count elsewhere."""
         return self.in_features + self.out_features
 
+    @property
+    def export_rank(self) -> int | None:
+        """Rank to which an export as plain LoRA truncates ΔW, where its rank is too high to be written as it is; None:
+        the factors are written."""
+        return None
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) with ΔW = B @ A exactly, every scale folded in; A (R, in), B (out, R)."""
         raise NotImplementedError

@@ -42,6 +42,7 @@ class Adapter:
         factors: module → (A, B) with ΔW = B A, zero components left out.
         ranks: module → rank in use: active rank of ours, components that are not zero of others.
         parameters: how many these are, as `rank_summary` counts them.
+        limits: module → rank to which an export has to truncate it (`Delta.export_rank`); of the others it is exact.
         others: further tensors (`modules_to_save`) by module path.
         every: names of all modules of the base model, None where only the adapter is known.
     """
@@ -51,6 +52,7 @@ class Adapter:
     factors: Mapping[str, tuple[Tensor, Tensor]]
     ranks: Mapping[str, int]
     parameters: int
+    limits: Mapping[str, int]
     others: Mapping[str, Tensor]
     every: frozenset[str] | None
 
@@ -133,7 +135,8 @@ def native(
     factors = {name: nonzero(*delta.factors()) for name, delta in deltas.items()}
     ranks = {name: delta.rank for name, delta in deltas.items()}
     parameters = shared + sum(delta.rank * delta.cost for delta in deltas.values())
-    return Adapter(config.peft_type.value, config, factors, ranks, parameters, rest, every)
+    limits = {name: delta.export_rank for name, delta in deltas.items() if delta.export_rank is not None}
+    return Adapter(config.peft_type.value, config, factors, ranks, parameters, limits, rest, every)
 
 
 def foreign(
@@ -144,7 +147,7 @@ def foreign(
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
     parameters = sum(A.numel() + B.numel() for A, B in factors.values())
     config: LoraConfig = described(raw)
-    return Adapter(kind, config, factors, ranks, parameters, rest, every)
+    return Adapter(kind, config, factors, ranks, parameters, {}, rest, every)
 
 
 def others(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,10 +4,12 @@
     pattern   each module its own rank, `rank_pattern` = `alpha_pattern`; modules without rank are left out; smaller
 
 Scale and e are folded into A and B, as the forward pass folds them; a component that adds exactly nothing is left out.
-Only `max_rank` approximates, and says by how much.
+`max_rank` approximates, and says by how much; so do modules whose ΔW has no low rank (MoRA's rotation and decoupling):
+they are truncated, or refused if more than `tolerance` would be lost.
 """
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -32,6 +34,7 @@ from .truncate import truncated
 
 Layout = Literal["uniform", "pattern"]
 Factors = Mapping[str, tuple[Tensor, Tensor]]
+TOLERANCE = 0.01  # what the truncation of a module without a low rank may lose, unless the user says
 MARK = "increlora"  # metadata key of our exports: a folder that bears it may be written over
 
 
@@ -65,6 +68,7 @@ def export_lora(
     layout: Layout = "uniform",
     *,
     max_rank: int | None = None,
+    tolerance: float | None = None,
     adapter_name: str | None = None,
 ) -> Exported:
     """Write a plain LoRA adapter that stock peft and the serving engines load, equal to the forward pass as it is now
@@ -76,16 +80,19 @@ def export_lora(
             AdaLoRA (E is folded in, masked triplets are dropped).
         out: folder to write; new, empty, or an earlier export, which is replaced.
         layout: `uniform` or `pattern`, see above.
-        max_rank: truncate ΔW of each module to its max_rank ≥ 1 strongest components; None keeps all.
+        max_rank: truncate ΔW of each module to its max_rank ≥ 1 strongest components; None keeps all, but of modules
+            without a low rank as many as their matrix has.
+        tolerance: the most that a truncation may lose of a module, relative Frobenius error in [0, 1]; None: 0.01 for
+            modules without a low rank, and whatever `max_rank` costs for the others.
         adapter_name: default the active adapter; of a folder: its subfolder.
     Warns: UserWarning if it holds what is no low-rank factor (`modules_to_save`, embeddings): it names the engines that
         refuse that.
     Returns: what was written. Tensors keep their dtype; folded factors are rounded to it once. The folder appears in
         one piece or not at all.
-    Raises: ExportError (no adapter that we read, unknown layout, more than low-rank, a folder in the way),
-        CheckpointError (damaged input).
+    Raises: ExportError (no adapter that we read, unknown layout, more than low-rank, more lost than the tolerance, a
+        folder in the way), CheckpointError (damaged input).
     """
-    done = write_lora(model_or_path, out, layout, max_rank=max_rank, adapter_name=adapter_name)
+    done = write_lora(model_or_path, out, layout, max_rank=max_rank, tolerance=tolerance, adapter_name=adapter_name)
     if refusals := refused_beside(done.path):
         warnings.warn(
             f"{', '.join(refusals)} will refuse {done}, which holds more than low-rank factors "
@@ -101,6 +108,7 @@ def write_lora(
     layout: Layout = "uniform",
     *,
     max_rank: int | None = None,
+    tolerance: float | None = None,
     adapter_name: str | None = None,
 ) -> Exported:
     """The same without the warning: who calls it shows what `check_export` finds."""
@@ -109,9 +117,12 @@ def write_lora(
         raise ExportError(f"layout={layout!r}: choose 'uniform' or 'pattern'")
     if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
         raise ExportError(f"max_rank={max_rank!r}: give an int of at least 1")
+    if tolerance is not None and not 0 <= tolerance <= 1:
+        raise ExportError(f"tolerance={tolerance!r}: give a share of ΔW in [0, 1]")
     check_out(out)
     adapter = read_adapter(model_or_path, adapter_name)
-    factors, errors = limited(adapter.factors, max_rank)
+    factors, errors = limited(adapter, max_rank)
+    check_errors(errors, adapter, tolerance)
     laid_out = padded if layout == "uniform" else ranked
     written, config = laid_out(adapter, factors)
     write(out, config, lora_tensors(written, adapter.others), layout)
@@ -120,13 +131,31 @@ def write_lora(
     return Exported(out, layout, ranks(factors), total, total - used, size, errors)
 
 
-def limited(factors: Factors, max_rank: int | None) -> tuple[Factors, dict[str, float]]:
-    """Factors of at most `max_rank` ranks, and the error in each module that had more."""
-    if max_rank is None:
-        return factors, {}
-    found = {name: truncated(A, B, max_rank) for name, (A, B) in factors.items()}
-    errors = {name: error for name, (_, _, error) in found.items() if factors[name][0].shape[0] > max_rank}
-    return {name: (A, B) for name, (A, B, _) in found.items()}, errors
+def limited(adapter: Adapter, max_rank: int | None) -> tuple[Factors, dict[str, float]]:
+    """Factors of at most as many ranks as they may have, and the error in each module that had more."""
+    factors, errors = dict(adapter.factors), {}
+    for name, (A, B) in adapter.factors.items():
+        limit = max_rank or adapter.limits.get(name)
+        if limit is not None and A.shape[0] > limit:
+            *pair, errors[name] = truncated(A, B, limit)
+            factors[name] = pair[0], pair[1]
+    return factors, errors
+
+
+def check_errors(errors: Mapping[str, float], adapter: Adapter, tolerance: float | None) -> None:
+    """Raise ExportError, naming the worst module, if more is lost than was agreed to."""
+    usual = {name: TOLERANCE if name in adapter.limits else 1.0 for name in errors}
+    allowed = usual if tolerance is None else dict.fromkeys(errors, tolerance)
+    beyond = [name for name, error in errors.items() if error > allowed[name]]
+    if not beyond:
+        return
+    worst = max(beyond, key=lambda name: errors[name])
+    full, accepted = adapter.factors[worst][0].shape[0], math.ceil(100 * errors[worst]) / 100
+    raise ExportError(
+        f"{len(beyond)} of {len(adapter.factors)} modules lose over {allowed[worst]:.1%} of their ΔW, {worst} "
+        f"{errors[worst]:.1%}: merge the adapter into the model (--merge), export it at a higher rank (exact at "
+        f"max_rank={full}, --max-rank {full}), or accept the loss (tolerance={accepted}, --tolerance {accepted})"
+    )
 
 
 def padded(adapter: Adapter, factors: Factors) -> tuple[Factors, LoraConfig]:

@@ -11,7 +11,7 @@ from ..allocation import Holding, Plan
 from ..budget import Budget
 from ..deltas import Delta, Stored
 from ..schedules import GrowthSteps, Run
-from .rules import EntryPruning, GateShrinking, PenaltyRule, RankPruning, ScoreRule
+from .rules import EntryPruning, GateShrinking, PenaltyRule, RankPruning, Restarts, ScoreRule
 
 Value = TypeVar("Value", int, float)
 
@@ -74,7 +74,7 @@ class Method:
     on_finish: Literal["retire", "keep"] = "retire"
     penalty: PenaltyRule | None = None
     clock: Clock | None = None
-    prune: RankPruning | GateShrinking | EntryPruning | None = None
+    prune: RankPruning | GateShrinking | EntryPruning | Restarts | None = None
     total_steps: int | None = None
     make_shared: Callable[[Sequence[Site]], Stored] | None = None
     places: Callable[[str], bool] = anywhere

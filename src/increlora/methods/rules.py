@@ -9,7 +9,7 @@ import torch
 from ..budget import Budget
 from ..penalties import PenaltyForm
 from ..projections import Group
-from ..schedules import CubicDecay, Levels, PruneSteps, Run
+from ..schedules import CubicDecay, Levels, PruneSteps, RestartSteps, Run
 from ..scores import Norm
 
 
@@ -100,3 +100,14 @@ class EntryPruning:
     beta: float
     interval: int
     regrow: bool
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """What was learnt is put aside and stays part of the function; learning begins anew at zero, in other directions.
+
+    Attributes:
+        schedule: run → when.
+    """
+
+    schedule: Callable[[Run], RestartSteps]

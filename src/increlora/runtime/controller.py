@@ -302,7 +302,8 @@ class Controller:
         settled = pruner.settled
         changes = pruner.after_step(self.step)
         for change in changes:
-            self._note("birth" if change.ranks > 0 else "retirement", change.module, change.ranks, change.score)
+            kind: Kind = change.kind or ("birth" if change.ranks > 0 else "retirement")
+            self._note(kind, change.module, change.ranks, change.score)
         if pruner.settled and not settled:
             self.health.read()
             for i in range(len(self.deltas)):

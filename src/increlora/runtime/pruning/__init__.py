@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 
 from ...deltas import BlockDelta
-from ...methods import EntryPruning, GateShrinking, Method, RankPruning
+from ...methods import EntryPruning, GateShrinking, Method, RankPruning, Restarts
 from .base import Change, Pruner
 from .entries import EntryPruner
 from .gates import GatePruner
 from .ranks import RankPruner
+from .restarts import Restarter
 
-__all__ = ["Change", "EntryPruner", "GatePruner", "Pruner", "RankPruner", "pruner_of"]
+__all__ = ["Change", "EntryPruner", "GatePruner", "Pruner", "RankPruner", "Restarter", "pruner_of"]
 
 
 def pruner_of(method: Method, deltas: Mapping[str, BlockDelta]) -> Pruner | None:
@@ -23,3 +24,5 @@ def pruner_of(method: Method, deltas: Mapping[str, BlockDelta]) -> Pruner | None
             return GatePruner(method.prune, method.budget, deltas)
         case EntryPruning():
             return EntryPruner(method.prune, deltas)
+        case Restarts():
+            return Restarter(method.prune, deltas)

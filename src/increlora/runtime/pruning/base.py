@@ -7,16 +7,19 @@ from typing import Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ...allocation import Kind
 from ...schedules import Run
 
 
 @dataclass(frozen=True)
 class Change:
-    """A module whose rank a cut changed: its index, the new rank minus the old, and its mean score."""
+    """A module that was changed: its index, the new rank minus the old, its mean score, and by what; by default a cut,
+    which takes ranks (`retirement`) or gives them back (`birth`)."""
 
     module: int
     ranks: int
-    score: float
+    score: float | None
+    kind: Kind | None = None
 
 
 class Pruner(Protocol):
