@@ -86,7 +86,7 @@ def finished(out: Path, row: str, settings: TrainSettings) -> Path:
 
 
 def table_row(name: str, runs: Sequence[Path]) -> str:
-    states = [json.loads((run / "run.json").read_text()) for run in runs]
+    states = [read_state(run) for run in runs]
     budgets = [state["budget"] for state in states]
     cells = [
         spread([state["metrics"]["after"]["excess_loss"] for state in states], "{:.4f}"),
@@ -96,6 +96,10 @@ def table_row(name: str, runs: Sequence[Path]) -> str:
         f"{statistics.mean(b['parameters_used'] for b in budgets):,.0f}",
     ]
     return f"| {name} | {' | '.join(cells)} |"
+
+
+def read_state(run: Path) -> dict[str, Any]:
+    return json.loads((run / "run.json").read_text())
 
 
 def reached(run: Path) -> float:
