@@ -1,4 +1,4 @@
-"""Every method at its best learning rate: the demo's task and length, a small grid for each.
+"""Every method at its best learning rate: the demo's task and length, one small grid for all.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/learning_rates.py
 
@@ -16,13 +16,10 @@ from planted import finished
 from increlora.cli.settings import TrainSettings
 from increlora.methods import METHODS
 
-RATES = "5e-4,1e-3,2e-3"
-OWN_RATES = {"lorta": "5e-3,1e-2,2e-2"}  # a method whose published rates are far from those of LoRA
-
 
 def main(
     r: Annotated[int, typer.Option(help="As in `increlora train`.")] = 2,
-    rates: Annotated[str | None, typer.Option(help="Peak learning rates of all methods.")] = None,
+    rates: Annotated[str, typer.Option(help="Peak learning rates.")] = "5e-4,1e-3,2e-3",
     methods: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(METHODS),
     task: Annotated[str, typer.Option(help="As in `increlora train`.")] = "stdlib-docs",
     seed: Annotated[int, typer.Option(help="The same for all.")] = 0,
@@ -31,8 +28,8 @@ def main(
     """Train what is missing, and print the table."""
     print("| method | learning rate: result | ranks | parameters peak / average / end |")
     print("| --- | --- | --- | --- |")
+    grid = rates.split(",")
     for method in methods.split(","):
-        grid = (rates or OWN_RATES.get(method, RATES)).split(",")
         settings = [TrainSettings(method=method, task=task, r=r, lr=float(rate), seed=seed) for rate in grid]
         runs = [finished(out, f"{task} r{r} {method} {rate}", s) for rate, s in zip(grid, settings, strict=True)]
         print(row(method, grid, [json.loads((run / "run.json").read_text()) for run in runs]), flush=True)
