@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer.cli import get_docs_for_click
@@ -81,7 +81,7 @@ def values(hint: Any) -> str:
     if hint == int | float:
         return "steps (int) or a share (float)"
     if get_origin(hint) is Mapping:
-        return "module name → number"
+        return f"module name → {'word' if get_args(hint)[1] is str else 'number'}"
     return described(hint).replace("'", "`")
 
 

@@ -13,15 +13,20 @@ def write_text(path: Path, text: str) -> None:
     Raises FileNotFoundError, which names the folder, if there is none to put it in."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it first")
-    temporary = _temporary(path, "new")
+    with whole_file(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write a file under; it replaces `path` only once its content is on disk."""
+    new = _temporary(path, "new")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        yield new
+        _sync(new)
+        new.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
     _sync(path.parent)
 
 

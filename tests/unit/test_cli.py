@@ -212,6 +212,27 @@ def test_melora_has_the_parameters_of_lora_and_is_exported_with_its_rank(model, 
     )
 
 
+def test_lorta_takes_the_projections_of_attention_and_counts_what_they_share(model, tmp_path):
+    out, count = tmp_path / "x", 2 * (16 + 8 + 2 + 2 + 4)
+    words = ("--method", "lorta", "--set", "lora_alpha=16", "--epochs", "0.25")
+    assert train(model, out, *words).exit_code == 0
+    found = state(out)
+    budget = found["budget"]
+    assert len(found["ranks"]) == 8 and set(found["ranks"].values()) == {2}
+    assert budget["parameters_peak"] == budget["parameters_average"] == budget["parameters_used"] == count
+    exported = load_file(out / "lora" / "adapter_model.safetensors")
+    assert {len(tensor) for name, tensor in exported.items() if "lora_A" in name} == {2}
+    assert f"{count} of {2 * 8 * 32}" in call("inspect", out).output
+    assert call("report", out).exit_code == 0 and (out / "report.html").is_file()
+    assert f"{count} throughout" in call("train", "--config", out / "config.toml", "--dry-run").output
+    assert "matrices={'dense': 'q'}" in refused(
+        "train", "--model", model, "--out", tmp_path / "y", *TINY, *words, "--target-modules", "query,dense"
+    )
+    assert "layers=3: give a list of words" in refused(
+        "train", "--model", model, "--out", tmp_path / "y", *TINY, "--method", "lorta", "--set", "layers=3"
+    )
+
+
 # -------------------------------------------------------------------------------------------- interruption and resuming
 
 

@@ -162,7 +162,9 @@ def test_every_published_setting_has_a_recipe():
 def test_a_paper_recipe_loads_and_names_itself(path):
     settings = TrainSettings(**read_recipe(path))
     assert path.read_text().startswith(f"# increlora train --config recipes/paper/{path.name}")
-    model = {"melora": "FacebookAI/roberta-base"}.get(settings.method, "microsoft/deberta-v3-base")
+    model = dict.fromkeys(("lorta", "melora"), "FacebookAI/roberta-base").get(
+        settings.method, "microsoft/deberta-v3-base"
+    )
     assert settings.preset == "paper" and settings.model == model
     assert settings.task == f"glue/{path.stem.split('-')[1]}" and settings.r == int(path.stem[-1])
 

@@ -95,6 +95,8 @@ def described(hint: Any) -> str:
         return " or ".join(described(member) for member in get_args(hint))
     if get_origin(hint) is Literal:
         return " or ".join(repr(member) for member in get_args(hint))
+    if get_origin(hint) is list:
+        return "a list of words"
     words = {int: "an int", float: "a number", bool: "true or false", str: "a word", NoneType: "none"}
     return words.get(hint, "a table such as {query = 4}")
 

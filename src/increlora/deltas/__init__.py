@@ -3,11 +3,13 @@
 from .base import Delta, Status, Stored
 from .block_diagonal import BlockDiagonalDelta
 from .blocks import BlockDelta
+from .four_factor import FourFactorDelta
 from .lowrank import LowRankDelta
 from .square import Form, SquareDelta
+from .tensor import TensorBank, TensorDelta
 from .triplet import TripletDelta
 
 __all__ = [
-    "BlockDelta", "BlockDiagonalDelta", "Delta", "Form", "LowRankDelta", "SquareDelta", "Status", "Stored",
-    "TripletDelta",
+    "BlockDelta", "BlockDiagonalDelta", "Delta", "Form", "FourFactorDelta", "LowRankDelta", "SquareDelta", "Status",
+    "Stored", "TensorBank", "TensorDelta", "TripletDelta",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Tasks by name: data in, numbers out."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,6 +24,8 @@ from increlora.tasks.lm import lm_task
 from increlora.tasks.planted import PlantedNet, planted_task
 from increlora.tasks.sft import sft_task
 from increlora.tasks.stdlib_docs import stdlib_docs_task
+from increlora.tasks.uuid_base import uuid_base, uuid_decoder
+from increlora.tasks.uuids import uuid_task
 
 __all__ = [
     "DEFAULT_BACKBONE",
@@ -52,11 +54,14 @@ class TaskKind:
         build: (tokenizer, options) → task.
         model: a backbone under a fresh head (`classifier`), a language model (`causal`), or the task's `own` small net.
         num_labels: outputs of the head, 1 for a regression.
+        net, outline: of an `own` net: (seed) → the net that is trained; () → one of its shapes, its values no matter.
     """
 
     build: Callable[[Any, TaskOptions], Task]
     model: Literal["classifier", "causal", "own"] = "classifier"
     num_labels: int = 2
+    net: Callable[[int], nn.Module] | None = None
+    outline: Callable[[], nn.Module] | None = None
 
     @property
     def task_type(self) -> str | None:
@@ -64,12 +69,16 @@ class TaskKind:
         return {"classifier": "SEQ_CLS", "causal": "CAUSAL_LM", "own": None}[self.model]
 
 
+UUID_KIND = TaskKind(uuid_task, "own", net=lambda seed: uuid_base(), outline=uuid_decoder)  # one base for all seeds
+
 TASKS: dict[str, TaskKind] = {
     "stdlib-docs": TaskKind(stdlib_docs_task),
     **{f"glue/{n}": TaskKind(partial(glue_task, n), num_labels=g.num_labels) for n, g in GLUE.items()},
     "lm": TaskKind(lm_task, "causal"),
     "sft": TaskKind(sft_task, "causal"),
-    "planted": TaskKind(planted_task, "own"),
+    "planted": TaskKind(planted_task, "own", net=PlantedNet, outline=partial(PlantedNet, 0)),
+    "uuid": UUID_KIND,
+    "uuid/value": replace(UUID_KIND, build=partial(uuid_task, value_only=True)),
 }
 
 
@@ -88,10 +97,10 @@ def load_model(task: str, model: str | None, seed: int) -> tuple[nn.Module, Any]
         seed: of the head, or of the task's own net.
     Raises: TaskError if the task has no default model or takes none; BackboneError if it cannot be loaded."""
     kind = find_task(task)
-    if kind.model == "own":
+    if kind.net is not None:
         if model is not None:
             raise TaskError(f"--model {model}: {task} makes its own model; leave it out")
-        return PlantedNet(seed), None
+        return kind.net(seed), None
     if kind.model == "classifier":
         return load_classifier(model or DEFAULT_BACKBONE, kind.num_labels, seed)
     if model is None:
@@ -102,9 +111,9 @@ def load_model(task: str, model: str | None, seed: int) -> tuple[nn.Module, Any]
 def sketch(task: str, model: str | None) -> nn.Module:
     """The model that a task trains, without weights (on the meta device). Raises: as `load_model`."""
     kind = find_task(task)
-    if kind.model == "own":
+    if kind.outline is not None:
         with torch.device("meta"):
-            return PlantedNet(0)
+            return kind.outline()
     if kind.model == "causal" and model is None:
         raise TaskError(f"--task {task} trains a causal language model: name one by --model")
     return sketch_model(model or DEFAULT_BACKBONE, kind.num_labels if kind.model == "classifier" else None)

@@ -35,6 +35,9 @@ class SharedFactors(TunerLayer):
     def unmerge(self) -> None:
         self.merged_adapters.clear()
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """There is no base layer, and deltas fetch what they need."""
+
 
 class AdapterLayer(TunerLayer):
     """y = base(x) + Σ_active ΔW x, for nn.Linear and GPT-2's Conv1D (whose weight is stored as (in, out))."""

@@ -17,6 +17,7 @@ from ...errors import ConfigError
 from ...methods import Site
 from ...runtime import Controller, register
 from .. import transformers as trainer_host
+from ..heads import complete_config
 from . import checkpoint
 from .layer import AdapterLayer, SharedFactors, TunerLayer, in_out_features
 
@@ -40,12 +41,14 @@ class AdapterModel(BaseTuner):
         bases = self._targets(peft_config, model)
         if not bases and not self._by_state_dict:
             check_matched(peft_config, model)
+        complete_config(peft_config, model, bases)
         shapes = [in_out_features(base, name) for name, base in bases.items()]
         self._totals = len(shapes), sum(m + n for m, n in shapes)
         self._peers = tuple((name, m, n) for name, (m, n) in zip(bases, shapes, strict=True))
         self._method = peft_config.settings().method(max(1, len(shapes)), max(1, self._totals[1]))
         sites = [self._site(name, base) for name, base in bases.items()]
-        self._shared = self._method.make_shared(sites) if self._method.make_shared is not None else None
+        shared = self._method.make_shared(sites) if self._method.make_shared is not None else None
+        self.__dict__["_shared"] = shared  # no part of the tuner: the model will own it
         self._deltas = {name: self._make_delta(peft_config, name, base) for name, base in bases.items()}
         contents = vars(peft_config).pop("contents", None)
         if contents and not getattr(model, "_checkpoint_conversion_mapping", None):  # its keys are renamed on loading
@@ -71,7 +74,8 @@ class AdapterModel(BaseTuner):
             return
         setattr(self.model, SHARED, owner)
         weight: Any = like.weight
-        owner.lora_delta[adapter_name] = shared.to("meta" if self._low_memory else weight.device)
+        later = self._low_memory or any(p.is_meta for p in shared.parameters())  # loading brings the values
+        owner.lora_delta[adapter_name] = shared.to("meta" if later else weight.device)
         owner.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _targets(self, peft_config: Any, model: nn.Module) -> dict[str, nn.Module]:

@@ -1,0 +1,518 @@
+"""LoRTA on real architectures: what the models are to it, factors that have one owner through all that is done with an
+adapter, and the defects that the published code is known to have."""
+
+import copy
+import json
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+from transformers import (
+    BartConfig,
+    BartModel,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
+
+from increlora import (
+    IncreLoraConfig,
+    LortaConfig,
+    PlainLoraConfig,
+    allocation_to_lora_config,
+    export_lora,
+    export_merged,
+    rank_summary,
+    warm_start,
+)
+from increlora.deltas import TensorBank, TensorDelta
+from increlora.errors import CheckpointError, ConfigError, ExportError
+from increlora.hosts.adapters import read_adapter
+from tests.hosts.stock import assert_exports_compute_the_same
+from tests.hosts.test_adalora import deltas, train
+from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits, seeded
+from tests.reference.attention import ARCHITECTURE, AttentionNet
+
+KINDS = ("bert", "gpt2", "llama", "grouped", "t5")
+# d, d_h, H, attention blocks, modules of "all-linear"
+SIZES = {
+    "bert": (16, 8, 2, 2, 8), "gpt2": (16, 8, 2, 2, 4), "llama": (16, 8, 2, 2, 8), "grouped": (16, 6, 4, 3, 12),
+    "t5": (16, 8, 2, 6, 24),
+}  # fmt: skip
+ALPHAS = {"bert": 20}  # its logits hardly move
+NAMES = [f"base_model.model.shared_factors.{name}" for name in sorted(TensorBank.names)]
+
+
+def grouped() -> nn.Module:
+    """Two heads for keys and values, four for queries, and 4 · 6 ≠ 16."""
+    return seeded(lambda: LlamaForCausalLM(LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, head_dim=6,
+        num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )))  # fmt: skip
+
+
+BUILDERS = BUILDERS | {"grouped": grouped}
+
+
+def adapted(kind: str = "bert", **options: object) -> PeftModel:
+    chosen = {"r": 3, "target_modules": "all-linear", "fan_in_fan_out": kind == "gpt2", "seed": 2}
+    return get_peft_model(BUILDERS[kind](), LortaConfig(**chosen | options))
+
+
+def trained(kind: str = "bert", **options: object) -> PeftModel:
+    model = adapted(kind, **{"init_lora_weights": False, "lora_alpha": ALPHAS.get(kind, 4)} | options)
+    train(model, kind)
+    assert (logits(model, kind) - logits(BUILDERS[kind](), kind)).abs().max() > 1e-3
+    return model
+
+
+def bank(model: nn.Module, adapter: str = "default") -> TensorBank:
+    return model.get_submodule("base_model.model.shared_factors").lora_delta[adapter]
+
+
+def stock(kind: str, folder: object) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out")
+        return PeftModel.from_pretrained(BUILDERS[kind](), folder)
+
+
+def close(one: Tensor, other: Tensor, tolerance: float = 1e-6) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+# -- what a model is to it ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_architecture_is_found_in_the_model(kind: str, tmp_path: Path) -> None:
+    model, (d, d_h, H, L, modules) = adapted(kind), SIZES[kind]
+    assert [tuple(p.shape) for p in bank(model).parameters()] == [(d, 3), (d_h, 3), (H, 3), (4, 3), (L, 3)]
+    assert len(deltas(model)) == modules and all(type(delta) is TensorDelta for delta in deltas(model))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["heads"], config["head_dim"], len(config["layers"])) == (H, d_h, L)
+
+
+def test_layers_count_although_nothing_in_them_is_adapted() -> None:
+    """4.6: and a subset of the projections leaves four rows for them."""
+    model = adapted("llama", target_modules=["q_proj", "v_proj"], layers_to_transform=[1])
+    assert [d.layer for d in deltas(model)] == [1, 1] and bank(model).lora_C_layer.shape == (2, 3)
+    train(model, "llama", optimizer=SGD(adapter_only(model), lr=0.1), stop=2)
+    start = bank(adapted("llama"))
+    assert torch.equal(bank(model).lora_C_layer[0], start.lora_C_layer[0])
+    assert torch.equal(bank(model).lora_C_matrix[[1, 3]], start.lora_C_matrix[[1, 3]])
+    assert not torch.equal(bank(model).lora_C_matrix[[0, 2]], start.lora_C_matrix[[0, 2]])
+
+
+def test_encoder_and_decoder_are_layers_of_one_stack() -> None:
+    model = adapted("t5")
+    places = {d.name.rpartition(".")[0]: d.layer for d in deltas(model)}
+    assert places == {
+        **{f"encoder.block.{i}.layer.0.SelfAttention": i for i in (0, 1)},
+        **{f"decoder.block.{i}.layer.0.SelfAttention": 2 + 2 * i for i in (0, 1)},
+        **{f"decoder.block.{i}.layer.1.EncDecAttention": 3 + 2 * i for i in (0, 1)},
+    }
+
+
+def test_another_stack_beside_it_is_not_counted() -> None:
+    """As of a vision tower, whose width is another."""
+    net = seeded(lambda: nn.ModuleDict({"tower": AttentionNet(width=5), "language": AttentionNet(layers=3)}))
+    config = LortaConfig(r=2, target_modules=r"language\..*_proj", **ARCHITECTURE)
+    assert bank(get_peft_model(net, config)).lora_C_layer.shape == (3, 2)
+    with pytest.raises(ConfigError, match="width 8, but the factor that all modules share has 5"):
+        get_peft_model(
+            seeded(lambda: nn.ModuleDict({"tower": AttentionNet(width=5), "language": AttentionNet()})),
+            LortaConfig(r=2, target_modules="all-linear", **ARCHITECTURE),
+        )
+
+
+def test_bert_has_one_dense_that_is_a_projection() -> None:
+    names = {d.name.partition("layer.0.")[2] for d in deltas(adapted("bert"))} - {""}
+    assert names == {*(f"attention.self.{n}" for n in ("query", "key", "value")), "attention.output.dense"}
+    base = BUILDERS["bert"]()
+    with pytest.raises(ConfigError, match="layer.0.intermediate.dense: not known as a projection"):
+        get_peft_model(base, LortaConfig(target_modules=["query", "dense"]))
+    assert type(base.bert.encoder.layer[0].attention.self.query) is nn.Linear
+
+
+def test_phi_3_stacks_its_projections() -> None:
+    config = Phi3Config(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = get_peft_model(
+        seeded(lambda: Phi3ForCausalLM(config)), LortaConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
+    parts = {d.name.rpartition(".")[2]: d.parts for d in deltas(model)}
+    assert parts == {"qkv_proj": ((0, 4), (1, 2), (2, 2)), "o_proj": ((3, 4),)}
+
+
+def test_gpt_2_in_rows_of_its_own_order() -> None:
+    """4.9: c_attn's outputs are q, k and v; its weight is stored as (in, out)."""
+    model = adapted("gpt2", init_lora_weights=False)
+    layer = model.base_model.model.transformer.h[0].attn.c_attn
+    assert layer.get_delta_weight("default").shape == layer.get_base_weight().shape == (16, 48)
+    one = bank(model)
+    for m in range(3):
+        g = 8 / 3 * one.lora_C_matrix[m] * one.lora_C_layer[0]
+        E = torch.cat([one.lora_C_head[h] * one.lora_B for h in range(2)])
+        close(layer.get_delta_weight("default")[:, 16 * m : 16 * (m + 1)].T, E * g @ one.lora_A.T)
+
+
+def neox() -> nn.Module:
+    return GPTNeoXForCausalLM(GPTNeoXConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2))  # fmt: skip
+
+
+def big_code() -> nn.Module:
+    return GPTBigCodeForCausalLM(GPTBigCodeConfig(vocab_size=64, n_embd=16, n_layer=2, n_head=2, multi_query=False))
+
+
+def uneven() -> nn.Module:
+    return BartModel(BartConfig(
+        vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=4, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=16,
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "options", "message"), [
+    (neox, {}, "layers.0.attention.query_key_value: .*in turns, head by head"),
+    (big_code, {}, "c_attn: q, k and v of a GPTBigCode without multi_query take turns"),
+    (uneven, {}, "2 heads in the encoder and 4 in the decoder: .*set `heads` and `head_dim`"),
+    (BUILDERS["mlp"], {"target_modules": ["up"]}, "up: not known as a projection"),
+    (BUILDERS["mlp"], {"target_modules": ["up"], "matrices": {"up": "q"}}, "up: heads is not given"),
+    (BUILDERS["llama"], {"heads": 4}, "q_proj: 16 features are not q of 4 heads of 8|head_dim"),
+    (BUILDERS["llama"], {"head_dim": 4}, "q_proj: 16 features are not q of 2 heads of 4"),
+    (grouped, {"orientation": "official_peft"}, r"q_proj: orientation='official_peft' wants heads · head_dim = 4 · 6"),
+    (grouped, {"layers": ["other"]}, "self_attn is none of `layers`"),
+])  # fmt: skip
+def test_what_is_refused_leaves_the_model_as_it_was(build, options, message) -> None:
+    base = build()
+    before = {n: type(m) for n, m in base.named_modules()}
+    with pytest.raises(ConfigError, match=message):
+        get_peft_model(base, LortaConfig(**{"target_modules": "all-linear"} | options))
+    assert {n: type(m) for n, m in base.named_modules()} == before
+
+
+def test_a_part_of_uneven_stacks_can_be_adapted() -> None:
+    model = get_peft_model(uneven(), LortaConfig(
+        r=2, target_modules=r"decoder\..*(q|k|v)_proj", heads=4, head_dim=4))  # fmt: skip
+    assert len(deltas(model)) == 6
+
+
+def test_bart_has_a_layer_for_every_attention() -> None:
+    config = BartConfig(
+        vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=16,
+    )  # fmt: skip
+    model = get_peft_model(BartModel(config), LortaConfig(r=2, target_modules="all-linear"))
+    assert len(deltas(model)) == 20 and len({d.layer for d in deltas(model)}) == 5
+
+
+def test_a_net_of_ones_own_says_what_it_is() -> None:
+    net = seeded(AttentionNet)
+    renamed = nn.ModuleDict({"wq": net.layers[0].q_proj, "wo": net.layers[0].o_proj})
+    model = get_peft_model(renamed, LortaConfig(
+        r=2, target_modules=["wq", "wo"], matrices={"wq": "q", "wo": "o"}, **ARCHITECTURE))  # fmt: skip
+    assert {d.name: d.heads_out for d in deltas(model)} == {"wq": True, "wo": False}
+
+
+# -- start, one step, many ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_t9_the_first_step_moves_b_alone(kind: str) -> None:
+    model = adapted(kind)
+    assert torch.equal(logits(model, kind), logits(BUILDERS[kind](), kind))
+    before = [p.detach().clone() for p in bank(model).parameters()]
+    train(model, kind, optimizer=SGD(adapter_only(model), lr=0.1), stop=1)
+    moved = [not torch.equal(p, q) for p, q in zip(bank(model).parameters(), before, strict=True)]
+    assert moved == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_t8_the_optimizer_sees_every_factor_once(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model, (d, d_h, H, L, _) = adapted(kind), SIZES[kind]
+    count = 3 * (d + d_h + H + L + 4)
+    assert [id(p) for p in adapter_only(model)] == [id(p) for p in bank(model).parameters()]
+    assert sum(p.numel() for p in adapter_only(model)) == count == rank_summary(model).parameters
+    model.print_trainable_parameters()
+    assert f"trainable params: {count:,}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["bert", "grouped"])
+def test_t12_two_micro_batches_are_one_batch(kind: str) -> None:
+    inputs, grads = inputs_for(kind), []
+    for parts in (1, 2):
+        model = adapted(kind, init_lora_weights=False)
+        for i in range(parts):
+            ids = inputs["input_ids"][i::parts]
+            (model(input_ids=ids).logits.square().mean() / parts).backward()
+        grads.append([p.grad for p in adapter_only(model)])
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # since 5.23
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_t12_gradient_checkpointing_changes_nothing_on_one_process(reentrant: bool) -> None:
+    grads = []
+    for checkpointed in (False, True):
+        model = adapted("grouped", init_lora_weights=False).train()
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(**inputs_for("llama")).logits.square().mean().backward()
+        grads.append([p.grad for p in adapter_only(model)])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["grouped", "gpt2"])
+def test_t11_generating_right_after_a_step_uses_the_new_values(kind: str) -> None:
+    """Trap 4.12: the published adapter would use the dense deltas of the last forward pass, or fail without one."""
+    model, prompt = adapted(kind, task_type="CAUSAL_LM", init_lora_weights=False), inputs_for(kind)["input_ids"]
+    outputs = []
+    for step in range(3):
+        train(model, kind, start=step, stop=step + 1)
+        model.eval()
+        found = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+        expected = prompt
+        with torch.no_grad():
+            for _ in range(6):
+                following = model(input_ids=expected, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+                expected = torch.cat([expected, following], dim=1)
+        assert torch.equal(found, expected)
+        outputs.append(found)
+    assert not torch.equal(outputs[0], outputs[-1])
+
+
+def test_factors_of_a_half_precision_model_are_whole() -> None:
+    """4.14."""
+    model = get_peft_model(BUILDERS["bert"]().bfloat16(), LortaConfig(r=2, target_modules="all-linear"))
+    assert {p.dtype for p in bank(model).parameters()} == {torch.float32}
+    plain = get_peft_model(
+        BUILDERS["bert"]().bfloat16(), LortaConfig(r=2, target_modules="all-linear"), autocast_adapter_dtype=False
+    )
+    assert {p.dtype for p in bank(plain).parameters()} == {torch.float32}
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_t8_t10_a_file_has_every_factor_once_and_loads(kind: str, tmp_path: Path) -> None:
+    model = trained(kind)
+    model.save_pretrained(tmp_path)
+    assert sorted(load_file(tmp_path / "adapter_model.safetensors")) == NAMES
+    for options in ({}, {"is_trainable": True}, {"low_cpu_mem_usage": True}, {"adapter_name": "other"}):
+        loaded = PeftModel.from_pretrained(BUILDERS[kind](), tmp_path, **options)
+        assert torch.equal(logits(loaded, kind), logits(model, kind))
+        assert not any(p.is_meta for p in loaded.parameters())
+        assert rank_summary(loaded).parameters == rank_summary(model).parameters
+
+
+def test_t10_a_missing_factor_is_an_error(tmp_path: Path) -> None:
+    """Trap 4.11: the published adapter does not load at all, and says nothing."""
+    trained().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    whole = load_file(path)
+    for key in whole:
+        rest = {k: t for k, t in whole.items() if k != key}
+        model, entry = adapted(), key.rpartition(".")[2]
+        before = logits(model, "bert")
+        with pytest.raises(CheckpointError, match=f"shared_factors.{entry}: expected .* found nothing"):
+            set_peft_model_state_dict(model, rest)
+        assert torch.equal(logits(model, "bert"), before)
+        save_file(rest, path, metadata={"format": "pt"})
+        for read in (read_adapter, lambda folder: PeftModel.from_pretrained(BUILDERS["bert"](), folder)):
+            with pytest.raises(CheckpointError, match=f"{entry}: expected"):
+                read(tmp_path)
+    with pytest.raises(CheckpointError, match="shared_factors"):
+        set_peft_model_state_dict(adapted(), {})
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    trained("llama").save_pretrained(tmp_path)
+    with pytest.raises((CheckpointError, ConfigError)):
+        PeftModel.from_pretrained(grouped(), tmp_path)
+
+
+def test_the_rank_of_the_file_counts(tmp_path: Path) -> None:
+    model = trained(r=2)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))
+    loaded = PeftModel.from_pretrained(BUILDERS["bert"](), tmp_path)
+    assert {d.rank for d in deltas(loaded)} == {2} and torch.equal(logits(loaded, "bert"), logits(model, "bert"))
+
+
+@pytest.mark.parametrize("stop", [1, 9])
+def test_a_run_resumes_as_the_trainer_does(stop: int, tmp_path: Path) -> None:
+    straight, first, second = (adapted(lora_dropout=0.1) for _ in range(3))
+    torch.manual_seed(0)
+    train(straight)
+    torch.manual_seed(0)
+    optimizer = train(first, stop=stop)
+    state = torch.get_rng_state()
+    first.save_pretrained(tmp_path)
+    second.load_adapter(tmp_path, "default", is_trainable=True)
+    resumed = AdamW(adapter_only(second), lr=0.05)
+    resumed.load_state_dict(optimizer.state_dict())
+    torch.set_rng_state(state)
+    train(second, start=stop, optimizer=resumed)
+    assert torch.equal(logits(second, "bert"), logits(straight, "bert"))
+
+
+# -- one owner ---------------------------------------------------------------------------------------------------------
+
+
+def test_copies_share_among_themselves_alone() -> None:
+    model = trained("grouped")
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(copied, "grouped"), logits(model, "grouped"))
+        assert all(d.bank is bank(copied) is not bank(model) for d in deltas(copied))
+        before = logits(model, "grouped")
+        train(copied, "grouped", stop=2)
+        assert torch.equal(logits(model, "grouped"), before) and not torch.equal(logits(copied, "grouped"), before)
+
+
+def test_moving_and_casting_the_model_moves_the_factors() -> None:
+    model = trained().double().to("cpu")
+    assert all(p.dtype == torch.float64 for d in deltas(model) for p in d.bank.parameters())
+    assert deltas(model)[0].weight().dtype == torch.float64 and list(dict(model.named_parameters())) == list(
+        dict(adapted().named_parameters())
+    )
+
+
+def test_adapters_have_factors_each_their_own(tmp_path: Path) -> None:
+    """4.10."""
+    model, alone = trained(), trained(r=5, seed=7, target_modules=["query", "value", "attention.output.dense"])
+    expected = {"default": logits(model, "bert"), "second": logits(alone, "bert")}
+    alone.save_pretrained(tmp_path / "alone")
+    model.load_adapter(tmp_path / "alone", "second")
+    model.save_pretrained(tmp_path / "both")
+    again = PeftModel.from_pretrained(BUILDERS["bert"](), tmp_path / "both")
+    again.load_adapter(tmp_path / "both" / "second", "second")
+    for each in (model, again):
+        for name in ("second", "default", "second"):
+            each.set_adapter(name)
+            assert torch.equal(logits(each, "bert"), expected[name])
+        assert {name: bank(each, name).rank for name in expected} == {"default": 3, "second": 5}
+        assert [n for n, p in each.named_parameters() if p.requires_grad and ".second." not in n] == []
+    with pytest.warns(UserWarning, match="Adapter second was active"):
+        model.delete_adapter("second")
+    assert torch.equal(logits(model, "bert"), expected["default"])
+    assert not [n for n, _ in model.named_parameters() if "second" in n]
+    model.delete_adapter("default")
+    assert not [n for n in model.state_dict() if "lora" in n or "shared" in n]
+
+
+def test_disabled_it_adds_nothing() -> None:
+    model, base = trained(), logits(BUILDERS["bert"](), "bert")
+    with model.disable_adapter():
+        assert torch.equal(logits(model, "bert"), base)
+    assert not torch.equal(logits(model, "bert"), base)
+
+
+def test_a_model_with_injected_adapters_trains() -> None:
+    base = inject_adapter_in_model(LortaConfig(r=2, target_modules="all-linear", seed=1), BUILDERS["bert"]())
+    assert sum(1 for n, _ in base.named_parameters() if "lora_" in n) == 5
+    wrapped = get_peft_model(BUILDERS["bert"](), LortaConfig(r=2, target_modules="all-linear", seed=1))
+    for model in (base, wrapped):
+        train(model, stop=4)
+    assert torch.equal(logits(base, "bert"), logits(wrapped, "bert"))
+
+
+# -- merging and export ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_t11_merging_and_unmerging(kind: str) -> None:
+    model = trained(kind)
+    expected, weights = logits(model, kind), {n: p.clone() for n, p in model.named_parameters()}
+    model.merge_adapter(safe_merge=True)
+    close(logits(model, kind), expected)
+    model.unmerge_adapter()
+    for name, p in model.named_parameters():
+        close(p, weights[name])
+    merged, base = model.merge_and_unload(), BUILDERS[kind]()
+    close(logits(merged, kind), expected)
+    assert [(n, type(m)) for n, m in merged.named_modules()] == [(n, type(m)) for n, m in base.named_modules()]
+    assert list(merged.state_dict()) == list(base.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_t13_an_export_computes_the_same_in_stock_peft(kind: str, tmp_path: Path) -> None:
+    model = trained(kind)
+    model.save_pretrained(tmp_path / "native")
+    ranks = {d.name: 3 for d in deltas(model)}
+    assert_exports_compute_the_same(model, kind, tmp_path / "native", ranks, build=BUILDERS[kind])
+
+
+@pytest.mark.parametrize("orientation", ["head_aligned", "official_peft", "official_litgpt"])
+def test_t13_in_double_precision_with_more_ranks_than_the_model_is_wide(orientation: str, tmp_path: Path) -> None:
+    base = BUILDERS["llama"]().double()
+    model = get_peft_model(copy.deepcopy(base), LortaConfig(
+        r=19, target_modules="all-linear", orientation=orientation, init_lora_weights=False))  # fmt: skip
+    written = export_lora(model, tmp_path / "lora")
+    plain = PeftModel.from_pretrained(copy.deepcopy(base), written, autocast_adapter_dtype=False)
+    close(logits(plain, "llama"), logits(model, "llama"), 1e-12)
+    cut = export_lora(model, tmp_path / "cut", max_rank=16)
+    assert set(cut.ranks.values()) == {16} and max(cut.errors.values()) < 1e-7  # nothing but rounding is lost
+    close(logits(PeftModel.from_pretrained(copy.deepcopy(base), cut), "llama"), logits(model, "llama"), 1e-5)
+
+
+def test_an_export_has_the_published_form(tmp_path: Path) -> None:
+    """Section 7: q, k and v of all layers have the same A, o of all layers the same B up to its columns' scale."""
+    model = trained("llama")
+    tensors = load_file(Path(export_lora(model, tmp_path / "lora")) / "adapter_model.safetensors")
+    A = [t for n, t in tensors.items() if "lora_A" in n and "o_proj" not in n]
+    assert len(A) == 6 and all(torch.equal(a, bank(model).lora_A.T) for a in A)
+    assert sum(t.numel() for t in tensors.values()) == 8 * 2 * 16 * 3
+
+
+def test_a_merged_export_needs_no_adapter(tmp_path: Path) -> None:
+    model = trained()
+    folder = export_merged(model, tmp_path / "merged")
+    close(logits(type(BUILDERS["bert"]()).from_pretrained(folder), "bert"), logits(model, "bert"))
+
+
+def test_it_starts_others_but_no_other_adapter_fits_it(tmp_path: Path) -> None:
+    model = trained()
+    model.save_pretrained(tmp_path)
+    targets = ["query", "key", "value", "attention.output.dense"]
+    for config in (PlainLoraConfig(r=3, target_modules=targets), IncreLoraConfig(r=3, target_modules=targets)):
+        other = get_peft_model(BUILDERS["bert"](), config)
+        warm_start(other, tmp_path)
+        close(logits(other, "bert"), logits(model, "bert"))
+    fresh = adapted()
+    with pytest.raises(ConfigError, match="LORTA has no place for the low-rank"):
+        warm_start(fresh, tmp_path)
+
+
+def test_an_allocation_of_it_is_lora_of_the_same_ranks() -> None:
+    config = allocation_to_lora_config(trained())
+    assert isinstance(config, LoraConfig) and set(config.rank_pattern.values()) == {3}
+
+
+def test_the_card_counts_what_was_trained(tmp_path: Path) -> None:
+    model = trained()
+    model.save_pretrained(tmp_path)
+    assert f"{rank_summary(model).parameters:,} parameters" in (tmp_path / "README.md").read_text()
+
+
+def test_nothing_to_export_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="nothing to export"):
+        export_lora(BUILDERS["bert"](), tmp_path / "lora")
