@@ -212,6 +212,30 @@ def test_melora_has_the_parameters_of_lora_and_is_exported_with_its_rank(model, 
     )
 
 
+def test_mora_has_at_most_the_parameters_of_lora_restarts_and_is_exported_with_its_rank(model, tmp_path):
+    out = tmp_path / "x"
+    options = ("--set", "restart_steps=0.5", "--set", "restart_warmup=1", "--set", "restart_maps=cycle")
+    assert train(model, out, "--method", "mora", *options, "--epochs", "1").exit_code == 0
+    found = state(out)
+    sides = set(found["ranks"].values())
+    assert found["budget"]["parameters_used"] == sum(side**2 for side in found["ranks"].values()) <= 832
+    assert {row["kind"] for row in rows(out, "events.jsonl")} == {"restart"}
+    exported = load_file(out / "lora" / "adapter_model.safetensors")
+    assert {len(tensor) for name, tensor in exported.items() if "lora_A" in name} == {2 * max(sides)}
+    assert "of 832" in call("inspect", out).output
+    assert call("report", out).exit_code == 0 and (out / "report.html").is_file()
+
+
+def test_a_run_without_a_low_rank_says_how_it_leaves(model, tmp_path):
+    out = tmp_path / "x"
+    words = ("--method", "mora", "--set", "operator=rotation", "--set", "dead_inputs=fold", "--epochs", "0.25")
+    result = train(model, out, *words)
+    assert result.exit_code == 0 and (out / "adapter").is_dir() and not (out / "lora").exists()
+    assert "no low rank" in result.output and "--merge" in result.output
+    assert "lose over 1.0% of their" in refused("export", out, tmp_path / "lora")
+    assert call("export", out, tmp_path / "lora", "--tolerance", "1").exit_code == 0
+
+
 def test_lorta_takes_the_projections_of_attention_and_counts_what_they_share(model, tmp_path):
     out, count = tmp_path / "x", 2 * (16 + 8 + 2 + 2 + 4)
     words = ("--method", "lorta", "--set", "lora_alpha=16", "--epochs", "0.25")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from increlora.deltas import SquareDelta
+from increlora.deltas.maps import shuffled
 from increlora.errors import CheckpointError, ScheduleError
 from increlora.methods import METHODS, Mora, Site
 from increlora.runtime import Controller, register
@@ -116,6 +117,17 @@ def test_the_past_is_not_trained_but_passed_through() -> None:
     delta(x).sum().backward()
     torch.testing.assert_close(x.grad, delta.weight().sum(0).expand(3, -1), rtol=1e-12, atol=1e-12)
     assert x.grad.abs().max() > 0 and [n for n, _ in delta.named_parameters()] == ["lora_M0"]
+
+
+def test_training_may_follow_inference() -> None:
+    """Random orders are kept between calls."""
+    shuffled.cache_clear()
+    delta, x = delta_of(14, 4), torch.ones(2, 14, dtype=torch.float64, requires_grad=True)
+    ranks(delta, 2)
+    with torch.inference_mode():
+        delta(x)
+    delta(x).sum().backward()
+    assert x.grad.abs().max() > 0 and delta.lora_M0.grad is not None
 
 
 # ---- the run

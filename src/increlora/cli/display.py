@@ -65,7 +65,10 @@ def show_result(console: Console, state: Mapping[str, Any], path: Path) -> None:
     )
     console.print(table)
     console.print(rank_map(state["ranks"]))
-    console.print(f"written to {path}: adapter/ (native), lora/ (plain LoRA), run.json", soft_wrap=True)
+    plain = "lora/ (plain LoRA), " if (path / "lora").is_dir() else ""
+    console.print(f"written to {path}: adapter/ (native), {plain}run.json", soft_wrap=True)
+    if not plain:
+        console.print(f"its ΔW has no low rank; for engines: increlora export {path} OUT --merge", soft_wrap=True)
 
 
 def number(value: float | None) -> str:

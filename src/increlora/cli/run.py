@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PrinterCallback
 
 from ..errors import CheckpointError
 from ..files import whole_folder
-from ..hosts.export import write_lora
+from ..hosts.export import is_exact, write_lora
 from ..hosts.peft.config import check_folder
 from ..runs import RunFolder, checkpoint_step
 from ..runtime import controllers_of
@@ -59,7 +59,8 @@ def train(settings: TrainSettings, folder: RunFolder, console: Console, *, resum
 
 
 def save(settings: TrainSettings, folder: RunFolder, model: Any) -> None:
-    """adapter/ and lora/, naming the base model as the user did, not the place where it lies on this machine."""
+    """adapter/ and, where it is exact, lora/. They name the base model as the user did, not where it lies on this
+    machine."""
     base = model.get_base_model()
     if isinstance(base, PreTrainedModel):
         name = model_name(settings.task, settings.model)
@@ -70,7 +71,8 @@ def save(settings: TrainSettings, folder: RunFolder, model: Any) -> None:
         warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file", UserWarning)
         with whole_folder(folder.path / "adapter") as adapter:
             model.save_pretrained(adapter)
-        write_lora(model, folder.path / "lora")
+        if is_exact(model):  # otherwise `show_result` says how it can leave
+            write_lora(model, folder.path / "lora")
 
 
 def total_steps(settings: TrainSettings, examples: int) -> int:

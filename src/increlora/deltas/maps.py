@@ -127,17 +127,16 @@ def pairs(z: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]:
 
 
 # Kept for all modules at once, by what they depend on: attributes of a module would not follow it to another device,
-# buffers would be rounded by `model.half()`. Made outside inference mode, or training could not use them afterwards.
+# buffers would be rounded by `model.half()`.
 
 
 @lru_cache(maxsize=256)
 def angles(chunks: int, size: int, device: torch.device, double: bool) -> tuple[Tensor, Tensor]:
     """cos and sin of the angles (chunks, size/2), rounded once: float32, or float64 if `double`."""
-    with torch.inference_mode(False):
-        theta = 10000.0 ** (-2 * torch.arange(size // 2, dtype=torch.float64) / size)
-        angle = torch.outer(torch.arange(chunks, dtype=torch.float64), theta)
-        dtype = torch.float64 if double else torch.float32
-        return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+    theta = 10000.0 ** (-2 * torch.arange(size // 2, dtype=torch.float64) / size)
+    angle = torch.outer(torch.arange(chunks, dtype=torch.float64), theta)
+    dtype = torch.float64 if double else torch.float32
+    return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
 
 
 @lru_cache(maxsize=1024)
@@ -145,5 +144,5 @@ def shuffled(key: str, length: int, device: torch.device) -> Tensor:
     """A permutation of 0 … length − 1, the same on every machine for the same key."""
     digest = hashlib.blake2b(f"{key}/{length}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "little") >> 1
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # a backward pass could not use it otherwise
         return torch.randperm(length, generator=torch.Generator().manual_seed(number)).to(device)

@@ -29,6 +29,8 @@ from ..files import whole_folder
 from .adapters import Adapter, check_elsewhere, read_adapter
 from .engines import refused_beside
 from .lora_format import PREFIX
+from .peft.drive import chosen_adapter
+from .peft.model import adapter_layers
 from .targets import check_patterns, targets
 from .truncate import truncated
 
@@ -129,6 +131,12 @@ def write_lora(
     total, used = numbers(written), numbers(factors)
     size = (out / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     return Exported(out, layout, ranks(factors), total, total - used, size, errors)
+
+
+def is_exact(model: nn.Module, adapter_name: str | None = None) -> bool:
+    """Does an adapter of ours leave as it is, without truncating any module?"""
+    name = chosen_adapter(model, adapter_name)
+    return all(layer.delta(name).export_rank is None for layer in adapter_layers(model, name).values())
 
 
 def limited(adapter: Adapter, max_rank: int | None) -> tuple[Factors, dict[str, float]]:
