@@ -1,17 +1,20 @@
-"""What rank buys: how much of 100 random pairs (task `uuid`) is learnt by heart after 30, 50, 70 and 90 % of a run.
+"""What rank buys: the share of 100 random pairs (task `uuid`) that each method has by heart, as its run goes on.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/memorisation.py --methods lora --ranks 2,8,32
-    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/memorisation.py --methods lora,mora --ranks 8 --seeds 3
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/memorisation.py --methods lora,melora --ranks 8 --seeds 3
 
 Trains each method at each rank with each rate and seed (runs/uuid/TASK-N-METHOD-rR-RATE-SEED, finished runs are kept)
-and prints a row per rate: mean and range of the accuracy over the seeds, in percent; bold is the rate whose accuracy is
-highest on average over the four points, since what separates methods is how fast it rises. Equal r is equal trained
-parameters where the method promises that; the column tells. A run takes one to two minutes on one core. Best at an end
-of its grid: the grid is too narrow. Protocol: MoRA, section 3.2 (100 epochs of ten steps, warm-up of a tenth, linear
-decay, no weight decay, loss on all tokens; `--task uuid/value` for the value alone). The file is not called uuid.py,
-which would stand before Python's own module of that name for every script of this folder."""
+and prints a row per rate: accuracy in percent after 30, 50, 70 and 90 % of the steps, mean and range over the seeds.
+Bold is the rate whose mean over these four points is highest: methods differ in how fast they rise. If it stands at an
+end of its grid, the grid is too narrow. Equal r is equal trained parameters where a method promises that; a column
+says. A run takes about a minute on one free core.
+
+Protocol: MoRA, section 3.2 (100 epochs of ten steps, warm-up, linear decay, no weight decay, loss on all tokens;
+`--task uuid/value` for the value alone), with rates for this small net. This file is not called uuid.py: scripts of
+this folder would import it instead of Python's own module."""
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,15 +25,14 @@ from increlora.cli.settings import TrainSettings
 from increlora.runs import RunFolder
 
 POINTS = (30, 50, 70, 90)  # percent of the run
-RATES = "5e-3,1e-2,2e-2"
-OWN_RATES = {"mora": "2.5e-3,5e-3,1e-2"}  # the paper sweeps {1, 2, 3} for LoRA and {0.5, 1, 2} for MoRA
+RATES = "2.5e-3,5e-3,1e-2"
 EPOCHS, STEPS_PER_EPOCH = 100, 10
 
 
 def main(
     methods: Annotated[str, typer.Option(help="Names with commas between.")] = "lora",
     ranks: Annotated[str, typer.Option(help="Values of r.")] = "8",
-    rates: Annotated[str | None, typer.Option(help="Peak learning rates of all methods.")] = None,
+    rates: Annotated[str, typer.Option(help="Peak learning rates.")] = RATES,
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, … of pairs, adapter and order.")] = 1,
     pairs: Annotated[int, typer.Option(help="To learn by heart.")] = 100,
     task: Annotated[str, typer.Option(help="uuid, or uuid/value.")] = "uuid",
@@ -41,7 +43,7 @@ def main(
     floors: set[float] = set()
     for method in methods.split(","):
         for r in map(int, ranks.split(",")):
-            grid = (rates or OWN_RATES.get(method, RATES)).split(",")
+            grid = rates.split(",")
             cases = [[settings(method, task, pairs, r=r, lr=float(lr), seed=s) for s in range(seeds)] for lr in grid]
             runs = [
                 [finished(out, f"{task} {pairs} {method} r{r} {lr}", case) for case in row]
@@ -50,8 +52,8 @@ def main(
             floors |= {read_state(run)["metric"]["baseline"] for row in runs for run in row}
             for line in lines(grid, runs):
                 print(f"| {method} | {r} | {line}", flush=True)
-    guess = spread([100 * floor for floor in sorted(floors)], "{:.1f}")
-    print(f"\nBest constant guess: {guess} %. Below it nothing counts.")
+    guess = shown([100 * floor for floor in floors])
+    print(f"\nBest constant guess: {guess} %. What is not above it, counts for nothing.")
 
 
 def settings(method: str, task: str, pairs: int, **own: Any) -> TrainSettings:
@@ -68,15 +70,19 @@ def lines(grid: list[str], runs: list[list[Path]]) -> list[str]:
     height = [statistics.mean(value for one in row for value in one) for row in curves]
     found = []
     for rate, row, case, mine in zip(grid, curves, runs, height, strict=True):
-        cells = [spread(values, "{:.1f}") for values in zip(*row, strict=True)]
-        shown = [f"**{cell}**" for cell in cells] if mine == max(height) else cells
+        cells = [shown(values) for values in zip(*row, strict=True)]
+        cells = [f"**{cell}**" for cell in cells] if mine == max(height) else cells
         parameters = statistics.mean(read_state(run)["budget"]["parameters_used"] for run in case)
-        found.append(f"{parameters:,.0f} | {rate} | {' | '.join(shown)} |")
+        found.append(f"{parameters:,.0f} | {rate} | {' | '.join(cells)} |")
     return found
 
 
+def shown(values: Sequence[float]) -> str:
+    return spread(values, "{:.1f}") if len(values) > 1 else f"{values[0]:.1f}"
+
+
 def curve(run: Path) -> list[float]:
-    """Accuracy in percent at each of POINTS; 0 where the run had diverged."""
+    """Accuracy in percent at each of POINTS."""
     rows = [row for row in RunFolder(run).rows("metrics.jsonl") if "accuracy" in row]
     last = rows[-1]["step"]
     return [100 * next(row["accuracy"] for row in rows if row["step"] * 100 >= point * last) for point in POINTS]

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,16 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from increlora import PlainLoraConfig
 from increlora.cli.app import app
+from increlora.cli.recorder import Recorder
 from increlora.errors import TaskError
 from increlora.hosts.merge import export_merged
 from increlora.tasks import TASKS, find_task, load_model, load_task, sketch
 from increlora.tasks.causal import IGNORED
-from increlora.tasks.uuid_base import BASE, BaseSettings, fingerprint, pretrained, uuid_base, uuid_decoder
+from increlora.tasks.uuid_base import BASE, BaseSettings, fingerprint, load_uuid_base, pretrained, uuid_decoder
 from increlora.tasks.uuids import (
     IDS,
     PROMPT_LENGTH,
@@ -37,6 +38,7 @@ from increlora.tasks.uuids import (
     texts,
 )
 
+ADAPTER = "adapter_model.safetensors"
 TINY = BaseSettings(width=16, hidden=24, layers=1, heads=2, steps=3, batch=4)
 OF_SEED_42 = [
     ("bdd640fb-0667-4ad1-9c80-317fa3b1799d", "23b8c1e9-3924-46de-beb1-3b9046685257"),
@@ -47,7 +49,7 @@ OF_SEED_42 = [
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """Both tasks on a net that is made in no time."""
-    net, outline = (lambda seed: uuid_base(TINY, tmp_path / "cache")), partial(uuid_decoder, TINY)
+    net, outline = (lambda seed: load_uuid_base(TINY, tmp_path / "cache")), partial(uuid_decoder, TINY)
     for name in ("uuid", "uuid/value"):
         monkeypatch.setitem(TASKS, name, replace(TASKS[name], net=net, outline=outline))
 
@@ -177,13 +179,13 @@ def test_pretraining_learns_the_format_and_no_pair():
 
 
 def test_the_base_is_kept_under_a_name_of_its_settings(tmp_path, monkeypatch):
-    made = uuid_base(TINY, tmp_path)
+    made = load_uuid_base(TINY, tmp_path)
     files = list(tmp_path.iterdir())
     assert [file.name for file in files] == [f"{TINY.digest()}.safetensors"] and not made.training
-    monkeypatch.setattr(sys.modules[uuid_base.__module__], "pretrained", lambda settings: pytest.fail("made twice"))
+    monkeypatch.setattr("increlora.tasks.uuid_base.pretrained", lambda settings: pytest.fail("made twice"))
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    again = uuid_base(TINY, tmp_path)
+    again = load_uuid_base(TINY, tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, made.state_dict()[name]) for name, value in again.state_dict().items())
     assert len({replace(TINY, **change).digest() for change in ({}, {"seed": 1}, {"steps": 4}, {"lr": 1e-3})}) == 4
@@ -195,18 +197,18 @@ def flip(content):
 
 @pytest.mark.parametrize("damage", (lambda c: c[:-100], lambda c: b"", lambda c: b"nonsense" * 9, flip))
 def test_a_damaged_base_is_made_anew(tmp_path, damage):
-    wanted = fingerprint(uuid_base(TINY, tmp_path).state_dict())
+    wanted = fingerprint(load_uuid_base(TINY, tmp_path).state_dict())
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     file.write_bytes(damage(whole))
-    assert fingerprint(uuid_base(TINY, tmp_path).state_dict()) == wanted
+    assert fingerprint(load_uuid_base(TINY, tmp_path).state_dict()) == wanted
     assert file.read_bytes() == whole and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_place_that_cannot_be_written_is_no_obstacle(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="cannot be written .* the base is made anew in each run"):
-        assert uuid_base(TINY, tmp_path / "file" / "cache").lm_head.weight.shape == (20, 16)
+        assert load_uuid_base(TINY, tmp_path / "file" / "cache").lm_head.weight.shape == (20, 16)
 
 
 def test_the_default_net_has_the_size_the_task_was_chosen_for():
@@ -249,6 +251,24 @@ def test_the_command_line_trains_exports_and_reports(tiny, tmp_path, task, metho
     export_merged(tmp_path / "run", tmp_path / "merged", base=load_model("uuid", None, 0)[0])
 
 
+def test_an_interrupted_run_resumes_bitwise(tiny, tmp_path, monkeypatch):
+    words = "train --task uuid --method lora --r 2 --max-train-samples 12 --batch-size 4 --epochs 4 --lr 0.05".split()
+    call(*words, "--out", tmp_path / "straight")
+    step = Recorder.on_step_end
+
+    def interrupted(self, args, state, control, **kwargs):
+        step(self, args, state, control, **kwargs)
+        if state.global_step == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "on_step_end", interrupted)
+        assert CliRunner().invoke(app, [*words, "--out", str(tmp_path / "stopped")]).exit_code == 130
+    call("train", "--resume", "--out", tmp_path / "stopped")
+    straight, resumed = (load_file(tmp_path / run / "adapter" / ADAPTER) for run in ("straight", "stopped"))
+    assert straight.keys() == resumed.keys() and all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
 def test_a_rank_in_every_linear_map_of_the_trunk_by_all_linear(tiny):
     config = PlainLoraConfig(r=2, target_modules="all-linear")
     model = get_peft_model(load_model("uuid", None, 0)[0], config)
@@ -262,7 +282,7 @@ def test_the_study_prints_a_row_per_rate(tiny, tmp_path, capsys, monkeypatch):
     study = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(study)
     monkeypatch.setattr(study, "EPOCHS", 1)
-    study.main(methods="lora,melora", ranks="1,2", rates="1e-3,1e-2", pairs=20, seeds=1, out=tmp_path)
+    study.main(methods="lora,melora", ranks="1,2", rates="1e-3,1e-2", pairs=2, seeds=1, out=tmp_path)
     head, _, *rows, _, floor = capsys.readouterr().out.splitlines()
     assert head == "| method | r | parameters | rate | 30 % | 50 % | 70 % | 90 % |"
     assert [row.split(" | ")[:2] for row in rows] == [[f"| {m}", r] for m in ("lora", "melora") for r in "1122"]
@@ -270,5 +290,5 @@ def test_the_study_prints_a_row_per_rate(tiny, tmp_path, capsys, monkeypatch):
     parameters = {tuple(row.split(" | ")[1:3]) for row in rows}
     assert len(parameters) == 2  # equal for both methods
     assert floor.startswith("Best constant guess: ")
-    run = state(tmp_path / "uuid-20-lora-r1-1e-3-0")
-    assert run["budget"]["ranks_used"] == 7 and run["run_info"]["train_config"]["batch_size"] == 2
+    run = state(tmp_path / "uuid-2-lora-r1-1e-3-0")
+    assert run["budget"]["ranks_used"] == 7 and run["run_info"]["train_config"]["batch_size"] == 1

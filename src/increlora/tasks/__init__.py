@@ -24,7 +24,7 @@ from increlora.tasks.lm import lm_task
 from increlora.tasks.planted import PlantedNet, planted_task
 from increlora.tasks.sft import sft_task
 from increlora.tasks.stdlib_docs import stdlib_docs_task
-from increlora.tasks.uuid_base import uuid_base, uuid_decoder
+from increlora.tasks.uuid_base import load_uuid_base, uuid_decoder
 from increlora.tasks.uuids import uuid_task
 
 __all__ = [
@@ -69,7 +69,8 @@ class TaskKind:
         return {"classifier": "SEQ_CLS", "causal": "CAUSAL_LM", "own": None}[self.model]
 
 
-UUID_KIND = TaskKind(uuid_task, "own", net=lambda seed: uuid_base(), outline=uuid_decoder)  # one base for all seeds
+# One base for all seeds: what a seed draws is the pairs.
+UUID_KIND = TaskKind(uuid_task, "own", net=lambda seed: load_uuid_base(), outline=uuid_decoder)
 
 TASKS: dict[str, TaskKind] = {
     "stdlib-docs": TaskKind(stdlib_docs_task),

@@ -65,7 +65,7 @@ def uuid_decoder(settings: BaseSettings = BASE) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def uuid_base(settings: BaseSettings = BASE, folder: Path | None = None) -> LlamaForCausalLM:
+def load_uuid_base(settings: BaseSettings = BASE, folder: Path | None = None) -> LlamaForCausalLM:
     """The pretrained net, in evaluation mode: from `folder`, or made now and kept there.
 
     A damaged file is made anew; where nothing can be written, the net is made for this once, with a warning.
