@@ -36,7 +36,8 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
-For use without increlora, write it as a plain LoRA adapter with the same function; peft and serving engines load that:
+For use without increlora, write it as a plain LoRA adapter of the same function, which peft and serving engines load
+(where a module has no low rank, the command says so, and what to do instead):
 
 ```sh
 increlora export path/to/this/folder lora
