@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from increlora import PriloraConfig
@@ -22,6 +20,7 @@ from increlora.runtime.pruning.inputs import InputNorms
 from tests.distributed.fsdp_worker import sharded
 from tests.distributed.launch import report
 from tests.distributed.pruning_worker import Batch, batches_of, optimizer_of
+from tests.distributed.resuming import load, saving
 from tests.reference.toy import toy_loss, toy_network
 
 STEPS, SAVED = 12, 4  # prunings after 3, 6, 9 and 12
@@ -75,18 +74,10 @@ def under_fsdp(process: int, folder: Path, **options: Any) -> tuple[dict[str, An
     """A straight run that saves on its way, and the run that goes on from there."""
     straight, resumed = sharded(toy_model(**options)), sharded(toy_model(**options))
     optimizer, fresh = optimizer_of(straight), optimizer_of(resumed)
-
-    def save(step: int) -> None:
-        if step == SAVED:
-            weights, moments = get_state_dict(straight, optimizer)
-            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
-
-    found = outcome(straight, train(straight, batches_of(process), optimizer, after=save))
-    weights, moments = get_state_dict(resumed, fresh)
-    state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=folder)
-    set_model_state_dict(resumed, state["model"])
-    set_optimizer_state_dict(resumed, fresh, state["optimizer"])
+    found = outcome(
+        straight, train(straight, batches_of(process), optimizer, after=saving(straight, optimizer, folder, at=SAVED))
+    )
+    load(resumed, fresh, folder)
     return found, outcome(resumed, train(resumed, batches_of(process), fresh, first=SAVED + 1))
 
 

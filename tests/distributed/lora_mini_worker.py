@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from peft import get_peft_model
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from increlora import LoraMiniConfig
@@ -17,6 +15,7 @@ from increlora.runtime.distributed import full
 from tests.distributed.fsdp_worker import sharded
 from tests.distributed.launch import report
 from tests.distributed.pruning_worker import batches_of, optimizer_of, train
+from tests.distributed.resuming import load, saving
 from tests.reference.toy import toy_network
 
 SAVED = 5
@@ -42,18 +41,8 @@ def under_fsdp(process: int, folder: Path) -> tuple[dict[str, Any], dict[str, An
     """A straight run that saves on its way, and the run that goes on from there with other frozen factors at first."""
     straight, resumed = sharded(toy_model(forward="sequential")), sharded(toy_model(forward="sequential", seed=9))
     optimizer, fresh = optimizer_of(straight), optimizer_of(resumed)
-
-    def save(step: int) -> None:
-        if step == SAVED:
-            weights, moments = get_state_dict(straight, optimizer)
-            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
-
-    train(straight, batches_of(process), optimizer, after=save)
-    weights, moments = get_state_dict(resumed, fresh)
-    state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=folder)
-    set_model_state_dict(resumed, state["model"])
-    set_optimizer_state_dict(resumed, fresh, state["optimizer"])
+    train(straight, batches_of(process), optimizer, after=saving(straight, optimizer, folder, at=SAVED))
+    load(resumed, fresh, folder)
     train(resumed, batches_of(process), fresh, first=SAVED + 1)
     return outcome(straight), outcome(resumed)
 

@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +19,7 @@ from increlora.runtime import controllers_of
 from increlora.runtime.distributed import full
 from tests.distributed.fsdp_worker import sharded
 from tests.distributed.launch import report
+from tests.distributed.resuming import load, saving
 from tests.reference.toy import toy_batches, toy_loss, toy_network
 
 STEPS, SAVED = 16, 6  # cuts at 3, 6 and 9
@@ -93,18 +92,8 @@ def under_fsdp(method: str, process: int, folder: Path) -> tuple[dict[str, Any],
     """A straight run that saves on its way, and the run that goes on from there."""
     straight, resumed = sharded(toy_model(method)), sharded(toy_model(method))
     optimizer, fresh = optimizer_of(straight), optimizer_of(resumed)
-
-    def save(step: int) -> None:
-        if step == SAVED:
-            weights, moments = get_state_dict(straight, optimizer)
-            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
-
-    train(straight, batches_of(process), optimizer, after=save)
-    weights, moments = get_state_dict(resumed, fresh)
-    state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=folder)
-    set_model_state_dict(resumed, state["model"])
-    set_optimizer_state_dict(resumed, fresh, state["optimizer"])
+    train(straight, batches_of(process), optimizer, after=saving(straight, optimizer, folder, at=SAVED))
+    load(resumed, fresh, folder)
     train(resumed, batches_of(process), fresh, first=SAVED + 1)
     return outcome(straight), outcome(resumed)
 

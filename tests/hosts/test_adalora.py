@@ -7,17 +7,15 @@ import pytest
 import torch
 from peft import PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW
 
 from increlora import AdaLoraConfig, attach, export_lora, rank_summary
-from increlora.deltas import BlockDelta
 from increlora.errors import CheckpointError
-from increlora.hosts.peft.layer import AdapterLayer
 from tests.hosts.stock import assert_exports_compute_the_same
 from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits
+from tests.hosts.training import STEPS, deltas, interrupted, train
 
-STEPS = 14
 TARGETS = {"bert": ["query", "value", "dense"], "gpt2": ["c_attn", "c_proj"], "mlp": ["up", "down"]}
 LABELS = torch.tensor([0, 1])
 
@@ -27,24 +25,6 @@ def adapted(kind: str = "bert", **options: object) -> PeftModel:
     chosen = {"r": 2, "warmup_steps": 2, "interval_steps": 3, "settle_steps": 5, "total_steps": STEPS,
               "target_modules": TARGETS[kind], "fan_in_fan_out": kind == "gpt2", "seed": 2} | options  # fmt: skip
     return get_peft_model(BUILDERS[kind](), AdaLoraConfig(**chosen))
-
-
-def train(
-    model: PeftModel, kind: str = "bert", *, start: int = 0, stop: int = STEPS, optimizer: AdamW | None = None
-) -> AdamW:
-    optimizer = optimizer or AdamW(adapter_only(model), lr=0.05)
-    for step in range(start, stop):
-        output = model(**inputs_for(kind))
-        output = output if isinstance(output, Tensor) else output.logits
-        target = torch.randn(output.shape, generator=torch.Generator().manual_seed(step))
-        nn.functional.mse_loss(output, target).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return optimizer
-
-
-def deltas(model: nn.Module) -> list[BlockDelta]:
-    return [m.delta("default") for m in model.modules() if isinstance(m, AdapterLayer)]
 
 
 def emptied(kind: str) -> PeftModel:
@@ -95,18 +75,11 @@ def test_a_reloaded_adapter_takes_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [5, 8, 11])
 def test_a_checkpoint_within_the_reduction_loses_nothing(stop: int, tmp_path: Path) -> None:
     """Between cuts all triplets are alive: the reloaded function is the same, and so is the rest of the run."""
-    straight, first, second = (adapted() for _ in range(3))
-    train(straight)
-    optimizer = train(first, stop=stop)
-    first.save_pretrained(tmp_path)
+    straight, first, second = interrupted(lambda: adapted(), stop, tmp_path)
     inference = PeftModel.from_pretrained(BUILDERS["bert"](), tmp_path)
     assert torch.equal(logits(inference, "bert"), logits(first, "bert"))
     assert [d.rank for d in deltas(inference)] == [d.rank for d in deltas(first)]
     assert not any(len(d.statistics) for d in deltas(inference))
-    second.load_adapter(tmp_path, "default", is_trainable=True)  # as the Trainer resumes
-    resumed = AdamW(adapter_only(second), lr=0.05)
-    resumed.load_state_dict(optimizer.state_dict())
-    train(second, start=stop, optimizer=resumed)
     assert torch.equal(logits(second, "bert"), logits(straight, "bert"))
     assert second.peft_config["default"].ranks == straight.peft_config["default"].ranks
 

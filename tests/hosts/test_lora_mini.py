@@ -19,7 +19,6 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from increlora import (
     LoraMiniConfig,
@@ -34,12 +33,10 @@ from increlora.deltas import FourFactorDelta
 from increlora.errors import CheckpointError, ConfigError
 from increlora.hosts.adapters import read_adapter
 from tests.hosts.stock import assert_exports_compute_the_same
-from tests.hosts.test_adalora import deltas, train
+from tests.hosts.test_melora import TARGETS
 from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits
+from tests.hosts.training import deltas, interrupted, train
 
-TARGETS = {
-    "bert": ["query", "value", "dense"], "gpt2": ["c_attn", "c_proj"], "mlp": ["up", "down"], "llama": "all-linear",
-}  # fmt: skip
 SMALL = {"r": 1, "inner_in": 3, "inner_out": 4, "seed": 5, "lora_alpha": 20, "save_projection": False}
 WEIGHTS = "adapter_model.safetensors"
 
@@ -206,18 +203,7 @@ def test_the_tensors_have_another_rank_than_the_config_and_load(tmp_path: Path) 
 @pytest.mark.parametrize("written", [True, False])
 @pytest.mark.parametrize("stop", [1, 9])
 def test_a_run_resumes_as_the_trainer_does(stop: int, written: bool, tmp_path: Path) -> None:
-    straight, first, second = (adapted(lora_dropout=0.1, save_projection=written) for _ in range(3))
-    torch.manual_seed(0)
-    train(straight)
-    torch.manual_seed(0)
-    optimizer = train(first, stop=stop)
-    state = torch.get_rng_state()
-    first.save_pretrained(tmp_path)
-    second.load_adapter(tmp_path, "default", is_trainable=True)
-    resumed = AdamW(adapter_only(second), lr=0.05)
-    resumed.load_state_dict(optimizer.state_dict())
-    torch.set_rng_state(state)
-    train(second, start=stop, optimizer=resumed)
+    straight, first, second = interrupted(lambda: adapted(lora_dropout=0.1, save_projection=written), stop, tmp_path)
     assert torch.equal(logits(second, "bert"), logits(straight, "bert"))
 
 

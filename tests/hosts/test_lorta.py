@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW
+from torch.optim import SGD
 from transformers import (
     BartConfig,
     BartModel,
@@ -40,8 +40,8 @@ from increlora.deltas import TensorBank, TensorDelta
 from increlora.errors import CheckpointError, ConfigError, ExportError
 from increlora.hosts.adapters import read_adapter
 from tests.hosts.stock import assert_exports_compute_the_same
-from tests.hosts.test_adalora import deltas, train
 from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits, seeded
+from tests.hosts.training import deltas, interrupted, train
 from tests.reference.attention import ARCHITECTURE, AttentionNet
 
 KINDS = ("bert", "gpt2", "llama", "grouped", "t5")
@@ -360,18 +360,7 @@ def test_the_rank_of_the_file_counts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [1, 9])
 def test_a_run_resumes_as_the_trainer_does(stop: int, tmp_path: Path) -> None:
-    straight, first, second = (adapted(lora_dropout=0.1) for _ in range(3))
-    torch.manual_seed(0)
-    train(straight)
-    torch.manual_seed(0)
-    optimizer = train(first, stop=stop)
-    state = torch.get_rng_state()
-    first.save_pretrained(tmp_path)
-    second.load_adapter(tmp_path, "default", is_trainable=True)
-    resumed = AdamW(adapter_only(second), lr=0.05)
-    resumed.load_state_dict(optimizer.state_dict())
-    torch.set_rng_state(state)
-    train(second, start=stop, optimizer=resumed)
+    straight, first, second = interrupted(lambda: adapted(lora_dropout=0.1), stop, tmp_path)
     assert torch.equal(logits(second, "bert"), logits(straight, "bert"))
 
 

@@ -10,7 +10,6 @@ import torch
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim import AdamW
 
 from increlora import (
     MeloraConfig,
@@ -25,8 +24,8 @@ from increlora import (
 from increlora.errors import CheckpointError, ConfigError
 from increlora.hosts.adapters import read_adapter
 from tests.hosts.stock import assert_exports_compute_the_same
-from tests.hosts.test_adalora import deltas, train
 from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits
+from tests.hosts.training import deltas, interrupted, train
 
 TARGETS = {
     "bert": ["query", "value", "dense"], "gpt2": ["c_attn", "c_proj"], "mlp": ["up", "down"], "llama": "all-linear",
@@ -118,18 +117,7 @@ def test_pefts_own_conversion_works_too() -> None:
 
 @pytest.mark.parametrize("stop", [1, 9])
 def test_a_run_resumes_as_the_trainer_does(stop: int, tmp_path: Path) -> None:
-    straight, first, second = (adapted(lora_dropout=0.1) for _ in range(3))
-    torch.manual_seed(0)
-    train(straight)
-    torch.manual_seed(0)
-    optimizer = train(first, stop=stop)
-    state = torch.get_rng_state()
-    first.save_pretrained(tmp_path)
-    second.load_adapter(tmp_path, "default", is_trainable=True)
-    resumed = AdamW(adapter_only(second), lr=0.05)
-    resumed.load_state_dict(optimizer.state_dict())
-    torch.set_rng_state(state)
-    train(second, start=stop, optimizer=resumed)
+    straight, first, second = interrupted(lambda: adapted(lora_dropout=0.1), stop, tmp_path)
     assert torch.equal(logits(second, "bert"), logits(straight, "bert"))
 
 

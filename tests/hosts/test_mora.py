@@ -26,9 +26,9 @@ from increlora.deltas import SquareDelta
 from increlora.errors import CheckpointError, ConfigError, ExportError
 from increlora.hosts.adapters import read_adapter
 from tests.hosts.stock import assert_exports_compute_the_same
-from tests.hosts.test_adalora import train
 from tests.hosts.test_melora import TARGETS, close, stock
 from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits
+from tests.hosts.training import interrupted, train
 
 SHARING = [{"mora_type": n} for n in (1, 2, 3, 4)] + [{"operator": "truncation"}, {"pad": "zero"}]
 CHUNKED = [{"operator": "rotation", "dead_inputs": "fold"}, {"operator": "decoupling", "dead_inputs": "ignore"}]
@@ -251,18 +251,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool, options: dict) 
 @pytest.mark.parametrize("maps", ["permute", "cycle"])
 def test_a_run_resumes_across_restarts_as_the_trainer_does(stop: int, maps: str, tmp_path: Path) -> None:
     options = {"restart_steps": 3, "restart_warmup": 2, "restart_maps": maps, "lora_dropout": 0.1}
-    straight, first, second = (adapted(**options) for _ in range(3))
-    torch.manual_seed(0)
-    train(straight)
-    torch.manual_seed(0)
-    optimizer = train(first, stop=stop)
-    state = torch.get_rng_state()
-    first.save_pretrained(tmp_path)
-    second.load_adapter(tmp_path, "default", is_trainable=True)
-    resumed = AdamW(adapter_only(second), lr=0.05)
-    resumed.load_state_dict(optimizer.state_dict())
-    torch.set_rng_state(state)
-    train(second, start=stop, optimizer=resumed)
+    straight, first, second = interrupted(lambda: adapted(**options), stop, tmp_path)
     assert {delta.turns for delta in deltas(second)} == {delta.turns for delta in deltas(straight)}
     assert torch.equal(logits(second, "bert"), logits(straight, "bert"))
 

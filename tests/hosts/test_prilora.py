@@ -1,21 +1,23 @@
 """PRILoRA on real architectures: ramps by the names of their modules, shared inputs, files, merging, exact exports."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.optim import AdamW
+from torch import nn
 
 from increlora import PriloraConfig, rank_summary
 from increlora.deltas import BlockDelta
 from increlora.errors import BudgetError
 from increlora.hosts.peft.layer import AdapterLayer
+from tests.hosts import training
 from tests.hosts.stock import assert_exports_compute_the_same
-from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits
+from tests.hosts.tiny import BUILDERS, logits
+from tests.hosts.training import interrupted
 from tests.reference.loop import controller_of
 
 STEPS = 9
@@ -33,18 +35,7 @@ def adapted(kind: str = "bert", **options: object) -> PeftModel:
     return get_peft_model(BUILDERS[kind](), PriloraConfig(**chosen))
 
 
-def train(
-    model: PeftModel, kind: str = "bert", *, start: int = 0, stop: int = STEPS, optimizer: AdamW | None = None
-) -> AdamW:
-    optimizer = optimizer or AdamW(adapter_only(model), lr=0.02)
-    for step in range(start, stop):
-        output = model(**inputs_for(kind))
-        output = output if isinstance(output, Tensor) else output.logits
-        target = torch.randn(output.shape, generator=torch.Generator().manual_seed(step))
-        nn.functional.mse_loss(output, target).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return optimizer
+train = partial(training.train, lr=0.02, stop=STEPS)
 
 
 def deltas(model: nn.Module) -> dict[str, BlockDelta]:
@@ -125,18 +116,11 @@ def test_gradient_checkpointing_counts_every_token_once(reentrant: bool) -> None
 
 @pytest.mark.parametrize("stop", [2, 3, 7])
 def test_a_checkpoint_resumes_bitwise(stop: int, tmp_path: Path) -> None:
-    straight, first, second = (adapted() for _ in range(3))
-    train(straight)
-    optimizer = train(first, stop=stop)
-    first.save_pretrained(tmp_path)
+    straight, first, second = interrupted(lambda: adapted(), stop, tmp_path, steps=STEPS, lr=0.02)
     inference = PeftModel.from_pretrained(BUILDERS["bert"](), tmp_path, adapter_name="other")
     assert torch.equal(logits(inference, "bert"), logits(first, "bert"))
     assert [d.rank for d in deltas(inference).values()] == [d.rank for d in deltas(first).values()]
     assert not any(len(d.statistics) for d in deltas(inference).values())
-    second.load_adapter(tmp_path, "default", is_trainable=True)  # as the Trainer resumes
-    resumed = AdamW(adapter_only(second), lr=0.02)
-    resumed.load_state_dict(optimizer.state_dict())
-    train(second, start=stop, optimizer=resumed)
     assert torch.equal(logits(second, "bert"), logits(straight, "bert"))
     pairs = zip(deltas(second).values(), deltas(straight).values(), strict=True)
     assert all(torch.equal(a.statistics, b.statistics) for a, b in pairs)

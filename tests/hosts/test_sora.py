@@ -10,8 +10,9 @@ from torch.optim import AdamW
 
 from increlora import SoraConfig, export_lora, rank_summary
 from tests.hosts.stock import assert_exports_compute_the_same
-from tests.hosts.test_adalora import LABELS, STEPS, TARGETS, deltas, train
+from tests.hosts.test_adalora import LABELS, TARGETS
 from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits
+from tests.hosts.training import STEPS, deltas, interrupted, train
 
 
 def adapted(kind: str = "bert", **options: object) -> PeftModel:
@@ -65,14 +66,7 @@ def test_pefts_own_conversion_works_too() -> None:
 @pytest.mark.parametrize("options", [{}, {"threshold": 0.05, "close_after": 1}])
 @pytest.mark.parametrize("stop", [5, 8, 11])
 def test_a_run_resumes_as_the_trainer_does(stop: int, options: dict, tmp_path: Path) -> None:
-    straight, first, second = (adapted(**options) for _ in range(3))
-    train(straight)
-    optimizer = train(first, stop=stop)
-    first.save_pretrained(tmp_path)
-    second.load_adapter(tmp_path, "default", is_trainable=True)
-    resumed = AdamW(adapter_only(second), lr=0.05)
-    resumed.load_state_dict(optimizer.state_dict())
-    train(second, start=stop, optimizer=resumed)
+    straight, first, second = interrupted(lambda: adapted(**options), stop, tmp_path)
     assert torch.equal(logits(second, "bert"), logits(straight, "bert"))
     assert second.peft_config["default"].ranks == straight.peft_config["default"].ranks
 

@@ -7,13 +7,13 @@ computed; a dormant block has no gradient, hence no optimizer state, and cannot 
 says which ranks count (`kept`) and sets the others to zero.
 """
 
-import hashlib
 from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..seeding import generator_of
 from .base import Delta, Status, check_shape
 from .products import ZeroGate, add_product, in_process_group
 from .state import STATE_FORMAT, ModuleState, unpack, without_idle_statistics
@@ -94,9 +94,7 @@ class BlockDelta(Delta):
 
     def draw(self, letter: str, index: int) -> Tensor:
         """Initial values of one parameter, the same on every machine."""
-        key = f"{self.seed}/{self.name}/{letter}{index}".encode()
-        number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-        generator = torch.Generator().manual_seed(number)
+        generator = generator_of(f"{self.seed}/{self.name}/{letter}{index}")
         return self.init[letter](self.shape(letter, self.sizes[index]), generator, index)
 
     def indices(self, *wanted: Status) -> list[int]:

@@ -7,13 +7,14 @@ Both directions are views, sums and additions in place: no index, no copy of the
 the backward pass, since each direction is the adjoint of the other.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from ..seeding import generator_of
 
 Layout = Literal["stride", "block"]
 Pairing = Literal["half", "adjacent"]
@@ -142,7 +143,5 @@ def angles(chunks: int, size: int, device: torch.device, double: bool) -> tuple[
 @lru_cache(maxsize=1024)
 def shuffled(key: str, length: int, device: torch.device) -> Tensor:
     """A permutation of 0 … length − 1, the same on every machine for the same key."""
-    digest = hashlib.blake2b(f"{key}/{length}".encode(), digest_size=8).digest()
-    number = int.from_bytes(digest, "little") >> 1
     with torch.inference_mode(False):  # a backward pass could not use it otherwise
-        return torch.randperm(length, generator=torch.Generator().manual_seed(number)).to(device)
+        return torch.randperm(length, generator=generator_of(f"{key}/{length}")).to(device)

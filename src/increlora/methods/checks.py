@@ -15,6 +15,14 @@ def check_counts(settings: Any, names: Iterable[str]) -> None:
             raise ConfigError(f"{name}={value!r}: give an int of at least 1")
 
 
+def check_patterns(settings: Any, names: Iterable[str]) -> None:
+    """Raise ConfigError unless every value in each of these tables is an int of at least 1."""
+    for option in names:
+        for name, count in getattr(settings, option).items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ConfigError(f"{option}: {name}={count!r}: give an int of at least 1")
+
+
 def check_shares(settings: Any, names: Iterable[str]) -> None:
     """Raise ConfigError unless each is a number in [0, 1)."""
     for name in names:

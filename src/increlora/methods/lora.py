@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from ..budget import Budget
 from ..deltas import LowRankDelta, Status
-from ..errors import ConfigError
 from .base import Method, Site, matching
+from .checks import check_counts, check_patterns, check_shares
 from .initial import gaussian, kaiming, zeros
 
 
@@ -34,12 +34,9 @@ class Lora:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, rank in {"r": self.r, **self.rank_pattern}.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ConfigError(f"{name}={rank!r}: give an int of at least 1; a module without rank is left out")
-
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout={self.lora_dropout!r}: give a number in [0, 1)")
+        check_counts(self, ("r",))
+        check_patterns(self, ("rank_pattern",))
+        check_shares(self, ("lora_dropout",))
 
     def method(self, sites: int, uniform_parameters: int) -> Method:
         uniform = Budget(self.r * sites, self.r * uniform_parameters)

@@ -24,7 +24,7 @@ from ..budget import Budget
 from ..deltas import FourFactorDelta, Status
 from ..errors import ConfigError
 from .base import Method, Site, matching
-from .checks import check_choices, check_counts, check_shares
+from .checks import check_choices, check_counts, check_patterns, check_shares
 from .initial import Shape, gaussian, kaiming, zeros
 
 
@@ -67,9 +67,7 @@ class LoraMini:
         check_counts(self, ("r", "inner_in", "inner_out"))
         check_shares(self, ("lora_dropout",))
         check_choices(self)
-        for name, rank in self.rank_pattern.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ConfigError(f"rank_pattern: {name}={rank!r}: give an int of at least 1")
+        check_patterns(self, ("rank_pattern",))
         if self.reduction is not None and not 1 <= self.reduction < float("inf"):
             raise ConfigError(
                 f"reduction={self.reduction!r}: give a number of at least 1 (LoRA's parameters ÷ trained)"

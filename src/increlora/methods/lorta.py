@@ -11,7 +11,6 @@ of C_head over their groups. The five factors are the model's; a module has no p
 Source: LoRTA (arXiv 2410.04060), from its abstract and published code. Differs: docs/methods/lorta.md
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from ..budget import Budget
 from ..deltas import TensorBank, TensorDelta
 from ..errors import ConfigError
+from ..seeding import generator_of
 from .attention import ROLES, blocks, find, interleaved, key_heads, place
 from .base import Method, Site, matching
 from .lorta_settings import LortaSettings
@@ -54,9 +54,7 @@ class Lorta(LortaSettings):
 
     def _draw(self, factor: str, rows: int) -> Tensor:
         """Initial values (rows, r) of a factor, the same on every machine."""
-        key = f"{self.seed}/{factor}".encode()
-        number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-        values = torch.rand(rows, self.r, generator=torch.Generator().manual_seed(number))
+        values = torch.rand(rows, self.r, generator=generator_of(f"{self.seed}/{factor}"))
         return (2 * values - 1) * self._bound(factor, rows)
 
     def _bound(self, factor: str, rows: int) -> float:

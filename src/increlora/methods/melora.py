@@ -18,7 +18,7 @@ from ..budget import Budget
 from ..deltas import BlockDelta, BlockDiagonalDelta, LowRankDelta, Status
 from ..errors import ConfigError
 from .base import Method, Site, matching
-from .checks import check_counts, check_shares
+from .checks import check_counts, check_patterns, check_shares
 from .initial import gaussian, kaiming, zeros
 
 
@@ -52,10 +52,7 @@ class Melora:
     def __post_init__(self) -> None:
         check_counts(self, ("r", "minis"))
         check_shares(self, ("lora_dropout",))
-        for option in ("rank_pattern", "minis_pattern"):
-            for name, count in getattr(self, option).items():
-                if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                    raise ConfigError(f"{option}: {name}={count!r}: give an int of at least 1")
+        check_patterns(self, ("rank_pattern", "minis_pattern"))
 
     def method(self, sites: int, uniform_parameters: int) -> Method:
         uniform = Budget(self.r * sites, self.r * uniform_parameters)
