@@ -14,7 +14,9 @@ from increlora.errors import NonFiniteError
 from increlora.runtime.health import LIMIT, Health
 from tests.reference.loop import adamw, controller_of, fused, trainable
 from tests.reference.toy import toy_batches, toy_loss, toy_network
-from tests.unit.test_runtime_steps import SCHEDULE, STEPS, adapted, assert_equal_runs, live, scores, train
+from tests.unit.test_runtime_steps import SCHEDULE, STEPS, adapted, assert_equal_runs, live, scores, straight, train
+
+__all__ = ["straight"]  # a fixture
 
 # -- loss scaling ------------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,6 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
-        (self.folder.path / "events.jsonl").touch()  # a method without events has an empty file, not a missing one
 
     def on_step_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         self.live = live_parameters(model)
