@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...deltas import Delta
 from ...errors import ConfigError
+from .quantised import Before, is_quantised, rounding, working_dtype
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):
@@ -47,6 +48,8 @@ class AdapterLayer(TunerLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = in_out_features(self.get_base_layer(), "target module")
         self.transposed = isinstance(self.get_base_layer(), Conv1D)
+        self.before_merges: list[Before] = []  # of a quantised base
+        self.merge_errors: dict[str, float] = {}  # what was lost by merging into it, see `rounding`
 
     def delta(self, adapter: str) -> Delta:
         return self.lora_delta[adapter]  # type: ignore[return-value]
@@ -76,11 +79,23 @@ class AdapterLayer(TunerLayer):
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter in self.lora_delta:
                 weight = self.get_base_weight()
-                merged = weight + self.get_delta_weight(adapter).to(weight.dtype)
+                change = self.get_delta_weight(adapter).to(weight.dtype)
+                merged = weight + change
                 if safe_merge and not torch.isfinite(merged).all():
                     raise ValueError(f"NaNs detected in the merged weights of {self.delta(adapter).name} ({adapter})")
-                self.set_base_weight(merged)
+                if self.quantization_backend is None:
+                    self.set_base_weight(merged)
+                else:
+                    self.merge_errors[adapter] = self._quantise(merged, change)
                 self.merged_adapters.append(adapter)
+
+    def _quantise(self, merged: Tensor, change: Tensor) -> float:
+        """Write the weight back quantised; returns the share of the change that is lost."""
+        self.before_merges.append(Before(self.get_base_layer()))
+        if not change.any():
+            return 0.0  # left alone: some backends round even what is on their grid
+        self.set_base_weight(merged)
+        return rounding(self.get_base_weight(), merged, change)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -89,11 +104,19 @@ class AdapterLayer(TunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
+            if self.before_merges:
+                self.before_merges.pop().restore(self)
+                del self.merge_errors[adapter]
+                continue
             weight = self.get_base_weight()
             self.set_base_weight(weight - self.get_delta_weight(adapter).to(weight.dtype))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype]:
+        device, _ = super()._get_base_layer_device_and_dtype(base_layer)
+        return device, working_dtype(base_layer)
 
     def __repr__(self) -> str:
         return "increlora." + super().__repr__()
@@ -101,7 +124,7 @@ class AdapterLayer(TunerLayer):
 
 def in_out_features(base: nn.Module, name: str) -> tuple[int, int]:
     """(in, out) of a linear map. Raises ConfigError for any other module."""
-    if not isinstance(base, nn.Linear | Conv1D):
+    if not (isinstance(base, nn.Linear | Conv1D) or is_quantised(base)):
         raise ConfigError(
             f"{name} of type {type(base).__name__} cannot be adapted: name nn.Linear or Conv1D modules in "
             f"`target_modules`"
