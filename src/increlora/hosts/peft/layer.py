@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...deltas import Delta
 from ...errors import ConfigError
-from .quantised import Before, is_quantised, rounding, working_dtype
+from .quantised import NOTHING_LOST, Before, Rounding, is_quantised, rounding, working_dtype
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):
@@ -49,7 +49,7 @@ class AdapterLayer(TunerLayer):
         self.in_features, self.out_features = in_out_features(self.get_base_layer(), "target module")
         self.transposed = isinstance(self.get_base_layer(), Conv1D)
         self.before_merges: list[Before] = []  # of a quantised base
-        self.merge_errors: dict[str, float] = {}  # what was lost by merging into it, see `rounding`
+        self.merge_errors: dict[str, Rounding] = {}  # what merging into it has cost
 
     def delta(self, adapter: str) -> Delta:
         return self.lora_delta[adapter]  # type: ignore[return-value]
@@ -89,11 +89,11 @@ class AdapterLayer(TunerLayer):
                     self.merge_errors[adapter] = self._quantise(merged, change)
                 self.merged_adapters.append(adapter)
 
-    def _quantise(self, merged: Tensor, change: Tensor) -> float:
-        """Write the weight back quantised; returns the share of the change that is lost."""
+    def _quantise(self, merged: Tensor, change: Tensor) -> Rounding:
+        """Write the weight back quantised."""
         self.before_merges.append(Before(self.get_base_layer()))
         if not change.any():
-            return 0.0  # left alone: some backends round even what is on their grid
+            return NOTHING_LOST  # left alone: some backends round even what is on their grid
         self.set_base_weight(merged)
         return rounding(self.get_base_weight(), merged, change)
 
