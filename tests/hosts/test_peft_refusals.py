@@ -31,7 +31,6 @@ def test_an_unknown_option_names_the_nearest_known_one(option: str, nearest: str
 
 UNSUPPORTED = {
     "use_dora": (True, "train with peft's LoraConfig"),
-    "use_rslora": (True, "lora_alpha"),
     "bias": ("all", "modules_to_save"),
     "rank_pattern": ({"up": 4}, "capacity_pattern"),
     "alpha_pattern": ({"up": 4}, "one `lora_alpha`"),

@@ -20,6 +20,7 @@ from .base import LOW_RANK_READS, Method, Site
 from .falling import cubic_of, first_rank
 from .initial import gaussian, lora_start, ones, zeros
 from .rules import PenaltyRule, RankPruning
+from .scaling import scale_of
 
 
 class AdaLora(AdaLoraSettings):
@@ -64,5 +65,6 @@ class AdaLora(AdaLoraSettings):
 
     def _scale(self, start: int, mean_rank: float) -> float:
         if self.scaling == "constant":
-            return self.lora_alpha / mean_rank
-        return (self.lora_alpha if self.lora_alpha > 0 else start) / (start + self.scale_epsilon)
+            return scale_of(self.lora_alpha, mean_rank, rslora=self.use_rslora)
+        alpha = self.lora_alpha if self.lora_alpha > 0 else start
+        return scale_of(alpha, start + self.scale_epsilon, rslora=self.use_rslora)

@@ -24,6 +24,7 @@ from .base import LOW_RANK_READS, Method, Site, matching
 from .increlora_settings import IncreLoraSettings, check_reachable
 from .initial import Shape, gaussian, lora_start, ones
 from .rules import PenaltyRule, ScoreRule
+from .scaling import scale_of
 
 RESERVE_E = 1e-5  # e of a block that learns in reserve
 DEFAULT_EVENTS = 10  # growth events of a run whose `top_h` is not set
@@ -91,8 +92,9 @@ class IncreLora(IncreLoraSettings):
 
     def _scale(self, rank: int, *, mean_rank: float) -> float:
         if self.scaling == "constant":
-            return self.lora_alpha / mean_rank
-        return (self.lora_alpha if self.lora_alpha > 0 else self.init_r) / (rank + self.scale_epsilon)
+            return scale_of(self.lora_alpha, mean_rank, rslora=self.use_rslora)
+        alpha = self.lora_alpha if self.lora_alpha > 0 else self.init_r
+        return scale_of(alpha, rank + self.scale_epsilon, rslora=self.use_rslora)
 
     def _initial_factor(self, lora: Init, shape: Shape, generator: torch.Generator, block: int) -> Tensor:
         return (gaussian if self._published_start(block) else lora)(shape, generator, block)

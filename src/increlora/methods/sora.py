@@ -22,6 +22,7 @@ from .base import LOW_RANK_READS, Method, Site
 from .falling import cubic_of, first_rank
 from .initial import lora_start, normal, ones
 from .rules import GateShrinking, PenaltyRule
+from .scaling import scale_of
 from .sora_settings import SoraSettings
 
 
@@ -55,7 +56,8 @@ class Sora(SoraSettings):
     def _delta(self, site: Site, *, mean_rank: float) -> TripletDelta:
         wanted = self.r if self.threshold is not None else self.init_r or first_rank(mean_rank)
         rank = min(wanted, site.in_features, site.out_features)
-        scale = self.lora_alpha / (mean_rank if self.scaling == "constant" else wanted)
+        over = mean_rank if self.scaling == "constant" else wanted
+        scale = scale_of(self.lora_alpha, over, rslora=self.use_rslora)
         delta = TripletDelta(
             site.in_features, site.out_features, [rank],
             init={

@@ -26,7 +26,7 @@ SUPPORTED = {
 }  # fmt: skip
 INSTEAD = {
     "use_dora": "leave it out, or train with peft's LoraConfig",
-    "use_rslora": "set lora_alpha to α·√r",
+    "use_rslora": "leave it out: MoRA, which alone refuses it, has no scale",
     "bias": "add bias modules to `modules_to_save`",
     "rank_pattern": "the method chooses the ranks; leave it out (IncreLoRA: `capacity_pattern` bounds them)",
     "alpha_pattern": "one `lora_alpha` serves all modules",

@@ -49,6 +49,7 @@ class AdapterLayer(TunerLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features, self.inputs = read(self.get_base_layer(), "target module")
         self.transposed = self.inputs == Vectors(transposed=True)
+        self._unmerged: Tensor | None = None  # the base weight as it was, while something is merged into it
 
     def delta(self, adapter: str) -> Delta:
         return self.lora_delta[adapter]  # type: ignore[return-value]
@@ -87,10 +88,16 @@ class AdapterLayer(TunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the active adapters to the base weight; with `safe_merge` refuse non-finite results."""
+        """Add the active adapters to the base weight; with `safe_merge` refuse non-finite results.
+
+        The weight as it was is kept, and given back by `unmerge`: W + ΔW − ΔW is not W in floating point, and a trainer
+        that merges for every generation would wear the base away. So an adapted weight is there twice while merged, but
+        not after `merge_and_unload`. The weight of a quantised layer is not kept: it is rounded again either way."""
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter in self.lora_delta:
                 weight = self.get_base_weight()
+                if not self.merged and self.quantization_backend is None:
+                    self._unmerged = weight
                 merged = weight + self.get_delta_weight(adapter).to(weight.dtype)
                 if safe_merge and not torch.isfinite(merged).all():
                     raise ValueError(f"NaNs detected in the merged weights of {self.delta(adapter).name} ({adapter})")
@@ -99,9 +106,13 @@ class AdapterLayer(TunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take merged adapters out of the base weight again."""
+        """Take merged adapters out of the base weight again, which is then bitwise what it was."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        if self._unmerged is not None:
+            self.set_base_weight(self._unmerged.to(self.get_base_weight()))
+            self._unmerged = None
+            self.merged_adapters.clear()
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
             weight = self.get_base_weight()
