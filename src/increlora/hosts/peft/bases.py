@@ -15,13 +15,14 @@ from transformers.pytorch_utils import Conv1D
 from ...deltas import Inputs, Patches, Tokens, Vectors
 from ...errors import ConfigError
 from ...methods import METHODS, Method
+from .quantised import is_quantised
 
 KINDS: Mapping[type[Inputs], str] = {Vectors: "nn.Linear or Conv1D", Tokens: "nn.Embedding", Patches: "nn.Conv2d"}
 
 
 def read(base: nn.Module, name: str) -> tuple[int, int, Inputs]:
     """(in, out, what it reads). Raises ConfigError for a module that is no such map."""
-    if isinstance(base, nn.Linear | Conv1D):
+    if isinstance(base, nn.Linear | Conv1D) or is_quantised(base):
         in_features, out_features = _get_in_out_features(base)
         assert in_features is not None and out_features is not None
         return in_features, out_features, Vectors(transposed=isinstance(base, Conv1D))

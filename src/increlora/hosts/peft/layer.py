@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ...deltas import Delta, Vectors
 from .bases import read
 from .mixed import check_mixed
+from .quantised import Before, remember, rounding, working_dtype
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):
@@ -49,7 +50,8 @@ class AdapterLayer(TunerLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features, self.inputs = read(self.get_base_layer(), "target module")
         self.transposed = self.inputs == Vectors(transposed=True)
-        self._unmerged: Tensor | None = None  # the base weight as it was, while something is merged into it
+        self.before: Before | None = None  # the base as it was, while something is merged into it
+        self.merge_errors: dict[str, float] = {}  # what was lost by merging into a quantised base, see `rounding`
 
     def delta(self, adapter: str) -> Delta:
         return self.lora_delta[adapter]  # type: ignore[return-value]
@@ -90,36 +92,47 @@ class AdapterLayer(TunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active adapters to the base weight; with `safe_merge` refuse non-finite results.
 
-        The weight as it was is kept, and given back by `unmerge`: W + ΔW − ΔW is not W in floating point, and a trainer
+        The base as it was is kept, and given back by `unmerge`: W + ΔW − ΔW is not W in floating point, and a trainer
         that merges for every generation would wear the base away. So an adapted weight is there twice while merged, but
-        not after `merge_and_unload`. The weight of a quantised layer is not kept: it is rounded again either way."""
+        not after `merge_and_unload`."""
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter in self.lora_delta:
                 weight = self.get_base_weight()
-                if not self.merged and self.quantization_backend is None:
-                    self._unmerged = weight
-                merged = weight + self.get_delta_weight(adapter).to(weight.dtype)
+                change = self.get_delta_weight(adapter).to(weight.dtype)
+                merged = weight + change
                 if safe_merge and not torch.isfinite(merged).all():
                     raise ValueError(f"NaNs detected in the merged weights of {self.delta(adapter).name} ({adapter})")
-                self.set_base_weight(merged)
+                self.before = self.before or remember(self)
+                self._write(adapter, merged, change)
                 self.merged_adapters.append(adapter)
+
+    def _write(self, adapter: str, merged: Tensor, change: Tensor) -> None:
+        """Replace the base weight; of a quantised one note which share of the change is lost."""
+        if self.quantization_backend is None:
+            self.set_base_weight(merged)
+        elif not change.any():
+            self.merge_errors[adapter] = 0.0  # left alone: some backends round even what is on their grid
+        else:
+            self.set_base_weight(merged)
+            self.merge_errors[adapter] = rounding(self.get_base_weight(), merged, change)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take merged adapters out of the base weight again, which is then bitwise what it was."""
-        if not self.merged:
+        if self.before is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        if self._unmerged is not None:
-            self.set_base_weight(self._unmerged.to(self.get_base_weight()))
-            self._unmerged = None
-            self.merged_adapters.clear()
-        while self.merged_adapters:
-            adapter = self.merged_adapters.pop()
-            weight = self.get_base_weight()
-            self.set_base_weight(weight - self.get_delta_weight(adapter).to(weight.dtype))
+            return
+        self.before.restore(self)
+        self.before = None
+        self.merge_errors.clear()
+        self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype]:
+        device, _ = super()._get_base_layer_device_and_dtype(base_layer)
+        return device, working_dtype(base_layer)
 
     def __repr__(self) -> str:
         return "increlora." + super().__repr__()

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -24,6 +23,7 @@ from . import checkpoint, weighted
 from .bases import check_readable, read
 from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, layer_over
 from .mixed import mixed_batch
+from .quantised import backend_of, check_mergeable, warn_of_rounding, working_dtype
 
 SHARED = "shared_factors"  # where the model holds what all modules of an adapter share
 
@@ -94,6 +94,7 @@ class AdapterModel(BaseTuner):
         current_key: str, *, parameter_name: str | None = None,
     ) -> None:  # fmt: skip
         layer = target if isinstance(target, AdapterLayer) else layer_over(target)
+        layer.quantization_backend = backend_of(layer.get_base_layer(), self.model)  # type: ignore[assignment]
         peft_config.fan_in_fan_out = peft_config.fan_in_fan_out or layer.transposed
         delta = self._deltas.pop(current_key, None)
         if delta is None:  # found by the keys of a state dict, not by `target_modules`
@@ -107,11 +108,9 @@ class AdapterModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _site(self, name: str, base: nn.Module, shared: Stored | None = None) -> Site:
-        weight: Any = base.weight  # of a quantised layer: integers
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
         in_features, out_features, inputs = read(base, name)
         check_readable(self._method, name, inputs)
-        return Site(name, in_features, out_features, *self._totals, dtype, self._peers, shared, inputs)
+        return Site(name, in_features, out_features, *self._totals, working_dtype(base), self._peers, shared, inputs)
 
     def _make_delta(self, peft_config: Any, name: str, base: nn.Module) -> Delta:
         delta = self._method.make_delta(self._site(name, base, self._shared))
@@ -157,11 +156,27 @@ class AdapterModel(BaseTuner):
         if owner is not None and not owner.lora_delta:
             delattr(self.model, SHARED)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+    # -- merging -------------------------------------------------------------------------------------------------
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        check_mergeable(self._layers())
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().merge_adapter(*args, **kwargs)
+        warn_of_rounding(self._layers(), stacklevel=3)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:
+        layers = self._layers()  # the loop takes them out of the model
+        model: Any = super()._unload_and_optionally_merge(merge, **kwargs)
+        if merge:
+            warn_of_rounding(layers, stacklevel=4)
         if hasattr(model, SHARED):
             delattr(model, SHARED)
         return model
+
+    def _layers(self) -> dict[str, AdapterLayer]:
+        return {name: m for name, m in self.model.named_modules() if isinstance(m, AdapterLayer)}
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
