@@ -127,6 +127,11 @@ class BlockDelta(Delta):
         """s for the current active rank."""
         return self.scale_of(self.rank)
 
+    def resemble(self, twin: "BlockDelta") -> None:
+        """Take over what of `twin` is no parameter and decides what is computed."""
+        self.status, self.settled = list(twin.status), twin.settled
+        self.kept, self.closed = list(twin.kept), list(twin.closed)
+
     def still(self) -> list[nn.Parameter]:
         """Parameters that must not move now: all of dormant and retired blocks, e of the reserve."""
         idle = [p for i in range(len(self.sizes)) if i not in self.live for p in self.block(i).values()]

@@ -118,7 +118,19 @@ class AdapterModel(BaseTuner):
         if states and isinstance(delta, BlockDelta):
             # a second adapter made from a live config starts at the ranks of the first
             delta.status = [Status(s) for s in states]
+        twin = self._twin(peft_config, name)
+        if twin is not None and isinstance(delta, BlockDelta):
+            delta.resemble(twin)
         return delta
+
+    def _twin(self, peft_config: Any, name: str) -> Any:
+        """Delta of another adapter here that has this very config object. So trainers make a reference: they add an
+        adapter with the config of one that was trained, and copy its parameters, but nothing else."""
+        layer = self.model.get_submodule(name)
+        if not isinstance(layer, AdapterLayer):
+            return None
+        twins = [a for a, config in self.peft_config.items() if config is peft_config and a in layer.lora_delta]
+        return layer.delta(twins[0]) if twins else None
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
