@@ -15,44 +15,17 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
-from increlora import (
-    AdaLoraConfig,
-    IncreLoraConfig,
-    LoraMiniConfig,
-    LortaConfig,
-    MeloraConfig,
-    MoraConfig,
-    PlainLoraConfig,
-    PriloraConfig,
-    SoraConfig,
-    export_lora,
-    export_merged,
-    rank_summary,
-)  # fmt: skip
+from increlora import PlainLoraConfig, export_lora, export_merged, rank_summary
 from increlora.errors import ExportError
 from increlora.hosts.peft.layer import AdapterLayer
 from increlora.hosts.peft.quantised import backend_of, working_dtype
+from tests.hosts.methods import METHODS, MOVING, STEPS
 from tests.hosts.tiny import logits
 from tests.hosts.training import train
 
 pytest.importorskip("bitsandbytes")
 import bitsandbytes as bnb
 
-STEPS = 10
-RUN = {"warmup_steps": 1, "interval_steps": 2, "total_steps": STEPS}
-METHODS: dict[str, Callable[[], Any]] = {
-    "lora": lambda: PlainLoraConfig(r=3, **TARGETS),
-    "increlora": lambda: IncreLoraConfig(r=3, top_h=8, **RUN, **TARGETS),
-    "adalora": lambda: AdaLoraConfig(r=3, settle_steps=3, **RUN, **TARGETS),
-    "sora": lambda: SoraConfig(r=3, settle_steps=3, **RUN, **TARGETS),
-    "prilora": lambda: PriloraConfig(r=3, interval_steps=2, total_steps=STEPS, **TARGETS),
-    "melora": lambda: MeloraConfig(r=2, minis=2, **TARGETS),
-    "mora": lambda: MoraConfig(r=3, **TARGETS),
-    "lorta": lambda: LortaConfig(r=3, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
-    "lora_mini": lambda: LoraMiniConfig(r=1, inner_in=3, inner_out=3, **TARGETS),
-}
-TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
-MOVING = {"increlora", "adalora", "sora"}  # their ranks change on the way
 LLAMA = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -177,7 +150,7 @@ def trained_errors(files: Path, kind: str) -> dict[str, float]:
 def test_two_adapters_merge_and_come_out_one_by_one(kind: str, files: Path) -> None:
     model = trained(files, kind)
     plain, layer = base_weights(model), next(iter(layers(model)))
-    model.add_adapter("second", IncreLoraConfig(r=3, top_h=8, init_lora_weights=False, **RUN, **TARGETS))
+    model.add_adapter("second", METHODS["increlora"](init_lora_weights=False))
     with pytest.warns(UserWarning):
         model.merge_adapter(["default"])
     one = base_weights(model)
