@@ -93,7 +93,8 @@ class AdapterLayer(TunerLayer):
                 weight = self.get_base_weight()
                 merged = weight + self.get_delta_weight(adapter).to(weight.dtype)
                 if safe_merge and not torch.isfinite(merged).all():
-                    raise ValueError(f"NaNs detected in the merged weights of {self.delta(adapter).name} ({adapter})")
+                    broken = f"The adapter {adapter} seems to be broken"  # peft's words, which callers may look for
+                    raise ValueError(f"NaNs detected in the merged weights. {broken} in {self.delta(adapter).name}")
                 self.set_base_weight(merged)
                 self.merged_adapters.append(adapter)
 
