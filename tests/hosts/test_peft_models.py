@@ -250,7 +250,7 @@ def test_a_safe_merge_refuses_what_is_not_finite() -> None:
     with torch.no_grad():
         deltas(model)[0].block(0)["B"].fill_(torch.nan)
     before = model.base_model.model.up.base_layer.weight.clone()
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights of up"):
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights. .* default seems to be broken in up"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(model.base_model.model.up.base_layer.weight, before)
 

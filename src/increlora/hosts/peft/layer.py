@@ -101,7 +101,8 @@ class AdapterLayer(TunerLayer):
                 change = self.get_delta_weight(adapter).to(weight.dtype)
                 merged = weight + change
                 if safe_merge and not torch.isfinite(merged).all():
-                    raise ValueError(f"NaNs detected in the merged weights of {self.delta(adapter).name} ({adapter})")
+                    broken = f"The adapter {adapter} seems to be broken"  # peft's words, which callers may look for
+                    raise ValueError(f"NaNs detected in the merged weights. {broken} in {self.delta(adapter).name}")
                 self.before = self.before or remember(self)
                 self._write(adapter, merged, change)
                 self.merged_adapters.append(adapter)

@@ -160,7 +160,9 @@ class AdapterModel(BaseTuner):
         return weighted.add(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        """Whether peft's `convert_to_lora` takes the model: not where modules share factors, which no layer owns.
+        `export_lora` takes every model."""
+        return not hasattr(self.model, SHARED)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
