@@ -1,6 +1,6 @@
 """Fetches the published packages that tests/integrations checks our plugins against: their wheels alone, a few MB.
 
-    .venv/bin/python -m tests.integrations.fetch
+.venv/bin/python -m tests.integrations.fetch
 """
 
 import subprocess
