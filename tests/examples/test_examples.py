@@ -49,8 +49,10 @@ def assert_spent(summary):
     assert len({m.active for m in summary.modules}) > 1
 
 
-@pytest.mark.parametrize("name", ("trainer.py", "plain_loop.py", "accelerate_loop.py"))
+@pytest.mark.parametrize("name", ("trainer.py", "plain_loop.py", "accelerate_loop.py", "lightning_module.py"))
 def test_one_process(name, bert, tmp_path, monkeypatch, capsys):
+    if name == "lightning_module.py":
+        pytest.importorskip("pytorch_lightning", reason="needs pip install pytorch-lightning")
     run(name, "--model", bert, "--steps", STEPS, "--out", tmp_path, monkeypatch=monkeypatch)
     assert_spent(loaded(bert, tmp_path))
     assert "accuracy" in capsys.readouterr().out
