@@ -31,7 +31,6 @@ def test_an_unknown_option_names_the_nearest_known_one(option: str, nearest: str
 
 UNSUPPORTED = {
     "use_dora": (True, "train with peft's LoraConfig"),
-    "use_rslora": (True, "lora_alpha"),
     "bias": ("all", "modules_to_save"),
     "rank_pattern": ({"up": 4}, "capacity_pattern"),
     "alpha_pattern": ({"up": 4}, "one `lora_alpha`"),
@@ -113,10 +112,10 @@ def test_a_model_without_known_targets_says_so() -> None:
     assert unchanged(base)
 
 
-def test_modules_that_are_not_linear_are_refused() -> None:
+def test_modules_that_are_no_matrix_are_refused() -> None:
     base = BUILDERS["llama"]()
-    with pytest.raises(ConfigError, match="model.embed_tokens.*Embedding cannot be adapted.*target_modules"):
-        get_peft_model(base, growing(target_modules=["embed_tokens", "q_proj"]))
+    with pytest.raises(ConfigError, match="model.norm.*LlamaRMSNorm cannot be adapted.*target_modules"):
+        get_peft_model(base, growing(target_modules=["model.norm", "q_proj"]))
     assert unchanged(base, "llama")
 
 

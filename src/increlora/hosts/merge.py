@@ -10,11 +10,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import ExportError
 from ..files import whole_folder
 from .adapters import Adapter, check_elsewhere, read_adapter
+from .peft.bases import read
 from .peft.quantised import is_quantised
 
 
@@ -90,7 +90,7 @@ def merged_values(base: nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
         name = f"{module}.weight"
         weight = place(name, state, packed)
         delta = B.float() @ A.float() if B.dtype != torch.float64 else B @ A
-        delta = delta.t() if isinstance(base.get_submodule(module), Conv1D) else delta
+        delta = read(base.get_submodule(module), module)[2].as_weight(delta)
         check_shape(name, weight, delta)
         start = values.get(name, weight).to(weight.device)
         values[name] = (start + delta.to(weight.device)).to(weight.dtype)

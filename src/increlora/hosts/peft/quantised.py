@@ -7,7 +7,8 @@ peft's backends give the weight in floating point and quantise what is written b
 import copy
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft.utils.quantization_utils import (
@@ -44,8 +45,31 @@ def working_dtype(base: nn.Module) -> torch.dtype:
     return dtype if fit_for_parameters else default
 
 
-class Before:
-    """A quantised layer as it was before a merge.
+class Before(Protocol):
+    """The base of an adapter layer as it was before a merge."""
+
+    def restore(self, layer: Any) -> None: ...
+
+
+def remember(layer: Any) -> Before:
+    """The base of an adapter layer as it is."""
+    if layer.quantization_backend is None:
+        return FloatBefore(layer.get_base_weight())
+    return QuantisedBefore(layer.get_base_layer())
+
+
+@dataclass(frozen=True)
+class FloatBefore:
+    """A weight in floating point, which merging replaces by another tensor."""
+
+    weight: Tensor
+
+    def restore(self, layer: Any) -> None:
+        layer.set_base_weight(self.weight.to(layer.get_base_weight()))
+
+
+class QuantisedBefore:
+    """A quantised layer.
 
     The weight's own attributes are copied, too: the backends let go of some, and change others, when they replace it.
     """
