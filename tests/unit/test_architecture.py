@@ -1,7 +1,7 @@
 """Imports go one way, only hosts know the insides of peft, and files stay small. Read with `ast`; nothing is imported.
 
-integrations → cli, tasks, report → hosts → runtime → methods → scores · schedules · selection · ramps · penalties ·
-deltas → budget · allocation → torch
+integrations → cli, tasks, report, probes → hosts → runtime → methods → scores · schedules · selection · ramps ·
+penalties · deltas → budget · allocation → torch
 """
 
 import ast
@@ -24,12 +24,13 @@ LEVELS = [
     {"hosts"},
     {""},  # increlora/__init__.py: what users import
     {"runs"},
-    {"tasks", "report"},
+    {"tasks", "report", "probes"},
     {"cli", "__main__"},
     {"integrations"},  # at the top, so that nothing imports them: they need frameworks that users may not have
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 CORE = {part for part in LEVEL if LEVEL[part] <= LEVEL["runtime"]}
+DOCUMENTED = {"peft.utils.hotswap.hotswap_adapter"}  # what users of peft import from within
 WORKBENCH = {part for part in LEVEL if LEVEL[part] > LEVEL[""]}
 
 
@@ -80,7 +81,7 @@ def allowed(name: str, module: str) -> bool:
     if part in CORE:
         return top == "triton" and part == "kernels"
     if top == "peft" and part in WORKBENCH:
-        return name.count(".") == 1
+        return name.count(".") == 1 or name in DOCUMENTED
     return part in WORKBENCH or (part == "hosts" and (top != "peft" or module != "increlora.hosts.transformers"))
 
 

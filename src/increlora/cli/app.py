@@ -12,6 +12,7 @@ from ..naming import nearest
 from .check import check
 from .export import export
 from .inspect import inspect
+from .methods import methods
 from .report import report
 from .train import train
 
@@ -57,5 +58,5 @@ def increlora() -> None:
     """Low-rank adapters whose rank grows during fine-tuning, where it matters most."""
 
 
-for command in (train, report, export, check, inspect):
+for command in (train, report, export, check, inspect, methods):
     app.command()(command)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from ..budget import Budget
 from ..deltas import LowRankDelta, Status
-from .base import Method, Site, matching
+from .base import LOW_RANK_READS, Method, Site, matching
 from .checks import check_counts, check_patterns, check_shares
-from .initial import gaussian, kaiming, zeros
+from .initial import lora_start
 from .scaling import scale_of
 
 
@@ -43,16 +43,17 @@ class Lora:
 
     def method(self, sites: int, uniform_parameters: int) -> Method:
         uniform = Budget(self.r * sites, self.r * uniform_parameters)
-        return Method("lora", self._delta, Budget(None) if self.rank_pattern else uniform)
+        return Method("lora", self._delta, Budget(None) if self.rank_pattern else uniform, reads=LOW_RANK_READS)
 
     def _delta(self, site: Site) -> LowRankDelta:
         rank = matching(self.rank_pattern, site.name) or self.r
         alpha = matching(self.alpha_pattern, site.name) or self.lora_alpha
         delta = LowRankDelta(
             site.in_features, site.out_features, [rank],
-            init={"A": kaiming, "B": zeros if self.init_lora_weights else gaussian},
+            init=lora_start(site.inputs, random=not self.init_lora_weights),
             scale=lambda active: scale_of(alpha, rank, rslora=self.use_rslora),
             name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
+            inputs=site.inputs,
         )  # fmt: skip
         delta.status[0] = Status.ACTIVE
         return delta

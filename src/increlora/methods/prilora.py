@@ -20,9 +20,9 @@ from ..deltas import LowRankDelta, Status
 from ..projections import Group
 from ..ramps import depths, first_of, ramp_ranks
 from ..schedules import PruneSteps, Run, Time, in_steps
-from .base import Method, Site
+from .base import LOW_RANK_READS, Method, Site
 from .checks import check_choices, check_counts, check_shares
-from .initial import gaussian, kaiming, zeros
+from .initial import lora_start
 from .rules import EntryPruning
 from .scaling import scale_of
 
@@ -99,6 +99,7 @@ class Prilora:
             budget=budget,
             prune=rule if self.prune_share else None,
             total_steps=self.total_steps,
+            reads=LOW_RANK_READS,
         )
 
     def _ranks(self, first: Fraction, budget: Budget, peers: Peers) -> dict[str, int]:
@@ -112,9 +113,10 @@ class Prilora:
         rank = known.get(site.name) or min(max(1, round(mean)), site.in_features, site.out_features)
         delta = LowRankDelta(
             site.in_features, site.out_features, [rank],
-            init={"A": kaiming, "B": zeros if self.init_lora_weights else gaussian},
+            init=lora_start(site.inputs, random=not self.init_lora_weights),
             scale=partial(self._scale, float(mean)),
             name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
+            inputs=site.inputs,
         )  # fmt: skip
         delta.status[0] = Status.ACTIVE
         return delta

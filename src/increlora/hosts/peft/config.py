@@ -38,8 +38,8 @@ INSTEAD = {
 
 # What we write into a config: (type, a value for none)
 OURS: dict[str, Any] = {
-    "ranks": (dict, dict), "blocks": (dict, dict), "shapes": (dict, dict), "parameters": (int, int),
-    "increlora_version": (str | None, lambda: None),
+    "ranks": (dict, dict), "blocks": (dict, dict), "shapes": (dict, dict), "inputs": (dict, dict),
+    "parameters": (int, int), "increlora_version": (str | None, lambda: None),
 }  # fmt: skip
 
 
@@ -50,8 +50,8 @@ class UnknownOptionError(ConfigError, TypeError):
 class MethodConfig(LoraConfig):
     """Abstract: what all our configs add to LoraConfig.
 
-    Ours to write: shapes, (in, out) of each module; and, kept up to date while training: ranks, the active rank of
-    each; blocks, the states of its blocks; parameters, how many count in all.
+    Ours to write: shapes, (in, out) of each module, and inputs, of those that read no vectors; and, kept up to date
+    while training: ranks, the active rank of each; blocks, the states of its blocks; parameters, how many count in all.
     """
 
     settings_cls: type

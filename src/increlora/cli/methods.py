@@ -1,0 +1,66 @@
+"""`increlora methods`: what every method can do here, probed on the spot."""
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .. import probes
+from ..errors import ConfigError
+from ..methods import METHODS
+from ..naming import nearest
+
+SIGNS = {"yes": ("yes", "green"), "no": ("no", "yellow"), "not probed": ("–", "dim"), "broken": ("BROKEN", "bold red")}
+
+
+def methods(
+    method: Annotated[
+        list[str] | None, typer.Option(help="Probe this method alone; may be given again.", show_default="all of them")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with reasons in full.")] = False,
+) -> None:
+    """Probe on tiny models what every method can do, and print it as a table. Exit code 1 if anything is broken.
+
+    "yes" means that a small run did it and its numbers agree; "no", that the library refuses, with the alternative."""
+    chosen = [known(name) for name in method or METHODS]
+    errors = Console(stderr=True, highlight=False, markup=False)
+    with errors.status("probing") as status:
+        table = probes.probe_methods(chosen, tell=lambda news: status.update(f"probing {news}"))
+    if as_json:
+        typer.echo(json.dumps(probes.as_data(table), indent=1, ensure_ascii=False))
+    else:
+        show(Console(highlight=False, markup=False), table)
+    if any(probes.broken(table)):
+        raise typer.Exit(1)
+
+
+def known(name: str) -> str:
+    """Raises ConfigError, with the nearest name, for a method that does not exist."""
+    if name not in METHODS:
+        raise ConfigError(f"--method {name}: no such method; did you mean {nearest(name, METHODS)}?")
+    return name
+
+
+def show(console: Console, outcomes: probes.Table) -> None:
+    """A row per capability, a column per method, and the reasons below."""
+    notes = probes.footnotes(outcomes)
+    table = Table(padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("")
+    for method in next(iter(outcomes.values())):
+        table.add_column(method)
+    for name, row in outcomes.items():
+        table.add_row(name, *(cell(outcome, notes) for outcome in row.values()))
+    console.print(table)
+    reasons = Table.grid(padding=(0, 2))
+    for reason, number in notes.items():
+        reasons.add_row(str(number), reason)
+    if notes:
+        console.print(reasons)
+
+
+def cell(outcome: probes.Outcome, notes: dict[str, int]) -> Text:
+    sign, style = SIGNS[outcome.verdict]
+    return Text(f"{sign} {notes[outcome.reason]}" if outcome.reason else sign, style)
