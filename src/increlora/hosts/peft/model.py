@@ -70,15 +70,15 @@ class AdapterModel(BaseTuner):
         if placed != found:
             peft_config.target_modules = set(placed)
 
-    def _own_shared(self, adapter_name: str, shared: Stored, like: nn.Module, inference_mode: bool) -> None:
+    def _own_shared(self, adapter_name: str, shared: Stored, like: AdapterLayer, inference_mode: bool) -> None:
         """Give the model what the modules of this adapter share, once: when the first of them is put in its place."""
         owner = getattr(self.model, SHARED, None) or SharedFactors()
         if adapter_name in owner.lora_delta:
             return
         setattr(self.model, SHARED, owner)
-        weight: Any = like.weight
+        device, _ = like._get_base_layer_device_and_dtype(like.get_base_layer())
         later = self._low_memory or any(p.is_meta for p in shared.parameters())  # loading brings the values
-        owner.lora_delta[adapter_name] = shared.to("meta" if later else weight.device)
+        owner.lora_delta[adapter_name] = shared.to("meta" if later else device)
         owner.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _targets(self, peft_config: Any, model: nn.Module) -> dict[str, nn.Module]:
@@ -100,12 +100,16 @@ class AdapterModel(BaseTuner):
         if delta is None:  # found by the keys of a state dict, not by `target_modules`
             delta = self._make_delta(peft_config, current_key, layer.get_base_layer())
         if self._shared is not None:
-            self._own_shared(adapter_name, self._shared, layer.get_base_layer(), peft_config.inference_mode)
+            self._own_shared(adapter_name, self._shared, layer, peft_config.inference_mode)
         layer.lora_delta[adapter_name] = delta.to("meta") if self._low_memory else delta
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """peft also copies weights; ours are wrapped and unwrapped as they are, and packed ones have none to copy."""
+        setattr(parent, child_name, new_module)
 
     def _site(self, name: str, base: nn.Module, shared: Stored | None = None) -> Site:
         in_features, out_features, inputs = read(base, name)
