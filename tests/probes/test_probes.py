@@ -19,7 +19,7 @@ from increlora.hosts.peft import checkpoint, model
 from increlora.hosts.peft.layer import AdapterLayer
 from increlora.probes import processes, weights
 from increlora.probes.outcome import Disagreement, NotProbed, Outcome, check, different, outcome_of, same
-from increlora.probes.subjects import subject_of
+from increlora.probes.subjects import check_driven, subject_of, train
 from tests.probes import sabotage
 
 Patch = pytest.MonkeyPatch
@@ -59,6 +59,18 @@ def test_comparisons_disagree_where_they_should() -> None:
     ):  # fmt: skip
         with pytest.raises(Disagreement):
             wrong()
+
+
+def test_a_run_must_be_driven_to_its_budget() -> None:
+    subject = subject_of("increlora")
+    halfway = subject.adapted()
+    with pytest.raises(Disagreement, match="the optimizer was not followed"):
+        check_driven(halfway, subject)
+    train(halfway, stop=3)
+    with pytest.raises(Disagreement, match="the budget is 8 ranks, 6 are in use"):
+        check_driven(halfway, subject)
+    with pytest.raises(Disagreement, match="there are 0 controllers"):
+        check_driven(subject_of("lora").adapted(), subject)
 
 
 # -- breaking what is probed -----------------------------------------------------------------------------------------
