@@ -19,26 +19,36 @@ def normaliser(norm: Norm, numel: int) -> float:
 
 
 def delta_sensitivity(
-    A: Tensor, B: Tensor, X: Tensor, D: Tensor, *, norm: Norm = "sqrt_numel", tile_numel: int = TILE_NUMEL
+    A: Tensor,
+    B: Tensor,
+    X: Tensor | None,
+    D: Tensor,
+    *,
+    norm: Norm = "sqrt_numel",
+    numel: int | None = None,
+    tile_numel: int = TILE_NUMEL,
 ) -> Tensor:
     """Entry-wise sensitivity of a module, exact, without holding ΔW or G.
 
         S = (1/√(mn)) Σ_ij |ΔW_ij · G_ij|      ΔW = B A,  G = Dᵀ X,   one panel of rows at a time
 
     Args:
-        A, B: (R, in) and (out, R), scales folded in.   X, D: (N, in) and (N, out), any floating dtype.
-        norm: `sqrt_numel` (published code), `mean` (paper) or `sum`.   tile_numel: entries of G held at once.
+        A, B: (R, in) and (out, R), scales folded in.   X, D: (N, in) and (N, out), any floating dtype; X None: the
+            identity, so D is Gᵀ.   norm: `sqrt_numel` (published code), `mean` (paper) or `sum`.
+        numel: m·n, where A and X lack columns of zero gradient.   tile_numel: entries of G held at once.
     Returns: 0-dim tensor, float32 (float64 for float64 input), ≥ 0.
     Source: IncreLoRA, section 3.2; the panel form is ours. |·| is inside the sum: scores of parts do not add up.
     """
     dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
-    A, B, X, D = (t.detach().to(dtype) for t in (A, B, X, D))
+    A, B, D = (t.detach().to(dtype) for t in (A, B, D))
+    X = X.detach().to(dtype) if X is not None else None
     rows = max(1, tile_numel // max(1, A.shape[1]))
     total = A.new_zeros(())
     for start in range(0, B.shape[0], rows):
         panel = slice(start, start + rows)
-        total += ((D[:, panel].t() @ X).mul_(B[panel] @ A)).abs_().sum()
-    return total / normaliser(norm, B.shape[0] * A.shape[1])
+        G = D[:, panel].t() if X is None else D[:, panel].t() @ X
+        total += (B[panel] @ A).mul_(G).abs_().sum()
+    return total / normaliser(norm, numel or B.shape[0] * A.shape[1])
 
 
 def signed_sensitivity(B: Tensor, B_grad: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from increlora import PlainLoraConfig, export_lora, rank_summary
 from increlora.deltas import Status
 from increlora.errors import CheckpointError, ExportError
 from increlora.hosts.export import Exported
-from increlora.hosts.peft.model import adapter_layers
+from increlora.hosts.peft.layer import adapter_layers
 from tests.hosts.tiny import BUILDERS, grow, growing, inputs_for, logits, mid_growth
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* will refuse .*, which holds more:UserWarning")

@@ -345,7 +345,7 @@ def test_sizes_are_refused_and_warned_of_before_anything_is_changed() -> None:
 
 
 def test_options_of_lora_that_mean_nothing_here_are_refused() -> None:
-    for options in ({"use_rslora": True}, {"init_lora_weights": "pissa"}, {"inner": 3}):
+    for options in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"inner": 3}):
         with pytest.raises(ConfigError):
             config_for(**options)
 

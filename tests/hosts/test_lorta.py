@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -382,6 +382,15 @@ def test_the_card_counts_what_was_trained(tmp_path: Path) -> None:
     model = trained()
     model.save_pretrained(tmp_path)
     assert f"{rank_summary(model).parameters:,} parameters" in (tmp_path / "README.md").read_text()
+
+
+def test_pefts_conversion_refuses_and_says_so_beforehand() -> None:
+    model = trained()
+    assert not model.supports_lora_conversion()
+    with pytest.raises(TypeError, match="SharedFactors"):
+        convert_to_lora(model, rank=8)
+    model.delete_adapter("default")
+    assert model.base_model.supports_lora_conversion()
 
 
 def test_nothing_to_export_is_said(tmp_path: Path) -> None:

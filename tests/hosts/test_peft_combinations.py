@@ -28,7 +28,7 @@ ELSEWHERE = "leave it out, or train with peft's LoraConfig"
 # option of LoraConfig → (a value that is not its default, what to do instead)
 REFUSED: dict[str, tuple[Any, str]] = {
     "use_dora": (True, ELSEWHERE),
-    "use_rslora": (True, "set lora_alpha"),
+    "use_rslora": (True, "MoRA, which alone refuses it, has no scale"),
     "bias": ("all", "modules_to_save"),
     "rank_pattern": ({"up": 4}, "the method chooses the ranks"),
     "alpha_pattern": ({"up": 4}, "one `lora_alpha`"),

@@ -89,10 +89,10 @@ def test_a_model_without_known_targets_says_so() -> None:
     assert unchanged(base)
 
 
-def test_modules_that_are_not_linear_are_refused() -> None:
+def test_modules_that_are_no_matrix_are_refused() -> None:
     base = BUILDERS["llama"]()
-    with pytest.raises(ConfigError, match="model.embed_tokens.*Embedding cannot be adapted.*target_modules"):
-        get_peft_model(base, growing(target_modules=["embed_tokens", "q_proj"]))
+    with pytest.raises(ConfigError, match="model.norm.*LlamaRMSNorm cannot be adapted.*target_modules"):
+        get_peft_model(base, growing(target_modules=["model.norm", "q_proj"]))
     assert unchanged(base, "llama")
 
 

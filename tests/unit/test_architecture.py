@@ -1,7 +1,7 @@
 """Imports go one way, only hosts know the insides of peft, and files stay small. Read with `ast`; nothing is imported.
 
-cli, tasks, report, probes → hosts → runtime → methods → scores · schedules · selection · ramps · penalties · deltas
-→ budget · allocation → torch
+integrations → cli, tasks, report, probes → hosts → runtime → methods → scores · schedules · selection · ramps ·
+penalties · deltas → budget · allocation → torch
 """
 
 import ast
@@ -26,6 +26,7 @@ LEVELS = [
     {"runs"},
     {"tasks", "report", "probes"},
     {"cli", "__main__"},
+    {"integrations"},  # at the top, so that nothing imports them: they need frameworks that users may not have
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 CORE = {part for part in LEVEL if LEVEL[part] <= LEVEL["runtime"]}
@@ -122,6 +123,9 @@ def test_all_parts_were_found() -> None:
     ("increlora.tasks.glue", "from ..cli import main"),
     ("increlora.tasks.glue", "from peft.tuners.lora import Linear"),  # peft's insides are the hosts' business
     ("increlora", "from .cli import main"),
+    ("increlora", "from .integrations import axolotl"),
+    ("increlora.cli.train", "from ..integrations.settings import config_of"),
+    ("increlora.integrations.axolotl", "from peft.tuners.lora import Linear"),
 ])  # fmt: skip
 def test_a_wrong_import_is_seen(module: str, source: str) -> None:
     assert len(problems(source, module, package=module == "increlora")) == 1
@@ -135,6 +139,7 @@ def test_a_wrong_import_is_seen(module: str, source: str) -> None:
     ("increlora.hosts.export", False, "from peft import LoraConfig\nfrom safetensors import safe_open"),
     ("increlora.cli.train", False, "from ..tasks import glue\nfrom .. import attach\nimport rich, transformers"),
     ("increlora.cli.train", False, "from peft import get_peft_model\nfrom ..runs import Run"),
+    ("increlora.integrations.axolotl", False, "from axolotl.integrations.base import BasePlugin\nimport increlora"),
 ])  # fmt: skip
 def test_a_right_import_is_not(module: str, package: bool, source: str) -> None:
     assert problems(source, module, package=package) == []

@@ -118,7 +118,6 @@ def test_any_rank_is_allowed() -> None:
     ({"matrices": {"up": "qq"}}, "matrices: up='qq'"), ({"matrices": {"up": "qo"}}, "matrices: up='qo'"),
     ({"layers": []}, r"layers=\[\]"), ({"layers": ["a", "a"]}, "each once"),
     ({"rank_pattern": {"query": 2}}, "rank_pattern=.*is not supported"),  # 4.6
-    ({"use_rslora": True}, "use_rslora=True is not supported: set lora_alpha to α·√r"),
     ({"use_dora": True}, "use_dora=True is not supported"),  # 4.10
 ])  # fmt: skip
 def test_bad_settings_are_refused(options: dict, message: str) -> None:

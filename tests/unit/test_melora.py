@@ -306,7 +306,6 @@ def test_dropout_acts_on_the_whole_input_while_training() -> None:
     ({"minis_pattern": {"query": "all"}}, "minis_pattern: query='all'"),
     ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
     ({"mode": "sum"}, "unexpected keyword argument 'mode'"),  # trap 15: left over in the published config
-    ({"use_rslora": True}, "use_rslora=True is not supported"),
 ])  # fmt: skip
 def test_bad_settings_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -2,14 +2,15 @@
 
 from .base import Delta, Status, Stored
 from .block_diagonal import BlockDiagonalDelta
-from .blocks import BlockDelta
+from .blocks import BlockDelta, Init
 from .four_factor import FourFactorDelta
+from .inputs import Inputs, Patches, Tokens, Vectors
 from .lowrank import LowRankDelta
 from .square import Form, SquareDelta
 from .tensor import TensorBank, TensorDelta
 from .triplet import TripletDelta
 
 __all__ = [
-    "BlockDelta", "BlockDiagonalDelta", "Delta", "Form", "FourFactorDelta", "LowRankDelta", "SquareDelta", "Status",
-    "Stored", "TensorBank", "TensorDelta", "TripletDelta",
+    "BlockDelta", "BlockDiagonalDelta", "Delta", "Form", "FourFactorDelta", "Init", "Inputs", "LowRankDelta", "Patches",
+    "SquareDelta", "Status", "Stored", "TensorBank", "TensorDelta", "Tokens", "TripletDelta", "Vectors",
 ]  # fmt: skip

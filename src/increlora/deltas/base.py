@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .inputs import VECTORS, Inputs
 
 
 class Status(IntEnum):
@@ -72,15 +73,18 @@ class Delta(Stored):
     """Abstract trainable map for ΔW of shape (out_features, in_features).
 
     Attributes:
-        name: full name of the module it belongs to.
+        name: full name of the module it belongs to.   inputs: what the module reads: vectors, tokens, patches.
         observer: set by the runtime while a run is driven, else None.
         reserve_learns: blocks in reserve are part of the forward pass; otherwise they only wait.
         remembered: clocks and scores read from a checkpoint (step, sensitivity, uncertainty), until an observer
             takes them over.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, name: str = "", dropout: float = 0.0) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, name: str = "", dropout: float = 0.0, inputs: Inputs = VECTORS
+    ) -> None:
         super().__init__()
+        self.inputs = inputs
         self.in_features, self.out_features, self.name = in_features, out_features, name
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.observer: Observer | None = None
@@ -118,7 +122,7 @@ class Delta(Stored):
         raise NotImplementedError
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """y + ΔW x, with y (…, out) and x (…, in); y may be overwritten."""
+        """y + ΔW x, with y (…, out) and x (…, in) or as `inputs` says; y may be overwritten."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..seeding import generator_of
 from .base import Delta, Status, check_shape
-from .products import ZeroGate, add_product, in_process_group
+from .inputs import VECTORS, Inputs
+from .products import ZeroGate, in_process_group
 from .state import STATE_FORMAT, ModuleState, unpack, without_idle_statistics
 
 Init = Callable[[tuple[int, int], torch.Generator, int], Tensor]
@@ -30,7 +31,7 @@ class BlockDelta(Delta):
         init: per letter, (shape, generator, block index) → initial values. The generator is seeded by `seed`, module
             and block alone, so every process and every order of construction draws the same numbers.
         scale: active rank → s.
-        name: full module name; part of the seed.
+        name: full module name; part of the seed.   inputs: what the module reads.
     Attributes:
         kept: of each rank, whether it counts, where ranks are pruned; else empty.   settled: this will not change.
         closed: of each rank, whether it is left out of the forward pass; empty: none is. Its e is zero for good.
@@ -51,8 +52,9 @@ class BlockDelta(Delta):
         seed: int = 0,
         dropout: float = 0.0,
         dtype: torch.dtype | None = None,
+        inputs: Inputs = VECTORS,
     ) -> None:
-        super().__init__(in_features, out_features, name=name, dropout=dropout)
+        super().__init__(in_features, out_features, name=name, dropout=dropout, inputs=inputs)
         self.init, self.scale_of, self.seed = init, scale, seed
         self.sizes: list[int] = []
         self.status: list[Status] = []
@@ -125,6 +127,11 @@ class BlockDelta(Delta):
         """s for the current active rank."""
         return self.scale_of(self.rank)
 
+    def resemble(self, twin: "BlockDelta") -> None:
+        """Take over what of `twin` is no parameter and decides what is computed."""
+        self.status, self.settled = list(twin.status), twin.settled
+        self.kept, self.closed = list(twin.kept), list(twin.closed)
+
     def still(self) -> list[nn.Parameter]:
         """Parameters that must not move now: all of dormant and retired blocks, e of the reserve."""
         idle = [p for i in range(len(self.sizes)) if i not in self.live for p in self.block(i).values()]
@@ -143,7 +150,7 @@ class BlockDelta(Delta):
         wanted = observer is not None and observer.wants()
         if observer is not None:
             A = observer.see_input(A, x)
-        x = self.dropout(x)
+        x = self.inputs.dropped(x, self.dropout)
         y = self._add_product(y, x, A, B)  # the same arithmetic, observed or not: resuming must not change a bit
         return observer.tap(self, y, x) if observer is not None and wanted else y
 
@@ -152,7 +159,7 @@ class BlockDelta(Delta):
         return self.factors()
 
     def _add_product(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return add_product(y, x, A, B)
+        return self.inputs.add_product(y, x, A, B)
 
     def _gate(self, value: Tensor) -> Tensor:
         """`value`, with every idle parameter made part of the graph where a process group may insist on it."""

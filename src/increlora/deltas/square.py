@@ -170,6 +170,11 @@ class SquareDelta(BlockDelta):
         """Finished rounds."""
         return 0 if self.lora_past is None else len(self.lora_past)
 
+    def resemble(self, twin: BlockDelta) -> None:
+        super().resemble(twin)
+        past = getattr(twin, PAST)
+        self.lora_past = None if past is None else past.clone()
+
     @torch.no_grad()
     def restart(self, learnt: Tensor) -> None:
         """Begin a round: `learnt`, the whole of M, joins the past, and M is zero. ΔW stays what it is."""

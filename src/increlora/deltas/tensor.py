@@ -10,7 +10,7 @@ The bank owns the five factors, once per model; a delta refers to it and has no 
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,16 +62,16 @@ class TensorDelta(Delta):
     Args:
         parts: (row m of C_matrix, heads) of each part. With fewer heads than the bank has, H, each stands for a group
             of H/heads and has the mean of their rows of C_head: what tying the weights of replicated heads amounts to.
-        layer: row l of C_layer.   alpha: s = alpha / rank.
+        layer: row l of C_layer.   scale: rank → s.
         heads_out: do the heads lie on the output side, or on the input side?
     """
 
     def __init__(
         self, in_features: int, out_features: int, bank: TensorBank, *, parts: Sequence[tuple[int, int]], layer: int,
-        alpha: float, heads_out: bool, name: str = "", dropout: float = 0.0,
+        scale: Callable[[int], float], heads_out: bool, name: str = "", dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(in_features, out_features, name=name, dropout=dropout)
-        self.parts, self.layer, self.alpha, self.heads_out = tuple(parts), layer, alpha, heads_out
+        self.parts, self.layer, self.scale_of, self.heads_out = tuple(parts), layer, scale, heads_out
         self._bank = (bank,)  # in a tuple, lest it be registered here: the model has every factor once
 
     @property
@@ -84,7 +84,7 @@ class TensorDelta(Delta):
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.scale_of(self.rank)
 
     @property
     def cost(self) -> int:

@@ -5,6 +5,7 @@ folder that holds it.
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,16 +19,18 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..deltas import Delta, Stored
+from ..deltas import Delta, Inputs, Stored
+from ..deltas.inputs import VECTORS, from_json
 from ..errors import CheckpointError, ConfigError, ExportError
 from ..methods import Site
 from ..naming import natural
-from .foreign import adalora_factors, described, live_factors, lora_factors
+from .foreign import Found, adalora_factors, described, live_factors, lora_factors
 from .lora_format import PREFIX, read_config, read_shapes
 from .peft import checkpoint
 from .peft.config import CONFIGS, check_folder
 from .peft.drive import chosen_adapter
-from .peft.model import SHARED, adapter_layers, shared_parameters
+from .peft.layer import adapter_layers
+from .peft.model import SHARED, shared_parameters
 
 READERS = {"LORA": lora_factors, "ADALORA": adalora_factors}
 KNOWN = (*CONFIGS, *READERS)
@@ -43,7 +46,7 @@ class Adapter:
         ranks: module → rank in use: active rank of ours, components that are not zero of others.
         parameters: how many these are, as `rank_summary` counts them.
         limits: module → rank to which an export has to truncate it (`Delta.export_rank`); of the others it is exact.
-        others: further tensors (`modules_to_save`) by module path.
+        inputs: module → what it reads; missing: vectors.   others: further tensors (`modules_to_save`) by module path.
         every: names of all modules of the base model, None where only the adapter is known.
     """
 
@@ -53,6 +56,7 @@ class Adapter:
     ranks: Mapping[str, int]
     parameters: int
     limits: Mapping[str, int]
+    inputs: Mapping[str, Inputs]
     others: Mapping[str, Tensor]
     every: frozenset[str] | None
 
@@ -87,15 +91,17 @@ def from_model(model: nn.Module, adapter_name: str | None) -> Adapter:
     name = foreign_adapter(model, adapter_name)
     if name is not None:
         config = model.peft_config[name]  # type: ignore[index]
-        pairs, rest = live_factors(model, name, config)
-        return foreign(str(config.peft_type.value), config.to_dict(), pairs, rest, base_names(model))
+        found = live_factors(model, name, config)
+        return foreign(str(config.peft_type.value), config.to_dict(), found, base_names(model))
     try:
         name = chosen_adapter(model, adapter_name)
     except ConfigError as error:
         raise ExportError(f"nothing to export: {error}") from None
     deltas = {n.removeprefix(PREFIX): layer.delta(name) for n, layer in adapter_layers(model, name).items()}
     config = model.peft_config[name]  # type: ignore[index]
-    rest = others(get_peft_model_state_dict(model, adapter_name=name))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")  # as peft's own saving decides
+        rest = others(get_peft_model_state_dict(model, adapter_name=name))
     return native(config, deltas, shared_parameters(model, name), rest, base_names(model))
 
 
@@ -119,7 +125,7 @@ def from_folder(path: Path) -> Adapter:
     state = load_file(path / SAFETENSORS_WEIGHTS_NAME)
     state = {key: state[key] for key in sorted(state, key=natural)}
     if kind in READERS:
-        return foreign(kind, raw, *READERS[kind](raw, state, str(path)), None)
+        return foreign(kind, raw, READERS[kind](raw, state, str(path)), None)
     check_folder(path)
     config: Any = CONFIGS[kind].from_pretrained(str(path))  # type: ignore[attr-defined]
     parts = checkpoint.split(state)
@@ -136,18 +142,16 @@ def native(
     ranks = {name: delta.rank for name, delta in deltas.items()}
     parameters = shared + sum(delta.rank * delta.cost for delta in deltas.values())
     limits = {name: delta.export_rank for name, delta in deltas.items() if delta.export_rank is not None}
-    return Adapter(config.peft_type.value, config, factors, ranks, parameters, limits, rest, every)
+    inputs = {name: delta.inputs for name, delta in deltas.items()}
+    return Adapter(config.peft_type.value, config, factors, ranks, parameters, limits, inputs, rest, every)
 
 
-def foreign(
-    kind: str, raw: Mapping[str, Any], pairs: Mapping[str, tuple[Tensor, Tensor]], rest: Mapping[str, Tensor],
-    every: frozenset[str] | None,
-) -> Adapter:  # fmt: skip
-    factors = {name: nonzero(*pair) for name, pair in pairs.items()}
+def foreign(kind: str, raw: Mapping[str, Any], found: Found, every: frozenset[str] | None) -> Adapter:
+    factors = {name: nonzero(*pair) for name, pair in found.factors.items()}
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
     parameters = sum(A.numel() + B.numel() for A, B in factors.values())
     config: LoraConfig = described(raw)
-    return Adapter(kind, config, factors, ranks, parameters, {}, rest, every)
+    return Adapter(kind, config, factors, ranks, parameters, {}, found.inputs, found.others, every)
 
 
 def others(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -162,7 +166,8 @@ def rebuilt(config: Any, parts: Mapping[str, Mapping[str, Tensor]]) -> tuple[dic
     shapes = checked_shapes(config)
     totals = len(shapes), sum(m + n for m, n in shapes.values())
     peers = tuple((name, m, n) for name, (m, n) in shapes.items())
-    sites = [Site(name, m, n, *totals, peers=peers) for name, m, n in peers]
+    inputs = checked_inputs(config)
+    sites = [Site(name, m, n, *totals, peers=peers, inputs=inputs.get(name, VECTORS)) for name, m, n in peers]
     try:
         method = config.settings().method(*totals)
         shared = method.make_shared(sites) if method.make_shared is not None else None
@@ -185,6 +190,14 @@ def checked_shapes(config: Any) -> dict[str, tuple[int, int]]:
         if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
             raise CheckpointError(f"adapter_config.json: shapes of {name}: {shape!r}, expected [in, out]")
     return {name: (shapes[name][0], shapes[name][1]) for name in sorted(shapes, key=natural)}
+
+
+def checked_inputs(config: Any) -> dict[str, Inputs]:
+    """What the modules read that read no vectors. Raises CheckpointError if the config is damaged there."""
+    try:
+        return {name: from_json(found) for name, found in config.inputs.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"adapter_config.json: inputs ({error!r}): restore it from a copy") from error
 
 
 def nonzero(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

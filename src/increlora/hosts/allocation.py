@@ -7,6 +7,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ..errors import ExportError
+from ..methods.scaling import scale_of
 from .adapters import read_adapter
 from .targets import check_patterns, targets
 
@@ -20,7 +21,7 @@ def allocation_to_lora_config(
 ) -> LoraConfig:
     """A stock LoraConfig whose `rank_pattern` is where an adapter put its rank, to train a fixed-rank LoRA there.
 
-        rank_i as trained     alpha_i = s · rank_i     s = α / mean rank
+        rank_i as trained     alpha_i = s · rank_i     s = α / mean rank, rank-stabilised: over its root
 
     One scale s for all modules, as LoRA of the mean rank would have it and as IncreLoRA's `scaling="constant"` has it
     once its budget is spent: wide and narrow modules learn at the same pace. `r` is the mean rank, rounded; every
@@ -40,7 +41,8 @@ def allocation_to_lora_config(
     if not ranks:
         raise ExportError("no module has any rank: there is no allocation to take over; train first")
     mean = sum(ranks.values()) / len(adapter.ranks)
-    scale = (adapter.config.lora_alpha if lora_alpha is None else lora_alpha) / mean
+    alpha = adapter.config.lora_alpha if lora_alpha is None else lora_alpha
+    scale = scale_of(alpha, mean, rslora=adapter.config.use_rslora)
     alphas = {name: scale * rank for name, rank in ranks.items()}
     check_patterns(ranks)
     taken = ("modules_to_save", "lora_dropout", "fan_in_fan_out", "task_type")

@@ -24,13 +24,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..deltas import Patches
+from ..deltas.inputs import VECTORS
 from ..errors import ExportError
 from ..files import whole_folder
 from .adapters import Adapter, check_elsewhere, read_adapter
 from .engines import refused_beside
-from .lora_format import PREFIX
+from .lora_format import PREFIX, to_tensors
 from .peft.drive import chosen_adapter
-from .peft.model import adapter_layers
+from .peft.layer import adapter_layers
 from .targets import check_patterns, targets
 from .truncate import truncated
 
@@ -123,14 +125,25 @@ def write_lora(
         raise ExportError(f"tolerance={tolerance!r}: give a share of ΔW in [0, 1]")
     check_out(out)
     adapter = read_adapter(model_or_path, adapter_name)
+    check_convolutions(adapter)
     factors, errors = limited(adapter, max_rank)
     check_errors(errors, adapter, tolerance)
     laid_out = padded if layout == "uniform" else ranked
     written, config = laid_out(adapter, factors)
-    write(out, config, lora_tensors(written, adapter.others), layout)
+    write(out, config, lora_tensors(written, adapter), layout)
     total, used = numbers(written), numbers(factors)
     size = (out / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     return Exported(out, layout, ranks(factors), total, total - used, size, errors)
+
+
+def check_convolutions(adapter: Adapter) -> None:
+    """Raise ExportError for a convolution whose dilation or padding mode peft's LoRA would not follow."""
+    for name, inputs in adapter.inputs.items():
+        if isinstance(inputs, Patches) and (inputs.dilation != (1, 1) or inputs.mode != "zeros"):
+            raise ExportError(
+                f"{name}: LoRA's convolutions have no dilation and pad with zeros, this one has dilation="
+                f"{inputs.dilation} and padding_mode={inputs.mode!r}: merge the adapter into the model instead"
+            )
 
 
 def is_exact(model: nn.Module, adapter_name: str | None = None) -> bool:
@@ -206,10 +219,10 @@ def lora_config(adapter: Adapter, factors: Factors, rank: int, patterns: Mapping
     )  # fmt: skip
 
 
-def lora_tensors(factors: Factors, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tensors = {f"{PREFIX}{name}": value for name, value in others.items()}
+def lora_tensors(factors: Factors, adapter: Adapter) -> dict[str, Tensor]:
+    tensors = {f"{PREFIX}{name}": value for name, value in adapter.others.items()}
     for name, (A, B) in factors.items():
-        tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+        tensors |= to_tensors(name, A, B, adapter.inputs.get(name, VECTORS))
     return {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
 
 

@@ -9,6 +9,7 @@ and does not write it to the file; there it is `init_r`.
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig, get_peft_model_state_dict
@@ -16,15 +17,17 @@ from peft.tuners.adalora import AdaLoraConfig
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
 
+from ..deltas import Inputs
 from ..errors import CheckpointError, ExportError
 from .lora_format import (
     ENDINGS,
     PREFIX,
+    TOKEN_ENDINGS,
     changes_base,
     configured_rank,
     configured_scale,
+    from_tensors,
     lora_modules,
-    other_keys,
 )
 
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -66,15 +69,26 @@ def refuse_nonlinear(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def lora_factors(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> tuple[Factors, dict[str, Any]]:
-    """Factors of each module with its scale folded into B, and the tensors that are no factors.
+@dataclass(frozen=True)
+class Found:
+    """Factors of each module with its scale folded into B, what it reads, and the tensors that are no factors."""
+
+    factors: Factors
+    inputs: Mapping[str, Inputs]
+    others: Mapping[str, Tensor]
+
+
+def lora_factors(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> Found:
+    """What a state dict of peft's LoRA holds.
 
     Raises: ExportError (see `refuse_nonlinear`), CheckpointError if tensors are missing or not of the configured rank.
     """
     refuse_nonlinear(config, where)
     factors: Factors = {}
-    for name in lora_modules(state):
-        A, B = (state[PREFIX + name + ending] for ending in ENDINGS)
+    inputs: dict[str, Inputs] = {}
+    embeddings = lora_modules(state, TOKEN_ENDINGS)
+    for name in (*lora_modules(state), *embeddings):
+        A, B, inputs[name] = from_tensors(name, state)
         rank = configured_rank(config, name)
         if A.dim() != 2 or B.dim() != 2:
             raise ExportError(f"{where}: {name} is no linear map (lora_A is {tuple(A.shape)}): merge it with peft")
@@ -84,14 +98,13 @@ def lora_factors(config: Mapping[str, Any], state: Mapping[str, Tensor], where: 
                 f"{rank}; the adapter is damaged"
             )
         factors[name] = A, B * configured_scale(config, name)
-    others = {key.removeprefix(PREFIX): state[key] for key in other_keys(state)}
-    check_complete(where, factors, len([key for key in state if key.endswith(ENDINGS)]), others)
-    return factors, others
+    tensors = [key for key in state if key.endswith(ENDINGS + TOKEN_ENDINGS)]
+    others = {key.removeprefix(PREFIX): value for key, value in state.items() if key not in tensors}
+    check_complete(where, factors, len(tensors), others)
+    return Found(factors, inputs, others)
 
 
-def adalora_factors(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], where: str
-) -> tuple[Factors, dict[str, Any]]:
+def adalora_factors(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> Found:
     """As `lora_factors`, for the state dict that peft saves of an AdaLoRA adapter."""
     refuse_nonlinear(config, where)
     parts: dict[str, dict[str, Tensor]] = {}
@@ -111,7 +124,7 @@ def adalora_factors(
         alpha = given if given > 0 else part["A"].shape[0]
         factors[name] = triplets(part["A"], part["E"], part["B"], alpha / (config["init_r"] + ADALORA_EPSILON))
     check_complete(where, factors, 2 * len(factors), others)
-    return factors, others
+    return Found(factors, {}, others)
 
 
 def triplets(A: Tensor, E: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -128,7 +141,7 @@ def check_complete(where: str, factors: Factors, tensors: int, others: Mapping[s
         raise CheckpointError(f"{where}: {tensors} factors of {len(factors)} modules; the adapter is damaged or empty")
 
 
-def live_factors(model: nn.Module, adapter: str, config: LoraConfig) -> tuple[Factors, dict[str, Any]]:
+def live_factors(model: nn.Module, adapter: str, config: LoraConfig) -> Found:
     """As above for a live adapter of peft's own."""
     where, pattern = f"adapter {adapter!r}", config.rank_pattern
     with warnings.catch_warnings():
@@ -149,4 +162,4 @@ def live_factors(model: nn.Module, adapter: str, config: LoraConfig) -> tuple[Fa
     letters = ("lora_A", "lora_B", "lora_E")
     named = {key.removeprefix(PREFIX): value for key, value in state.items() if key.rpartition(".")[2] not in letters}
     check_complete(where, factors, 2 * len(factors), named)
-    return factors, named
+    return Found(factors, {}, named)

@@ -1,6 +1,7 @@
 """What peft reads out of a plain LoRA folder: which tensors belong together, and the rank and scale of each module.
 
 <prefix><module>.lora_A.weight (r, in)      <prefix><module>.lora_B.weight (out, r)      y += s · B A x
+convolutions: (r, C, kh, kw), (out, r, 1, 1)      embeddings: .lora_embedding_A (r, in), .lora_embedding_B (out, r)
 r, α: the first matching entry of rank_pattern, alpha_pattern, else r, lora_alpha      s = α/r, rsLoRA: α/√r
 """
 
@@ -14,12 +15,16 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from ..deltas import Inputs, Patches, Tokens
+from ..deltas.inputs import VECTORS
 from ..errors import CheckpointError
 from .peft.checkpoint import PREFIX
 
 Shape = tuple[int, ...]
 ENDINGS = (".lora_A.weight", ".lora_B.weight")
+TOKEN_ENDINGS = (".lora_embedding_A", ".lora_embedding_B")
 # Initialisations that change the base weights when the adapter is made: their A and B mean nothing on another base.
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
 
@@ -51,16 +56,36 @@ def changes_base(config: Mapping[str, Any]) -> bool:
     return str(config.get("init_lora_weights")).lower().startswith(BASE_CHANGING)
 
 
-def lora_modules(keys: Iterable[str]) -> list[str]:
+def lora_modules(keys: Iterable[str], endings: tuple[str, str] = ENDINGS) -> list[str]:
     """Modules with both factors, in the order of the keys."""
     known = set(keys)
-    modules = [key.removesuffix(ENDINGS[0]) for key in keys if key.endswith(ENDINGS[0])]
-    return [name.removeprefix(PREFIX) for name in modules if name + ENDINGS[1] in known]
+    modules = [key.removesuffix(endings[0]) for key in keys if key.endswith(endings[0])]
+    return [name.removeprefix(PREFIX) for name in modules if name + endings[1] in known]
 
 
 def other_keys(keys: Iterable[str]) -> list[str]:
     """Keys that are no factor of a linear map: what `modules_to_save` and the like wrote."""
     return [key for key in keys if not key.endswith(ENDINGS)]
+
+
+def to_tensors(name: str, A: Tensor, B: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+    """Factors (r, in) and (out, r) of a module as peft's LoRA names and shapes them."""
+    if isinstance(inputs, Tokens):
+        return dict(zip((PREFIX + name + ending for ending in TOKEN_ENDINGS), (A, B), strict=True))
+    if isinstance(inputs, Patches):
+        A, B = A.unflatten(1, (inputs.channels, *inputs.kernel)), B[:, :, None, None]
+    return dict(zip((PREFIX + name + ending for ending in ENDINGS), (A, B), strict=True))
+
+
+def from_tensors(name: str, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Inputs]:
+    """The inverse. Of a convolution no more is known than its kernel."""
+    if PREFIX + name + ENDINGS[0] not in state:
+        A, B = (state[PREFIX + name + ending] for ending in TOKEN_ENDINGS)
+        return A, B, Tokens(A.shape[1])
+    A, B = (state[PREFIX + name + ending] for ending in ENDINGS)
+    if A.dim() == 4 and B.dim() == 4:
+        return A.flatten(1), B.flatten(1), Patches(A.shape[1], (A.shape[2], A.shape[3]))
+    return A, B, VECTORS
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import ExportError
 from ..files import whole_folder
 from .adapters import Adapter, check_elsewhere, read_adapter
+from .peft.bases import read
+from .peft.quantised import is_quantised
 
 
 def export_merged(
@@ -83,12 +84,12 @@ def merged_values(base: nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
     # Beside an adapted head, peft saves the head itself, under the name it has inside the adapter.
     values = {name.replace(".base_layer.", "."): value for name, value in adapter.others.items()}
     for name, value in values.items():
-        check_shape(name, place(name, state), value)
+        check_shape(name, place(name, base, state), value)
     for module, (A, B) in adapter.factors.items():
         name = f"{module}.weight"
-        weight = place(name, state)
+        weight = place(name, base, state)
         delta = B.float() @ A.float() if B.dtype != torch.float64 else B @ A
-        delta = delta.t() if isinstance(base.get_submodule(module), Conv1D) else delta
+        delta = read(base.get_submodule(module), module)[2].as_weight(delta)
         check_shape(name, weight, delta)
         start = values.get(name, weight).to(weight.device)
         values[name] = (start + delta.to(weight.device)).to(weight.dtype)
@@ -135,10 +136,12 @@ def embedding_names(base: nn.Module) -> set[str]:
     return {f"{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
 
 
-def place(name: str, state: Any) -> torch.Tensor:
-    if name not in state or not state[name].is_floating_point():
-        found = f"is {state[name].dtype} there: load the base unquantised" if name in state else "is not in the base"
-        raise ExportError(f"{name} {found}; give the model that the adapter was trained on")
+def place(name: str, base: nn.Module, state: Any) -> torch.Tensor:
+    """The base's tensor of this name. Raises ExportError if there is none, or none to which a number can be added."""
+    if name not in state:
+        raise ExportError(f"{name} is not in the base; give the model that the adapter was trained on")
+    if is_quantised(base.get_submodule(name.rpartition(".")[0])) or not state[name].is_floating_point():
+        raise ExportError(f"{name} is quantised in the base ({state[name].dtype}): give the same model unquantised")
     tensor: torch.Tensor = state[name]
     return tensor
 

@@ -17,7 +17,7 @@ from ..runtime.scoring import check_budget
 from .adapters import Adapter, read_adapter
 from .lora_format import PREFIX
 from .peft.drive import chosen_adapter
-from .peft.model import adapter_layers
+from .peft.layer import adapter_layers
 
 Deltas = Mapping[str, BlockDelta]
 

@@ -16,10 +16,11 @@ from ..budget import Budget, resolve
 from ..deltas import Status, TripletDelta
 from ..selection import keep_published, keep_top
 from .adalora_settings import AdaLoraSettings
-from .base import Method, Site
+from .base import LOW_RANK_READS, Method, Site
 from .falling import cubic_of, first_rank
-from .initial import gaussian, kaiming, ones, zeros
+from .initial import gaussian, lora_start, ones, zeros
 from .rules import PenaltyRule, RankPruning
+from .scaling import scale_of
 
 
 class AdaLora(AdaLoraSettings):
@@ -44,26 +45,26 @@ class AdaLora(AdaLoraSettings):
             if self.orthogonality
             else None,
             total_steps=self.total_steps,
+            reads=LOW_RANK_READS,
         )
 
     def _delta(self, site: Site, *, mean_rank: float) -> TripletDelta:
         wanted = self.init_r or first_rank(mean_rank)
         rank = wanted if self.selection == "published" else min(wanted, site.in_features, site.out_features)
-        published = self.start == "published"
+        published = {"A": gaussian, "E": zeros, "B": gaussian}
+        lora = {**lora_start(site.inputs, random=not self.init_lora_weights), "E": ones}
         delta = TripletDelta(
             site.in_features, site.out_features, [rank],
-            init={
-                "A": gaussian if published else kaiming,
-                "E": zeros if published else ones,
-                "B": gaussian if published or not self.init_lora_weights else zeros,
-            },
+            init=published if self.start == "published" else lora,
             scale=lambda active: self._scale(wanted, mean_rank),
             name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
+            inputs=site.inputs,
         )  # fmt: skip
         delta.status[0], delta.kept = Status.ACTIVE, [True] * rank
         return delta
 
     def _scale(self, start: int, mean_rank: float) -> float:
         if self.scaling == "constant":
-            return self.lora_alpha / mean_rank
-        return (self.lora_alpha if self.lora_alpha > 0 else start) / (start + self.scale_epsilon)
+            return scale_of(self.lora_alpha, mean_rank, rslora=self.use_rslora)
+        alpha = self.lora_alpha if self.lora_alpha > 0 else start
+        return scale_of(alpha, start + self.scale_epsilon, rslora=self.use_rslora)

@@ -28,6 +28,7 @@ class AdaLoraSettings:
     Form
         lora_alpha: numerator α of the scale.   scaling: α / average rank at the end (`constant`), or α / (init_r +
             scale_epsilon) (`initial_rank`; α ≤ 0 stands for init_r).   scale_epsilon: see `scaling`.
+        use_rslora: α over the root of what `scaling` says.
         start: initial values `lora` (A Kaiming, B = 0, e = 1) or `published` (A, B ~ N(0, 0.02²), e = 0).
         init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
     Training
@@ -39,6 +40,7 @@ class AdaLoraSettings:
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
+    use_rslora: bool = False
     init_lora_weights: bool = True
     total_ranks: int | None = None
     init_r: int | None = None

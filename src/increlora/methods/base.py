@@ -9,7 +9,8 @@ import torch
 
 from ..allocation import Holding, Plan
 from ..budget import Budget
-from ..deltas import Delta, Stored
+from ..deltas import Delta, Inputs, Patches, Stored, Tokens, Vectors
+from ..deltas.inputs import VECTORS
 from ..schedules import GrowthSteps, Run
 from .rules import EntryPruning, GateShrinking, PenaltyRule, RankPruning, Restarts, ScoreRule
 
@@ -18,10 +19,11 @@ Value = TypeVar("Value", int, float)
 
 @dataclass(frozen=True)
 class Site:
-    """One linear map that gets a delta: its full name, shape, and the totals over all sites of the model.
+    """One linear map, embedding or convolution that gets a delta: its full name, its shape as a matrix, and the totals
+    over all sites of the model.
 
     peers: (name, in, out) of every site in model order, for methods that look at a module's place among them.
-    shared: what `Method.make_shared` made, where the method has such."""
+    shared: what `Method.make_shared` made, where the method has such.   inputs: what the module reads."""
 
     name: str
     in_features: int
@@ -31,6 +33,7 @@ class Site:
     dtype: torch.dtype | None = None  # of the adapter's parameters; default: torch's
     peers: tuple[tuple[str, int, int], ...] = ()
     shared: Stored | None = None
+    inputs: Inputs = VECTORS
 
 
 class Clock(Protocol):
@@ -40,6 +43,9 @@ class Clock(Protocol):
     tensor gets, host what the schedule the clock was made for would give the model's own tensors."""
 
     def __call__(self, step: int, created: int, run: Run) -> tuple[float, float | None]: ...
+
+
+LOW_RANK_READS: tuple[type[Inputs], ...] = (Vectors, Tokens, Patches)  # whatever a low-rank product can meet
 
 
 def anywhere(name: str) -> bool:
@@ -55,6 +61,7 @@ class Method:
         make_delta: site → delta.
         make_shared: sites (without it) → the parameters that all deltas of an adapter share; the model owns them.
         places: can the method adapt a module of this name? "all-linear" means those that it can.
+        reads: the kinds of input that its deltas can meet.
         budget: what may be active at the end.
         score, events, allocate: who deserves rank, when it is handed out (run, holdings, first step → steps), to whom.
         reserve: the block next in line of every module is `trained` before it is born, or held `frozen` (it counts in
@@ -78,6 +85,7 @@ class Method:
     total_steps: int | None = None
     make_shared: Callable[[Sequence[Site]], Stored] | None = None
     places: Callable[[str], bool] = anywhere
+    reads: tuple[type[Inputs], ...] = (Vectors,)
 
     @property
     def adaptive(self) -> bool:

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ..allocation import Holding, ranks_used
 from ..budget import Budget, block_sizes, default_capacity, resolve
-from ..deltas import Status, TripletDelta
+from ..deltas import Init, Status, TripletDelta
 from ..schedules import GrowthSteps, Run, in_steps, linear_clock, ramp_clock
 from ..selection import grow_published, grow_top
-from .base import Method, Site, matching
+from .base import LOW_RANK_READS, Method, Site, matching
 from .increlora_settings import IncreLoraSettings, check_reachable
-from .initial import Shape, gaussian, kaiming, ones, zeros
+from .initial import Shape, gaussian, lora_start, ones
 from .rules import PenaltyRule, ScoreRule
+from .scaling import scale_of
 
 RESERVE_E = 1e-5  # e of a block that learns in reserve
 DEFAULT_EVENTS = 10  # growth events of a run whose `top_h` is not set
@@ -59,6 +60,7 @@ class IncreLora(IncreLoraSettings):
             else None,
             clock=self._clock,
             total_steps=self.total_steps,
+            reads=LOW_RANK_READS,
         )  # fmt: skip
 
     def _delta(self, site: Site, *, mean_rank: float, top_h: int) -> TripletDelta:
@@ -67,11 +69,13 @@ class IncreLora(IncreLoraSettings):
             start=self.init_r, grow_by=self.step_ranks, capacity=capacity,
             tails=0 if self.selection == "published" else math.ceil((self.step_ranks - 1) / site.sites),
         )  # fmt: skip
+        lora = lora_start(site.inputs, random=not self.init_lora_weights)
         delta = TripletDelta(
             site.in_features, site.out_features, sizes,
-            init={"A": self._initial_a, "E": self._initial_e, "B": self._initial_b},
+            init={"E": self._initial_e, **{letter: partial(self._initial_factor, own) for letter, own in lora.items()}},
             scale=partial(self._scale, mean_rank=mean_rank),
             name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
+            inputs=site.inputs,
         )  # fmt: skip
         delta.reserve_learns = self.reserve == "trained"
         delta.status[0] = Status.ACTIVE
@@ -88,20 +92,17 @@ class IncreLora(IncreLoraSettings):
 
     def _scale(self, rank: int, *, mean_rank: float) -> float:
         if self.scaling == "constant":
-            return self.lora_alpha / mean_rank
-        return (self.lora_alpha if self.lora_alpha > 0 else self.init_r) / (rank + self.scale_epsilon)
+            return scale_of(self.lora_alpha, mean_rank, rslora=self.use_rslora)
+        alpha = self.lora_alpha if self.lora_alpha > 0 else self.init_r
+        return scale_of(alpha, rank + self.scale_epsilon, rslora=self.use_rslora)
 
-    def _initial_a(self, shape: Shape, generator: torch.Generator, block: int) -> Tensor:
-        return (gaussian if self._published_start(block) else kaiming)(shape, generator, block)
+    def _initial_factor(self, lora: Init, shape: Shape, generator: torch.Generator, block: int) -> Tensor:
+        return (gaussian if self._published_start(block) else lora)(shape, generator, block)
 
     def _initial_e(self, shape: Shape, generator: torch.Generator, block: int) -> Tensor:
         if not self._published_start(block):
             return ones(shape, generator, block)
         return torch.full(shape, RESERVE_E if block > 0 and self.reserve == "trained" else 0.0, dtype=torch.float64)
-
-    def _initial_b(self, shape: Shape, generator: torch.Generator, block: int) -> Tensor:
-        random = self._published_start(block) or not self.init_lora_weights
-        return (gaussian if random else zeros)(shape, generator, block)
 
     def _published_start(self, block: int) -> bool:
         return (self.start if block == 0 else self.newborn) == "published"

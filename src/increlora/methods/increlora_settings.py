@@ -35,6 +35,7 @@ class IncreLoraSettings:
     Form
         lora_alpha: numerator α of the scale.   scaling: α / average rank of the budget (`constant`) or
             α / (active rank + scale_epsilon) (`active_rank`).   scale_epsilon: see `scaling`.
+        use_rslora: α over the root of what `scaling` says.
         start, newborn: initial values of the first and of later blocks: `lora` (A Kaiming, B = 0, e = 1) or `published`
             (A, B ~ N(0, 0.02²); e = 0, in reserve 1e-5).   init_lora_weights: False draws B at random, for tests.
         lora_dropout: on the input of ΔW, in [0, 1).
@@ -49,6 +50,7 @@ class IncreLoraSettings:
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
+    use_rslora: bool = False
     init_lora_weights: bool = True
     total_ranks: int | None = None
     total_parameters: int | None = None

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..deltas import Init, Inputs, Tokens
+
 Shape = tuple[int, int]
 
 
@@ -28,5 +30,15 @@ def ones(shape: Shape, generator: torch.Generator, block: int) -> Tensor:
 
 
 def normal(shape: Shape, generator: torch.Generator, block: int) -> Tensor:
-    """N(0, 1): the gates of SoRA's published code."""
+    """N(0, 1): the gates of SoRA's published code, and LoRA's B of an embedding."""
     return torch.randn(shape, generator=generator)
+
+
+def lora_start(inputs: Inputs, *, random: bool = False) -> dict[str, Init]:
+    """A and B of LoRA, with B A = 0 unless `random`: A Kaiming-uniform and B zero.
+
+    Of an embedding A zero and B N(0, 1), as in LoRA's published code: there a column of A is looked up, not multiplied.
+    """
+    if isinstance(inputs, Tokens):
+        return {"A": gaussian if random else zeros, "B": normal}
+    return {"A": kaiming, "B": gaussian if random else zeros}

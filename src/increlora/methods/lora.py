@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from ..budget import Budget
 from ..deltas import LowRankDelta, Status
-from .base import Method, Site, matching
+from .base import LOW_RANK_READS, Method, Site, matching
 from .checks import check_counts, check_patterns, check_shares
-from .initial import gaussian, kaiming, zeros
+from .initial import lora_start
+from .scaling import scale_of
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Lora:
 
     Attributes:
         r: rank of every module, ≥ 1.   lora_alpha: numerator of the scale α/r.   lora_dropout: on the branch's input.
+        use_rslora: scale α/√r.
         rank_pattern, alpha_pattern: other ranks ≥ 1 and α, by module name or its ending (regex, first match).
         init_lora_weights: False draws B at random too (for tests).   seed: of the initial values.
     """
@@ -28,6 +30,7 @@ class Lora:
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
+    use_rslora: bool = False
     init_lora_weights: bool = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -40,16 +43,17 @@ class Lora:
 
     def method(self, sites: int, uniform_parameters: int) -> Method:
         uniform = Budget(self.r * sites, self.r * uniform_parameters)
-        return Method("lora", self._delta, Budget(None) if self.rank_pattern else uniform)
+        return Method("lora", self._delta, Budget(None) if self.rank_pattern else uniform, reads=LOW_RANK_READS)
 
     def _delta(self, site: Site) -> LowRankDelta:
         rank = matching(self.rank_pattern, site.name) or self.r
         alpha = matching(self.alpha_pattern, site.name) or self.lora_alpha
         delta = LowRankDelta(
             site.in_features, site.out_features, [rank],
-            init={"A": kaiming, "B": zeros if self.init_lora_weights else gaussian},
-            scale=lambda active: alpha / rank,
+            init=lora_start(site.inputs, random=not self.init_lora_weights),
+            scale=lambda active: scale_of(alpha, rank, rslora=self.use_rslora),
             name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
+            inputs=site.inputs,
         )  # fmt: skip
         delta.status[0] = Status.ACTIVE
         return delta

@@ -26,6 +26,7 @@ from ..errors import ConfigError
 from .base import Method, Site, matching
 from .checks import check_choices, check_counts, check_patterns, check_shares
 from .initial import Shape, gaussian, kaiming, zeros
+from .scaling import scale_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class LoraMini:
 
     Attributes:
         r: rank of the inner pair, ≥ 1.   lora_alpha: numerator of the scale α/r.   lora_dropout: on the branch's input.
+        use_rslora: scale α/√r.
         inner_in: a, rows of A_aux, from 1 to the module's in features.   inner_out: b, columns of B_aux, from 1 to its
             out features. Default of both: a twentieth of the smaller of in and out, but at least r, and at most what
             the module has.
@@ -52,6 +54,7 @@ class LoraMini:
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
+    use_rslora: bool = False
     inner_in: int | None = None
     inner_out: int | None = None
     reduction: float | None = None
@@ -92,7 +95,7 @@ class LoraMini:
             inner=inner, path=self.forward, save_projection=self.save_projection,
             init={"aux_A": outer, "aux_B": outer, "A": lambda *given: kaiming(*given) * narrower,
                   "B": zeros if self.init_lora_weights else gaussian},
-            scale=lambda active: alpha / rank,
+            scale=lambda active: scale_of(alpha, rank, rslora=self.use_rslora),
             name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
         )  # fmt: skip
         delta.status[0] = Status.ACTIVE

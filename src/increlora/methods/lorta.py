@@ -13,6 +13,7 @@ Source: LoRTA (arXiv 2410.04060), from its abstract and published code. Differs:
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from ..seeding import generator_of
 from .attention import ROLES, blocks, find, interleaved, key_heads, place
 from .base import Method, Site, matching
 from .lorta_settings import LortaSettings
+from .scaling import scale_of
 
 
 class Lorta(LortaSettings):
@@ -75,7 +77,7 @@ class Lorta(LortaSettings):
             site.in_features, site.out_features, bank,
             parts=[(ROLES.index(role), len(bank.lora_C_head) if role in "qo" else count) for role in roles],
             layer=self._layer(site, block),
-            alpha=matching(self.alpha_pattern, site.name) or self.lora_alpha,
+            scale=partial(scale_of, matching(self.alpha_pattern, site.name) or self.lora_alpha, rslora=self.use_rslora),
             heads_out=roles != "o" if self.orientation == "head_aligned" else self.orientation == "official_litgpt",
             name=site.name, dropout=self.lora_dropout,
         )  # fmt: skip

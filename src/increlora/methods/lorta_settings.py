@@ -16,7 +16,7 @@ class LortaSettings:
     Attributes:
         r: rank of the tensor, ≥ 1, one for all modules: r · (d + d_h + H + L + 4) parameters in all (d: width of the
             model, d_h: of a head; H heads, L attention blocks).
-        lora_alpha: numerator of the scale α/r.   alpha_pattern: other α.
+        lora_alpha: numerator of the scale α/r.   alpha_pattern: other α.   use_rslora: scale α/√r (a published switch).
         lora_dropout: on the input of ΔW, in [0, 1); every module draws a mask of its own.
         orientation: which side of ΔW carries the heads: the one that has them (`head_aligned`), the input side of all
             modules (`official_peft`), or the output side of all modules (`official_litgpt`).
@@ -34,6 +34,7 @@ class LortaSettings:
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
+    use_rslora: bool = False
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     orientation: Literal["head_aligned", "official_peft", "official_litgpt"] = "head_aligned"
     init: Literal["official", "lora_matched"] = "official"

@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from .base import Method, Site, matching
 from .checks import check_counts, check_patterns, check_shares
 from .initial import gaussian, kaiming, zeros
+from .scaling import scale_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Melora:
         r: rank of every mini adapter, ≥ 1: the parameters are those of LoRA of this rank, the rank of ΔW is minis · r.
         minis: mini adapters per module, n ≥ 1; divides the module's in and out features.   minis_pattern: other n.
         lora_alpha: numerator of the scale α/r, r that of one mini adapter.   lora_dropout: on the branch's input.
+        use_rslora: scale α/√r, r that of one mini adapter.
         rank_pattern, alpha_pattern: other ranks r ≥ 1 and α.
         init_lora_weights: False draws B at random too (for tests).   seed: of the initial values.
     """
@@ -38,6 +40,7 @@ class Melora:
     minis: int = 2
     lora_alpha: float = 8
     lora_dropout: float = 0.0
+    use_rslora: bool = False
     init_lora_weights: bool = True
     minis_pattern: Mapping[str, int] = field(default_factory=dict)
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -67,7 +70,7 @@ class Melora:
         delta = make(
             site.in_features, site.out_features, [rank],
             init={"A": kaiming, "B": zeros if self.init_lora_weights else gaussian},
-            scale=lambda active: alpha / rank,
+            scale=lambda active: scale_of(alpha, rank, rslora=self.use_rslora),
             name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
         )  # fmt: skip
         delta.status[0] = Status.ACTIVE

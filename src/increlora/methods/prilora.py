@@ -20,10 +20,11 @@ from ..deltas import LowRankDelta, Status
 from ..projections import Group
 from ..ramps import depths, first_of, ramp_ranks
 from ..schedules import PruneSteps, Run, Time, in_steps
-from .base import Method, Site
+from .base import LOW_RANK_READS, Method, Site
 from .checks import check_choices, check_counts, check_shares
-from .initial import gaussian, kaiming, zeros
+from .initial import lora_start
 from .rules import EntryPruning
+from .scaling import scale_of
 
 Peers = tuple[tuple[str, int, int], ...]
 RanksOf = Callable[[Peers], dict[str, int]]
@@ -49,6 +50,7 @@ class Prilora:
         beta: moving average of the input norms, in [0, 1).   statistic_interval: it is updated in each so many steps.
     Form
         lora_alpha: numerator α of the scale.   scaling: α / rank of the module (`per_rank`), or α / mean (`constant`).
+        use_rslora: α over the root of that.
         init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
     Run
         total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
@@ -57,6 +59,7 @@ class Prilora:
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
+    use_rslora: bool = False
     init_lora_weights: bool = True
     total_ranks: int | None = None
     first_r: float | None = None
@@ -96,6 +99,7 @@ class Prilora:
             budget=budget,
             prune=rule if self.prune_share else None,
             total_steps=self.total_steps,
+            reads=LOW_RANK_READS,
         )
 
     def _ranks(self, first: Fraction, budget: Budget, peers: Peers) -> dict[str, int]:
@@ -109,12 +113,16 @@ class Prilora:
         rank = known.get(site.name) or min(max(1, round(mean)), site.in_features, site.out_features)
         delta = LowRankDelta(
             site.in_features, site.out_features, [rank],
-            init={"A": kaiming, "B": zeros if self.init_lora_weights else gaussian},
-            scale=partial(scale, self.lora_alpha, None if self.scaling == "per_rank" else float(mean)),
+            init=lora_start(site.inputs, random=not self.init_lora_weights),
+            scale=partial(self._scale, float(mean)),
             name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
+            inputs=site.inputs,
         )  # fmt: skip
         delta.status[0] = Status.ACTIVE
         return delta
+
+    def _scale(self, mean: float, rank: int) -> float:
+        return scale_of(self.lora_alpha, rank if self.scaling == "per_rank" else mean, rslora=self.use_rslora)
 
     def _schedule(self, run: Run) -> PruneSteps:
         if self.settle_steps and run.steps is None:
@@ -125,8 +133,3 @@ class Prilora:
             settle=in_steps(self.settle_steps, run, name="settle_steps"),
             total=run.steps,
         )
-
-
-def scale(alpha: float, mean: float | None, rank: int) -> float:
-    """α over the rank that the module has, or over a given one."""
-    return alpha / (mean or rank)

@@ -18,10 +18,11 @@ from ..deltas import Status, TripletDelta
 from ..projections import published_shrink, soft_threshold
 from ..schedules import Levels, Run, in_steps
 from ..selection import keep_top
-from .base import Method, Site
+from .base import LOW_RANK_READS, Method, Site
 from .falling import cubic_of, first_rank
-from .initial import gaussian, kaiming, normal, ones, zeros
+from .initial import lora_start, normal, ones
 from .rules import GateShrinking, PenaltyRule
+from .scaling import scale_of
 from .sora_settings import SoraSettings
 
 
@@ -49,21 +50,23 @@ class Sora(SoraSettings):
             ),
             penalty=PenaltyRule(self.gate_penalty, "l1", self.penalty_place) if self.gate_penalty else None,
             total_steps=self.total_steps,
+            reads=LOW_RANK_READS,
         )
 
     def _delta(self, site: Site, *, mean_rank: float) -> TripletDelta:
         wanted = self.r if self.threshold is not None else self.init_r or first_rank(mean_rank)
         rank = min(wanted, site.in_features, site.out_features)
-        scale = self.lora_alpha / (mean_rank if self.scaling == "constant" else wanted)
+        over = mean_rank if self.scaling == "constant" else wanted
+        scale = scale_of(self.lora_alpha, over, rslora=self.use_rslora)
         delta = TripletDelta(
             site.in_features, site.out_features, [rank],
             init={
-                "A": kaiming,
+                **lora_start(site.inputs, random=not self.init_lora_weights),
                 "E": {"ones": ones, "normal": normal}[self.gate_init],
-                "B": zeros if self.init_lora_weights else gaussian,
             },
             scale=lambda active: scale,
             name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
+            inputs=site.inputs,
         )  # fmt: skip
         delta.status[0], delta.kept = Status.ACTIVE, [True] * rank
         return delta

@@ -31,7 +31,8 @@ class SoraSettings:
             the bound on parameters leaves no other choice; None: only once all is settled.
     Form
         lora_alpha: numerator α of the scale.   scaling: α / average rank at the end (`constant`), or α / init_r
-            (`initial_rank`).   gate_init: gates start at N(0, 1), `normal`, or at `ones`.
+            (`initial_rank`).   use_rslora: α over the root of that.
+        gate_init: gates start at N(0, 1), `normal`, or at `ones`.
         init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
     Training
         gate_penalty: weight λ ≥ 0 of mean |gate|, as a gradient; 0 turns it off.   penalty_place: whether gradient
@@ -43,6 +44,7 @@ class SoraSettings:
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
+    use_rslora: bool = False
     init_lora_weights: bool = True
     total_ranks: int | None = None
     init_r: int | None = None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..deltas import Delta
 from ..errors import DriveError
-from ..scores import delta_sensitivity
+from ..scores import Norm, delta_sensitivity
 from .distributed import full, is_sharded
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Watcher:
         return ScoreTap.apply(y, x, delta, self)
 
     def collect(self, delta: Delta, x: Tensor, grad: Tensor) -> None:
-        """One backward call of the module: x (…, in), grad (…, out)."""
+        """One backward call of the module: its input x, and the gradient of its output."""
         self.calls += 1
         self._count_pass()
         if self.passes > PATIENCE:
@@ -108,12 +108,12 @@ class Watcher:
         rule = self.controller.method.score
         if rule is None or rule.kind != "delta":
             return
-        x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        x, grad = delta.inputs.rows(x), delta.inputs.gradients(grad)
         if rule.accumulate == "exact":
             self.kept.append((x, grad))
             return
         with torch.no_grad():
-            score = delta_sensitivity(*delta.factors(), x, grad, norm=rule.norm)
+            score = sensitivity(delta, *delta.factors(), x, grad, norm=rule.norm)
         self.total = score if self.total is None or rule.accumulate == "last" else self.total + score
 
     def _count_pass(self) -> None:
@@ -132,7 +132,7 @@ class Watcher:
             x, grad = (torch.cat(parts) for parts in zip(*self.kept, strict=True))
             with torch.no_grad():  # outside the backward pass, where parameters may be sharded
                 A, B = map(full, delta.factors())
-                return delta_sensitivity(A, B, x, grad, norm=rule.norm)
+                return sensitivity(delta, A, B, x, grad, norm=rule.norm)
         if self.total is None:
             return None
         return self.total if rule.accumulate == "last" else self.total / self.calls
@@ -148,6 +148,12 @@ class Watcher:
 
     def __reduce__(self) -> tuple[type["Orphan"], tuple[list[float]]]:
         return Orphan, (self.state(),)
+
+
+def sensitivity(delta: Delta, A: Tensor, B: Tensor, X: Tensor, D: Tensor, *, norm: Norm) -> Tensor:
+    """`delta_sensitivity` of a module, on the columns that its input meets."""
+    A, met, D = delta.inputs.met(A, X, D)
+    return delta_sensitivity(A, B, met, D, norm=norm, numel=delta.in_features * delta.out_features)
 
 
 class Orphan:

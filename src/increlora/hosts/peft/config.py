@@ -27,7 +27,7 @@ SUPPORTED = {
 ELSEWHERE = "leave it out, or train with peft's LoraConfig"  # for whatever else there is
 INSTEAD = {
     "use_dora": ELSEWHERE,
-    "use_rslora": "set lora_alpha to α·√r",
+    "use_rslora": "leave it out: MoRA, which alone refuses it, has no scale",
     "bias": "add bias modules to `modules_to_save`",
     "rank_pattern": "the method chooses the ranks; leave it out (IncreLoRA: `capacity_pattern` bounds them)",
     "alpha_pattern": "one `lora_alpha` serves all modules",
@@ -42,8 +42,8 @@ INSTEAD = {
 
 # What we write into a config: (type, a value for none)
 OURS: dict[str, Any] = {
-    "ranks": (dict, dict), "blocks": (dict, dict), "shapes": (dict, dict), "parameters": (int, int),
-    "increlora_version": (str | None, lambda: None),
+    "ranks": (dict, dict), "blocks": (dict, dict), "shapes": (dict, dict), "inputs": (dict, dict),
+    "parameters": (int, int), "increlora_version": (str | None, lambda: None),
 }  # fmt: skip
 
 
@@ -54,8 +54,8 @@ class UnknownOptionError(ConfigError, TypeError):
 class MethodConfig(LoraConfig):
     """Abstract: what all our configs add to LoraConfig.
 
-    Ours to write: shapes, (in, out) of each module; and, kept up to date while training: ranks, the active rank of
-    each; blocks, the states of its blocks; parameters, how many count in all.
+    Ours to write: shapes, (in, out) of each module, and inputs, of those that read no vectors; and, kept up to date
+    while training: ranks, the active rank of each; blocks, the states of its blocks; parameters, how many count in all.
     """
 
     settings_cls: type

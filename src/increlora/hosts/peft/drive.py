@@ -8,8 +8,8 @@ from torch.optim import Optimizer
 
 from ...errors import ConfigError
 from ...runtime import Controller, attach_controller, controllers_of
-from .layer import AdapterLayer
-from .model import adapter_layers, drive, shared_parameters
+from .layer import AdapterLayer, adapter_layers, adapters_of
+from .model import drive, shared_parameters
 
 
 def attach(
@@ -120,7 +120,7 @@ def rank_summary(model: nn.Module, adapter_name: str | None = None) -> RankSumma
 
 def chosen_adapter(model: nn.Module, adapter_name: str | None) -> str:
     """`adapter_name`, or the active adapter of ours. Raises ConfigError if there is no such adapter."""
-    names = {name for m in model.modules() if isinstance(m, AdapterLayer) for name in m.lora_delta}
+    names = adapters_of(model)
     active = [n for m in model.modules() if isinstance(m, AdapterLayer) for n in m.active_adapters if n in names]
     chosen = adapter_name or (active[0] if active else None)
     if chosen is None or chosen not in names:

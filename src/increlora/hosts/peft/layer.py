@@ -1,15 +1,18 @@
 """The adapter layer: a frozen base and its deltas. Merge, unmerge and disable live here, once, for all methods."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...deltas import Delta
-from ...errors import ConfigError
+from ...deltas import Delta, Vectors
+from .bases import read
+from .mixed import check_mixed
+from .quantised import Before, remember, rounding, working_dtype
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):
@@ -40,26 +43,42 @@ class SharedFactors(TunerLayer):
 
 
 class AdapterLayer(TunerLayer):
-    """y = base(x) + Σ_active ΔW x, for nn.Linear and GPT-2's Conv1D (whose weight is stored as (in, out))."""
+    """y = base(x) + Σ_active ΔW x, for any base that `bases.read` knows."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = in_out_features(self.get_base_layer(), "target module")
-        self.transposed = isinstance(self.get_base_layer(), Conv1D)
+        self.in_features, self.out_features, self.inputs = read(self.get_base_layer(), "target module")
+        self.transposed = self.inputs == Vectors(transposed=True)
+        self.before: Before | None = None  # the base as it was, while something is merged into it
+        self.merge_errors: dict[str, float] = {}  # what was lost by merging into a quantised base, see `rounding`
 
     def delta(self, adapter: str) -> Delta:
         return self.lora_delta[adapter]  # type: ignore[return-value]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """adapter_names: for each example of the batch the adapter it goes through, or `__base__` for none."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters:
+            return y
+        if adapter_names is not None:
+            return self._mixed(y, x, adapter_names)
+        if self.merged:
             return y
         for adapter in self.active_adapters:
             if adapter in self.lora_delta:
                 y = self.delta(adapter).add_to(y, x)
+        return y
+
+    def _mixed(self, y: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        check_mixed(len(x), adapter_names, merged=bool(self.merged))
+        for adapter in set(adapter_names) & set(self.lora_delta):
+            rows = [i for i, name in enumerate(adapter_names) if name == adapter]
+            index = torch.tensor(rows, device=y.device)
+            part = self.delta(adapter).add_to(y.index_select(0, index), x.index_select(0, index))
+            y = y.index_copy(0, index, part)
         return y
 
     # -- merging -------------------------------------------------------------------------------------------------
@@ -67,45 +86,73 @@ class AdapterLayer(TunerLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Dense ΔW in the layout of the base weight, reserve included: what the forward pass applies."""
-        delta = self.delta(adapter).weight()
-        return delta.t() if self.transposed else delta
+        return self.inputs.as_weight(self.delta(adapter).weight())
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the active adapters to the base weight; with `safe_merge` refuse non-finite results."""
+        """Add the active adapters to the base weight; with `safe_merge` refuse non-finite results.
+
+        The base as it was is kept, and given back by `unmerge`: W + ΔW − ΔW is not W in floating point, and a trainer
+        that merges for every generation would wear the base away. So an adapted weight is there twice while merged, but
+        not after `merge_and_unload`."""
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter in self.lora_delta:
                 weight = self.get_base_weight()
-                merged = weight + self.get_delta_weight(adapter).to(weight.dtype)
+                change = self.get_delta_weight(adapter).to(weight.dtype)
+                merged = weight + change
                 if safe_merge and not torch.isfinite(merged).all():
-                    raise ValueError(f"NaNs detected in the merged weights of {self.delta(adapter).name} ({adapter})")
-                self.set_base_weight(merged)
+                    broken = f"The adapter {adapter} seems to be broken"  # peft's words, which callers may look for
+                    raise ValueError(f"NaNs detected in the merged weights. {broken} in {self.delta(adapter).name}")
+                self.before = self.before or remember(self)
+                self._write(adapter, merged, change)
                 self.merged_adapters.append(adapter)
+
+    def _write(self, adapter: str, merged: Tensor, change: Tensor) -> None:
+        """Replace the base weight; of a quantised one note which share of the change is lost."""
+        if self.quantization_backend is None:
+            self.set_base_weight(merged)
+        elif not change.any():
+            self.merge_errors[adapter] = 0.0  # left alone: some backends round even what is on their grid
+        else:
+            self.set_base_weight(merged)
+            self.merge_errors[adapter] = rounding(self.get_base_weight(), merged, change)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take merged adapters out of the base weight again."""
-        if not self.merged:
+        """Take merged adapters out of the base weight again, which is then bitwise what it was."""
+        if self.before is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            adapter = self.merged_adapters.pop()
-            weight = self.get_base_weight()
-            self.set_base_weight(weight - self.get_delta_weight(adapter).to(weight.dtype))
+            return
+        self.before.restore(self)
+        self.before = None
+        self.merge_errors.clear()
+        self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype]:
+        device, _ = super()._get_base_layer_device_and_dtype(base_layer)
+        return device, working_dtype(base_layer)
 
     def __repr__(self) -> str:
         return "increlora." + super().__repr__()
 
 
-def in_out_features(base: nn.Module, name: str) -> tuple[int, int]:
-    """(in, out) of a linear map. Raises ConfigError for any other module."""
-    if not isinstance(base, nn.Linear | Conv1D):
-        raise ConfigError(
-            f"{name} of type {type(base).__name__} cannot be adapted: name nn.Linear or Conv1D modules in "
-            f"`target_modules`"
-        )
-    in_features, out_features = _get_in_out_features(base)
-    assert in_features is not None and out_features is not None
-    return in_features, out_features
+class AdapterLinear(AdapterLayer):
+    """The layer over linear maps: peft knows by "Linear" in the name what "all-linear" means for a second adapter."""
+
+
+def layer_over(base: nn.Module) -> AdapterLayer:
+    """An adapter layer around a base module."""
+    return (AdapterLinear if isinstance(base, nn.Linear | Conv1D) else AdapterLayer)(base)
+
+
+def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, AdapterLayer]:
+    """Adapter layers that hold this adapter, by the module's name in `model`, in model order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer) and adapter_name in m.lora_delta}
+
+
+def adapters_of(model: nn.Module) -> set[str]:
+    """Names of the adapters that some layer holds."""
+    return {name for m in model.modules() if isinstance(m, AdapterLayer) for name in m.lora_delta}

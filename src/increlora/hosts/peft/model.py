@@ -1,25 +1,29 @@
 """The tuner: one for all methods. It counts the sites, puts a delta at each, and gives adaptive ones a controller."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...deltas import BlockDelta, Delta, Status, Stored
+from ...deltas import BlockDelta, Delta, Status, Stored, Vectors
+from ...deltas.inputs import as_json
 from ...errors import ConfigError
 from ...methods import Site
 from ...runtime import Controller, register
 from .. import transformers as trainer_host
 from ..heads import complete_config
-from . import checkpoint
-from .layer import AdapterLayer, SharedFactors, TunerLayer, in_out_features
+from . import checkpoint, weighted
+from .bases import check_readable, read
+from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, layer_over
+from .mixed import mixed_batch
+from .quantised import backend_of, check_mergeable, warn_of_rounding, working_dtype
 
 SHARED = "shared_factors"  # where the model holds what all modules of an adapter share
 
@@ -42,10 +46,9 @@ class AdapterModel(BaseTuner):
         if not bases and not self._by_state_dict:
             check_matched(peft_config, model)
         complete_config(peft_config, model, bases)
-        shapes = [in_out_features(base, name) for name, base in bases.items()]
-        self._totals = len(shapes), sum(m + n for m, n in shapes)
-        self._peers = tuple((name, m, n) for name, (m, n) in zip(bases, shapes, strict=True))
-        self._method = peft_config.settings().method(max(1, len(shapes)), max(1, self._totals[1]))
+        self._peers = tuple((name, *read(base, name)[:2]) for name, base in bases.items())
+        self._totals = len(bases), sum(m + n for _, m, n in self._peers)
+        self._method = peft_config.settings().method(max(1, len(bases)), max(1, self._totals[1]))
         sites = [self._site(name, base) for name, base in bases.items()]
         shared = self._method.make_shared(sites) if self._method.make_shared is not None else None
         self.__dict__["_shared"] = shared  # no part of the tuner: the model will own it
@@ -90,7 +93,8 @@ class AdapterModel(BaseTuner):
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
         current_key: str, *, parameter_name: str | None = None,
     ) -> None:  # fmt: skip
-        layer = target if isinstance(target, AdapterLayer) else AdapterLayer(target)
+        layer = target if isinstance(target, AdapterLayer) else layer_over(target)
+        layer.quantization_backend = backend_of(layer.get_base_layer(), self.model)  # type: ignore[assignment]
         peft_config.fan_in_fan_out = peft_config.fan_in_fan_out or layer.transposed
         delta = self._deltas.pop(current_key, None)
         if delta is None:  # found by the keys of a state dict, not by `target_modules`
@@ -104,9 +108,9 @@ class AdapterModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _site(self, name: str, base: nn.Module, shared: Stored | None = None) -> Site:
-        weight: Any = base.weight  # of a quantised layer: integers
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
-        return Site(name, *in_out_features(base, name), *self._totals, dtype, self._peers, shared)
+        in_features, out_features, inputs = read(base, name)
+        check_readable(self._method, name, inputs)
+        return Site(name, in_features, out_features, *self._totals, working_dtype(base), self._peers, shared, inputs)
 
     def _make_delta(self, peft_config: Any, name: str, base: nn.Module) -> Delta:
         delta = self._method.make_delta(self._site(name, base, self._shared))
@@ -114,7 +118,19 @@ class AdapterModel(BaseTuner):
         if states and isinstance(delta, BlockDelta):
             # a second adapter made from a live config starts at the ranks of the first
             delta.status = [Status(s) for s in states]
+        twin = self._twin(peft_config, name)
+        if twin is not None and isinstance(delta, BlockDelta):
+            delta.resemble(twin)
         return delta
+
+    def _twin(self, peft_config: Any, name: str) -> Any:
+        """Delta of another adapter here that has this very config object. So trainers make a reference: they add an
+        adapter with the config of one that was trained, and copy its parameters, but nothing else."""
+        layer = self.model.get_submodule(name)
+        if not isinstance(layer, AdapterLayer):
+            return None
+        twins = [a for a, config in self.peft_config.items() if config is peft_config and a in layer.lora_delta]
+        return layer.delta(twins[0]) if twins else None
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
@@ -127,8 +143,26 @@ class AdapterModel(BaseTuner):
         if not config.inference_mode:
             drive(model, adapter_name, config, self._method)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        with mixed_batch(self.model, names, adapters_of(self), kwargs.get("num_beams")):
+            yield
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> dict[str, float]:  # fmt: skip
+        """See `weighted.add`."""
+        return weighted.add(self, adapters, weights, adapter_name, combination_type, svd_rank)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        """Whether peft's `convert_to_lora` takes the model: not where modules share factors, which no layer owns.
+        `export_lora` takes every model."""
+        return not hasattr(self.model, SHARED)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -136,11 +170,27 @@ class AdapterModel(BaseTuner):
         if owner is not None and not owner.lora_delta:
             delattr(self.model, SHARED)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+    # -- merging -------------------------------------------------------------------------------------------------
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        check_mergeable(self._layers())
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().merge_adapter(*args, **kwargs)
+        warn_of_rounding(self._layers(), stacklevel=3)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:
+        layers = self._layers()  # the loop takes them out of the model
+        model: Any = super()._unload_and_optionally_merge(merge, **kwargs)
+        if merge:
+            warn_of_rounding(layers, stacklevel=4)
         if hasattr(model, SHARED):
             delattr(model, SHARED)
         return model
+
+    def _layers(self) -> dict[str, AdapterLayer]:
+        return {name: m for name, m in self.model.named_modules() if isinstance(m, AdapterLayer)}
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -178,11 +228,6 @@ def check_matched(peft_config: Any, model: nn.Module) -> None:
     raise ConfigError(f"Target modules {wanted} not found in the base model (after exclusions): {remedy}")
 
 
-def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, AdapterLayer]:
-    """Adapter layers that hold this adapter, by the module's name in `model`, in model order."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer) and adapter_name in m.lora_delta}
-
-
 def drive(model: nn.Module, adapter_name: str, config: Any, method: Any) -> Controller | None:
     """Give an adapter its controller; None where the method needs none."""
     trainer_host.install()
@@ -190,6 +235,7 @@ def drive(model: nn.Module, adapter_name: str, config: Any, method: Any) -> Cont
               for layer in adapter_layers(model, adapter_name).values()}  # fmt: skip
     blocks, shared = blocks_of(deltas), shared_parameters(model, adapter_name)
     config.shapes = {name: [delta.in_features, delta.out_features] for name, delta in deltas.items()}
+    config.inputs = {n: as_json(delta.inputs) for n, delta in deltas.items() if not isinstance(delta.inputs, Vectors)}
 
     def keep_config_current() -> None:
         config.ranks = {name: delta.rank for name, delta in deltas.items()}

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...deltas import BlockDelta
+from ...deltas import BlockDelta, Inputs, Vectors
 from ...deltas.products import in_process_group
 from ...errors import CheckpointError
 from .kept import dtype_of
@@ -60,15 +60,17 @@ class InputNorms:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def collect(self, module: int, x: Tensor) -> None:
-        """One use of a module with input x (…, in)."""
-        squares = self._squares(x)  # perhaps another module's, too: never add to it in place
+        """One use of a module with input x."""
+        squares = self._squares(self.deltas[module].inputs, x)  # perhaps another module's: never add to it in place
         self.sums[module] = self.sums[module] + squares if module in self.sums else squares
 
-    def _squares(self, x: Tensor) -> Tensor:
+    def _squares(self, inputs: Inputs, x: Tensor) -> Tensor:
         """Σ x_j² over tokens; query, key and value read the same tensor, which is reduced once."""
+        if not isinstance(inputs, Vectors):
+            return inputs.square_sums(x, self.dtype)
         if self.latest is None or not same_values(x, *self.latest[:2]):
-            norms = torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), dim=0, dtype=self.dtype)
-            self.latest = x, x._version, norms.square_()  # x is kept: its address cannot be given away meanwhile
+            # x is kept: its address cannot be given away meanwhile
+            self.latest = x, x._version, inputs.square_sums(x, self.dtype)
         return self.latest[2]
 
     def forget(self) -> None:

@@ -1,0 +1,76 @@
+"""What a base module is, as a linear map: its shape, and what it reads.
+
+nn.Linear, Conv1D (GPT-2)     vectors     in, out
+nn.Embedding                  tokens      vocabulary, width
+nn.Conv2d                     patches     channels · kh · kw, out channels
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft.tuners.tuners_utils import _get_in_out_features
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...deltas import Inputs, Patches, Tokens, Vectors
+from ...errors import ConfigError
+from ...methods import METHODS, Method
+from .quantised import is_quantised
+
+KINDS: Mapping[type[Inputs], str] = {Vectors: "nn.Linear or Conv1D", Tokens: "nn.Embedding", Patches: "nn.Conv2d"}
+
+
+def read(base: nn.Module, name: str) -> tuple[int, int, Inputs]:
+    """(in, out, what it reads). Raises ConfigError for a module that is no such map."""
+    if isinstance(base, nn.Linear | Conv1D) or is_quantised(base):
+        in_features, out_features = _get_in_out_features(base)
+        assert in_features is not None and out_features is not None
+        return in_features, out_features, Vectors(transposed=isinstance(base, Conv1D))
+    if isinstance(base, nn.Embedding):
+        return base.num_embeddings, base.embedding_dim, tokens(base, name)
+    if isinstance(base, nn.Conv2d):
+        kh, kw = base.kernel_size
+        return base.in_channels * kh * kw, base.out_channels, patches(base, name)
+    raise ConfigError(
+        f"{name} of type {type(base).__name__} cannot be adapted: name nn.Linear, Conv1D, nn.Embedding or nn.Conv2d "
+        f"modules in `target_modules`"
+    )
+
+
+def tokens(base: nn.Embedding, name: str) -> Tokens:
+    if base.max_norm is not None:
+        raise ConfigError(
+            f"{name}: an embedding with max_norm={base.max_norm} changes its own weight in use and cannot be adapted: "
+            f"leave it out of `target_modules`"
+        )
+    gain: Any = getattr(base, "scalar_embed_scale", getattr(base, "embed_scale", 1.0))
+    return Tokens(base.num_embeddings, base.padding_idx, float(gain))
+
+
+def patches(base: nn.Conv2d, name: str) -> Patches:
+    if base.groups > 1:
+        raise ConfigError(
+            f"{name}: a convolution in {base.groups} groups cannot be adapted: leave it out of `target_modules`, or "
+            f"train it whole (`modules_to_save`)"
+        )
+    left, right, top, bottom = base._reversed_padding_repeated_twice
+    return Patches(
+        base.in_channels, pair(base.kernel_size), pair(base.stride), (left, right, top, bottom), pair(base.dilation),
+        base.padding_mode,
+    )  # fmt: skip
+
+
+def pair(found: tuple[int, ...]) -> tuple[int, int]:
+    return found[0], found[1]
+
+
+def check_readable(method: Method, name: str, inputs: Inputs) -> None:
+    """Raise ConfigError if this method's deltas cannot meet what a module reads, naming the methods whose can."""
+    if isinstance(inputs, method.reads):
+        return
+    others = [key for key, settings in METHODS.items() if isinstance(inputs, settings().method(1, 1).reads)]
+    own = ", ".join(KINDS[kind] for kind in method.reads)
+    raise ConfigError(
+        f"{name} is {KINDS[type(inputs)]}, which {method.name} cannot adapt ({own}): leave it out of `target_modules`, "
+        f"add it to `modules_to_save`, or choose among {', '.join(others)}"
+    )

@@ -1,0 +1,66 @@
+"""One batch, several adapters: `model(…, adapter_names=["de", "fr", "__base__"])` at inference.
+
+The names travel to the adapter layers as a keyword argument of their forward pass, by hooks that live for one call.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ...errors import ConfigError
+
+BASE = "__base__"  # peft's name for no adapter
+
+
+@contextmanager
+def mixed_batch(
+    model: nn.Module, adapter_names: Sequence[str], known: Iterable[str], num_beams: int | None
+) -> Iterator[None]:
+    """Within it, each example of a batch goes through the adapter named at its place.
+
+    With beam search every example of the decoder stands for `num_beams`; those of an encoder for themselves.
+    Raises: ConfigError in training, and for names that no layer has."""
+    if model.training:
+        raise ConfigError("adapter_names serves inference: call model.eval() first, or train one adapter at a time")
+    unknown = sorted(set(adapter_names) - {BASE, *known})
+    if unknown:
+        raise ConfigError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {', '.join(sorted(known))}"
+        )
+    beams = [name for name in adapter_names for _ in range(num_beams or 1)]
+    inside = set(encoder.modules()) if (encoder := encoder_of(model)) is not None else set()
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                hook = partial(tell, list(adapter_names) if module in inside else beams)
+                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def tell(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder model; transformers' other models give themselves for it."""
+    get: Any = getattr(model, "get_encoder", None)
+    encoder = get() if callable(get) else None
+    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+
+
+def check_mixed(examples: int, adapter_names: Sequence[str], *, merged: bool) -> None:
+    """Raise ConfigError unless there is one name for each example, and no adapter in the base weights."""
+    if examples != len(adapter_names):
+        raise ConfigError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} and "
+            f"{examples} respectively."
+        )
+    if merged:
+        raise ConfigError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )

@@ -1,0 +1,104 @@
+"""A new adapter as a weighted sum of others: ΔW = Σ w_i ΔW_i, module by module, of whatever methods they are.
+
+    cat    A = [A_1; A_2; …]   B = [w_1 B_1, w_2 B_2, …]     exact; the ranks add up
+    svd    the same, truncated to the strongest ranks        the error of each module is returned
+
+The sum is a plain low-rank adapter of fixed ranks, so it trains, saves, merges and exports like any other.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor
+
+from ...deltas import Delta
+from ...errors import ConfigError
+from ..truncate import truncated
+from .config import CONFIGS
+from .layer import adapter_layers
+
+
+def add(
+    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str,
+    svd_rank: int | None,
+) -> dict[str, float]:  # fmt: skip
+    """Add a frozen adapter ΔW = Σ w_i ΔW_i to a model; `set_adapter` makes it the active one.
+
+    Args:
+        adapters, weights: names of adapters, of any methods of ours, and a number for each.
+        combination_type: `cat`, exact, or `svd`, truncated to `svd_rank` (default: the largest rank that one of them
+            has in the module).
+    Returns: module → relative Frobenius error of the truncation.
+    Raises: ConfigError (unknown adapter, a name that is taken, another combination, a shared `modules_to_save`).
+    """
+    check_request(tuner, adapters, weights, adapter_name, combination_type)
+    parts: dict[str, list[tuple[float, Delta]]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for name, layer in adapter_layers(tuner.model, adapter).items():
+            parts.setdefault(name, []).append((weight, layer.delta(adapter)))
+    exact = combination_type == "cat"
+    sums = {name: weighted_sum(part, svd_rank, exact=exact) for name, part in parts.items()}
+    tuner.peft_config[adapter_name] = config_of({n: A for n, (A, _, _) in sums.items()}, tuner.peft_config[adapters[0]])
+    tuner.inject_adapter(tuner.model, adapter_name)
+    for name, layer in adapter_layers(tuner.model, adapter_name).items():
+        fill(layer.delta(adapter_name), *sums[name][:2])
+    return {name: error for name, (_, _, error) in sums.items()}
+
+
+def check_request(
+    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+) -> None:
+    """Raise ConfigError for what cannot be added up, or not this way."""
+    known = tuner.peft_config
+    if adapter_name in known:
+        raise ConfigError(f"there is an adapter {adapter_name!r} already: choose another name, or delete it first")
+    if missing := [name for name in adapters if name not in known]:
+        raise ConfigError(f"Adapter {missing[0]} does not exist; there are {', '.join(known)}")
+    if not adapters or len(adapters) != len(weights):
+        raise ConfigError(f"give one weight for each adapter: {len(adapters)} adapters, {len(weights)} weights")
+    if combination_type not in ("cat", "svd"):
+        raise ConfigError(
+            f"combination_type={combination_type!r} mixes factors entry by entry, which means nothing for adapters of "
+            f"different ranks: use 'cat' (exact; the ranks add up) or 'svd' (truncated to `svd_rank`)"
+        )
+    wrappers = [m for m in tuner.modules() if isinstance(m, ModulesToSaveWrapper)]
+    if any(sum(name in wrapper.modules_to_save for name in adapters) > 1 for wrapper in wrappers):
+        raise ConfigError(
+            "these adapters train the same module whole (`modules_to_save`), which has no sum: merge them one by one"
+        )
+
+
+@torch.no_grad()
+def weighted_sum(
+    parts: Sequence[tuple[float, Delta]], rank: int | None, *, exact: bool
+) -> tuple[Tensor, Tensor, float]:
+    """A, B and the relative error of Σ w ΔW."""
+    factors = [(weight, *delta.factors()) for weight, delta in parts]
+    A = torch.cat([A.float() for _, A, _ in factors])
+    B = torch.cat([weight * B.float() for weight, _, B in factors], dim=1)
+    if exact:
+        return A, B, 0.0
+    return truncated(A, B, rank or max(1, *(A.shape[0] for _, A, _ in factors)))
+
+
+def config_of(factors: Mapping[str, Tensor], like: Any) -> Any:
+    """A config of plain LoRA that gives each module the rank it has here, and scale 1."""
+    ranks = {name: max(1, A.shape[0]) for name, A in factors.items()}
+    longest_first = sorted(ranks, key=len, reverse=True)  # a pattern also fits names that end in it; the first counts
+    patterns = {re.escape(name): ranks[name] for name in longest_first}
+    top = max(ranks.values())
+    return CONFIGS["PLAINLORA"](
+        r=top, lora_alpha=top, rank_pattern=patterns, alpha_pattern=dict(patterns), target_modules=set(ranks),
+        task_type=like.task_type, base_model_name_or_path=like.base_model_name_or_path,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def fill(delta: Any, A: Tensor, B: Tensor) -> None:
+    """Give a fresh plain low-rank delta these factors; where they have no rank, its own one keeps adding nothing."""
+    if A.shape[0]:
+        for p, values in zip(delta.block(0).values(), (A, B), strict=True):
+            p.copy_(values)

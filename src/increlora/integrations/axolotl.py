@@ -1,0 +1,80 @@
+"""axolotl: our methods as values of `adapter`.
+
+    plugins:
+      - increlora.integrations.axolotl.IncreloraPlugin
+    adapter: increlora           # sora, prilora, melora, mora, lorta, lora_mini, increlora_adalora
+    lora_r: 8                    # the budget: average rank per module
+    lora_alpha: 8
+    lora_target_linear: true
+    increlora:                   # further options of the method, by their names here
+      grow_by: 2
+
+axolotl's trainers are Hugging Face Trainers, so nothing drives the ranks but our callback, which joins by itself.
+
+Checked against the plugin interface and the adapter loader of axolotl 0.19.0, not in a run of axolotl: that release
+pins peft 0.20, and this library needs 0.21.
+"""
+
+from typing import Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from peft import PeftModel, get_peft_model
+from pydantic import BaseModel
+
+from increlora.errors import ConfigError
+from increlora.integrations.settings import ADAPTERS, config_of, task_type
+
+# LoraConfig's name of each of axolotl's settings; what we do not do is refused by the config, in its own words.
+SETTINGS = {
+    "lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
+    "lora_modules_to_save": "modules_to_save", "lora_exclude_modules": "exclude_modules",
+    "lora_fan_in_fan_out": "fan_in_fan_out", "lora_rank_pattern": "rank_pattern",
+    "lora_alpha_pattern": "alpha_pattern",
+    "lora_target_parameters": "target_parameters", "peft_layers_to_transform": "layers_to_transform",
+    "peft_layers_pattern": "layers_pattern", "peft_use_rslora": "use_rslora", "peft_use_dora": "use_dora",
+    "peft_init_lora_weights": "init_lora_weights", "peft_trainable_token_indices": "trainable_token_indices",
+}  # fmt: skip
+
+
+class IncreloraArgs(BaseModel):
+    """The block that axolotl's configuration gains."""
+
+    increlora: dict[str, Any] | None = None
+
+
+class IncreloraPlugin(BasePlugin):
+    """What axolotl asks a plugin with adapters of its own."""
+
+    def get_input_args(self) -> str:
+        return f"{__name__}.{IncreloraArgs.__name__}"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        return [AdapterCapabilities(name=name) for name in ADAPTERS]
+
+    def load_adapter(
+        self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
+    ) -> tuple[Any, Any] | None:
+        """(model with the adapter, its config) as axolotl's own loader returns them; None for an adapter not ours."""
+        if cfg.adapter not in ADAPTERS:
+            return None
+        config = adapter_config(model, cfg)
+        if config_only:
+            return None, config
+        dtype = cfg.peft_autocast_adapter_dtype
+        cast = {} if dtype is None else {"autocast_adapter_dtype": dtype}
+        if cfg.lora_model_dir:
+            loaded = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference, **cast)
+            return loaded, loaded.peft_config[loaded.active_adapter]
+        return get_peft_model(model, config, **cast), config
+
+
+def adapter_config(model: Any, cfg: Any) -> Any:
+    """The config that axolotl's settings describe. Raises ConfigError for what they ask and we cannot do."""
+    targets = cfg.lora_target_modules
+    if cfg.lora_target_linear and targets:
+        raise ConfigError(
+            f"lora_target_linear takes all linear modules: leave out lora_target_modules={targets!r}, or name all there"
+        )
+    given = {name: getattr(cfg, setting) for setting, name in SETTINGS.items()}
+    given |= {"target_modules": "all-linear" if cfg.lora_target_linear else targets, "task_type": task_type(model)}
+    return config_of(cfg.adapter, given, cfg.increlora)

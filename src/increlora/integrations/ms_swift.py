@@ -1,0 +1,59 @@
+"""ms-swift: our methods as values of `--tuner_type`.
+
+    # plugin.py
+    from increlora.integrations.ms_swift import register
+
+    register("increlora", grow_by=2)             # further options of the method; none: the import alone is enough
+
+    swift sft --external_plugins plugin.py --tuner_type increlora --lora_rank 8 --target_modules all-linear …
+
+Names: increlora, sora, prilora, melora, mora, lorta, lora_mini, increlora_adalora. ms-swift's trainers are Hugging Face
+Trainers, so nothing drives the ranks but our callback, which joins by itself.
+
+Checked against the plugin interface of ms-swift 4.6.0, not in a run of ms-swift: that release wants peft below 0.21,
+and this library needs 0.21.
+"""
+
+from typing import Any
+
+from peft import get_peft_model
+from swift.tuner_plugin import PeftTuner, tuners_map
+
+from increlora.integrations.settings import ADAPTERS, config_of, task_type
+
+
+def register(name: str, **options: Any) -> None:
+    """Make an adapter known to ms-swift.
+
+    Args:
+        name: one of `ADAPTERS`; registering it again replaces the options.
+        options: of the method, before what the command line says of LoRA."""
+    ADAPTERS[name](**options)  # a wrong option is refused here, not after the model is loaded
+    tuners_map[name] = type(f"{name.title()}Tuner", (IncreloraTuner,), {"adapter": name, "options": options})
+
+
+class IncreloraTuner(PeftTuner):
+    """Abstract: makes the adapter; saving and loading are ms-swift's, as for any method of peft."""
+
+    adapter: str
+    options: dict[str, Any]
+
+    @classmethod
+    def prepare_model(cls, args: Any, model: Any) -> Any:
+        return get_peft_model(model, config_of(cls.adapter, lora_settings(args, model), cls.options))
+
+
+def lora_settings(args: Any, model: Any) -> dict[str, Any]:
+    """What ms-swift's arguments say of LoRA, by LoraConfig's names."""
+    from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules  # they import this plugin's users
+
+    return {
+        "r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout,
+        "use_rslora": args.use_rslora, "use_dora": args.use_dora, "init_lora_weights": args.init_weights,
+        "target_modules": get_target_modules(args, model), "target_parameters": args.target_parameters,
+        "modules_to_save": get_modules_to_save(args, model, args.task_type), "task_type": task_type(model),
+    }  # fmt: skip
+
+
+for adapter in ADAPTERS:
+    register(adapter)

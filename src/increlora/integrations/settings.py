@@ -1,0 +1,39 @@
+"""A config of ours by name, from what a framework's own settings say of LoRA."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import TaskType
+from torch import nn
+
+from increlora.errors import ConfigError
+from increlora.hosts.peft import CONFIGS
+
+# `increlora`, `sora`, … Names of peft's types, so that `increlora_adalora` is not taken for a framework's own AdaLoRA.
+ADAPTERS = {name.lower(): config_cls for name, config_cls in CONFIGS.items()}
+ENDINGS = {
+    "ForSequenceClassification": TaskType.SEQ_CLS, "ForTokenClassification": TaskType.TOKEN_CLS,
+    "Seq2SeqLM": TaskType.SEQ_2_SEQ_LM,
+}  # fmt: skip
+
+
+def config_of(name: str, given: Mapping[str, Any], options: Mapping[str, Any] | None) -> Any:
+    """The config of an adapter.
+
+    Args:
+        name: one of `ADAPTERS`.
+        given: what the framework's settings for LoRA say, by LoraConfig's names; empty values leave the default.
+        options: the method's own, as the user wrote them; they go before what is given.
+    Raises: ConfigError for options that do not exist, or have no meaning here."""
+    if not isinstance(options or {}, Mapping):
+        raise ConfigError(f"options of {name}: {options!r}: give a table, option: value")
+    known = {option: value for option, value in given.items() if value or value == 0}
+    if name == "mora":
+        known.pop("lora_alpha", None)  # it has no scale, and frameworks have an α for everybody
+    return ADAPTERS[name](**known | dict(options or {}))
+
+
+def task_type(model: nn.Module) -> TaskType:
+    """What peft calls the model's task, by the ending of its class's name."""
+    name = type(model).__name__
+    return next((task for ending, task in ENDINGS.items() if name.endswith(ending)), TaskType.CAUSAL_LM)

@@ -1,0 +1,1 @@
+"""What others wrote, as referee: their tests and their code, fetched and never copied."""

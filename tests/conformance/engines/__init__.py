@@ -1,0 +1,1 @@
+"""The engines' own code as referee of `check_export`, where it can be had without the engine."""

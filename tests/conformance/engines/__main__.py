@@ -1,0 +1,13 @@
+"""Fetches what is missing and runs the referees: `python -m tests.conformance.engines [options of pytest]`."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from .vllm import MEMBER, RELEASES
+from .wheel import fetched
+
+for requirement in RELEASES.values():
+    print(f"{requirement}: {fetched(requirement, MEMBER)}")
+sys.exit(pytest.main(["--no-cov", "-q", str(Path(__file__).parent), *sys.argv[1:]]))

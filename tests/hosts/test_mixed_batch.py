@@ -1,0 +1,115 @@
+"""One batch through several adapters: each example as if it had been alone with its own."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+
+from increlora.errors import ConfigError
+from increlora.hosts.peft.config import CONFIGS
+from tests.hosts.tiny import BUILDERS, inputs_for
+from tests.hosts.vision import net, tokens
+
+NAMES = ["one", "__base__", "two", "one"]
+
+
+def options_of(kind: str, peft_type: str) -> dict[str, Any]:
+    targets = {"llama": ["q_proj", "v_proj"], "t5": ["q", "v"], "bert": ["query", "value"]}[kind]
+    own = {"MELORA": {"minis": 2}, "LORA_MINI": {"inner_in": 4, "inner_out": 4}}.get(peft_type, {})
+    return {"r": 2, "target_modules": targets, "init_lora_weights": False, **own}
+
+
+def two_adapters(kind: str, peft_type: str) -> PeftModel:
+    options = options_of(kind, peft_type)
+    model = get_peft_model(BUILDERS[kind](), CONFIGS[peft_type](**options, seed=1), adapter_name="one")
+    model.add_adapter("two", CONFIGS[peft_type](**options, seed=2))
+    return model.eval()
+
+
+@pytest.mark.parametrize("peft_type", CONFIGS)
+def test_a_second_adapter_finds_all_linear_layers_again(peft_type: str) -> None:
+    options = options_of("llama", peft_type) | {"target_modules": "all-linear"}
+    model = get_peft_model(BUILDERS["llama"](), CONFIGS[peft_type](**options), adapter_name="one")
+    model.add_adapter("two", CONFIGS[peft_type](**options))
+    assert model.peft_config["two"].target_modules == model.peft_config["one"].target_modules
+    assert len(model.peft_config["two"].target_modules) == (8 if peft_type == "LORTA" else 14)
+
+
+def batch(kind: str, examples: int = 4) -> dict[str, Tensor]:
+    ids = inputs_for(kind)["input_ids"].repeat(2, 1)[:examples]
+    return {"input_ids": ids, "decoder_input_ids": ids} if kind == "t5" else {"input_ids": ids}
+
+
+@torch.no_grad()
+def alone(model: PeftModel, inputs: dict[str, Tensor], name: str) -> Tensor:
+    """Output of the whole batch under one adapter."""
+    if name == "__base__":
+        with model.disable_adapter():
+            return model(**inputs).logits
+    model.set_adapter(name)
+    return model(**inputs).logits
+
+
+@pytest.mark.parametrize("peft_type", CONFIGS)
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_every_example_goes_through_its_own_adapter(kind: str, peft_type: str) -> None:
+    if kind == "t5" and peft_type == "LORTA":
+        pytest.skip("LoRTA adapts one stack of layers")
+    model, inputs = two_adapters(kind, peft_type), batch(kind)
+    outputs = {name: alone(model, inputs, name) for name in set(NAMES)}
+    assert all((outputs["__base__"] - outputs[name]).abs().max() > 1e-4 for name in ("one", "two"))
+    with torch.no_grad():
+        mixed = model(**inputs, adapter_names=NAMES).logits
+    expected = torch.stack([outputs[name][i] for i, name in enumerate(NAMES)])
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(**inputs).logits, alone(model, inputs, model.active_adapter), rtol=0, atol=1e-6)
+
+
+def test_embeddings_and_convolutions_are_mixed_too() -> None:
+    options = {"r": 2, "target_modules": ["embed", "conv"], "init_lora_weights": False}
+    model = get_peft_model(net(), CONFIGS["INCRELORA"](**options, seed=1), adapter_name="one")
+    model.add_adapter("two", CONFIGS["INCRELORA"](**options, seed=2))
+    model.eval()
+    outputs = {}
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        outputs[name] = model(tokens())
+    names = ["two", "one", "one", "two", "two", "one"]
+    mixed = model(tokens(), adapter_names=names)
+    torch.testing.assert_close(mixed, torch.stack([outputs[n][i] for i, n in enumerate(names)]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_beams_share_the_adapter_of_their_example(kind: str) -> None:
+    model = two_adapters(kind, "INCRELORA")
+    words = {"num_beams": 2, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    inputs = {"input_ids": batch(kind)["input_ids"], "attention_mask": torch.ones(4, 6, dtype=torch.long)}
+    mixed = model.generate(**inputs, **words, adapter_names=NAMES)
+    for i, name in enumerate(NAMES):
+        model.set_adapter(name if name != "__base__" else "one")
+        one = {key: value[i : i + 1] for key, value in inputs.items()}
+        if name == "__base__":
+            with model.disable_adapter():
+                expected = model.generate(**one, **words)
+        else:
+            expected = model.generate(**one, **words)
+        assert torch.equal(mixed[i], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("prepare", "names", "message"),
+    [
+        (lambda model: model.train(), NAMES, r"model\.eval\(\)"),
+        (lambda model: None, ["one", "three", "two", "one"], "non-existing adapter.*three.*one, two"),
+        (lambda model: None, ["one"], "Length of `adapter_names`.*1 and 4"),
+        (lambda model: model.merge_adapter(), NAMES, "unmerge_adapter"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused_and_leaves_no_hooks(prepare: Any, names: list[str], message: str) -> None:
+    model = two_adapters("llama", "INCRELORA")
+    prepare(model)
+    with pytest.raises(ConfigError, match=message):
+        model(**batch("llama"), adapter_names=names)
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -1,0 +1,280 @@
+"""Quantised bases, on the CPU: every method trains, saves, reloads, merges, comes out again and leaves as plain LoRA.
+
+torchao's rows run where it is installed (it is no part of the development set-up).
+"""
+
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+
+from increlora import PlainLoraConfig, export_lora, export_merged, rank_summary
+from increlora.errors import ExportError
+from increlora.hosts.peft.layer import AdapterLayer
+from increlora.hosts.peft.quantised import backend_of, working_dtype
+from tests.hosts.methods import METHODS, MOVING, STEPS
+from tests.hosts.tiny import logits
+from tests.hosts.training import train
+
+pytest.importorskip("bitsandbytes")
+import bitsandbytes as bnb
+
+LLAMA = LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+def eight_bit() -> Any:
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def four_bit(**options: Any) -> Any:
+    chosen = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32} | options
+    return BitsAndBytesConfig(load_in_4bit=True, **chosen)
+
+
+def torchao_int8() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+BASES = {"8-bit": eight_bit, "4-bit": four_bit, "torchao": torchao_int8}
+every_base = pytest.mark.parametrize(
+    "kind", ["8-bit", "4-bit", pytest.param("torchao", marks=needs_torchao)]
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pretrained model, in full precision."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(LLAMA).save_pretrained(folder)
+    return folder
+
+
+def load(files: Path, config: Any = None) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(files, quantization_config=config, dtype=torch.float32)
+
+
+def trained(files: Path, kind: str, method: str = "increlora", steps: int = STEPS) -> PeftModel:
+    torch.manual_seed(1)
+    model = get_peft_model(load(files, BASES[kind]()), METHODS[method]())
+    train(model, "llama", stop=steps)
+    return model.eval()
+
+
+def layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, AdapterLayer)}
+
+
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """In floating point, of the adapted modules."""
+    found = {name: layer.get_base_layer() for name, layer in layers(model).items()}
+    return {
+        name: backend_of(base, model.get_base_model()).get_base_weight(base).clone() for name, base in found.items()
+    }
+
+
+@every_base
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_on_a_quantised_base(method: str, kind: str, files: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = get_peft_model(load(files, BASES[kind]()), METHODS[method]())
+    start, before = rank_summary(model).active, base_weights(model)
+    plain = logits(model, "llama")
+    train(model, "llama", stop=STEPS)
+    model.eval()
+    assert all(torch.equal(weight, before[name]) for name, weight in base_weights(model).items())
+    assert (rank_summary(model).active != start) == (method in MOVING)
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
+    native = logits(model, "llama")
+    assert (native - plain).abs().max() > 0.1
+
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(files, BASES[kind]()), tmp_path / "adapter")
+    assert torch.equal(logits(again, "llama"), native)
+
+    exported = export_lora(model, tmp_path / "lora")
+    elsewhere = PeftModel.from_pretrained(load(files, BASES[kind]()), exported)
+    torch.testing.assert_close(logits(elsewhere, "llama"), native, rtol=0, atol=1e-4)
+
+    deltas = {n: m.get_delta_weight("default") for n, m in layers(model).items()}
+    with pytest.warns(UserWarning, match=r"merged into quantised weights .* which rounds them again"):
+        model.merge_adapter()
+    after = base_weights(model)
+    for name, layer in layers(model).items():
+        size, lost = deltas[name].norm(), (after[name] - before[name] - deltas[name]).norm()
+        assert layer.merge_errors["default"] == pytest.approx(float(lost / size) if size else 0.0, rel=1e-2)
+        assert 0 < lost < 0.5 * size or size == lost == 0  # a module may be left without rank
+    merged = logits(model, "llama")
+    assert 0 < (merged - native).norm() / (native - plain).norm() < 0.3
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, "llama"), native)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, "llama"), plain)
+
+
+@every_base
+def test_the_warning_names_the_worst_module_and_the_way_out(kind: str, files: Path) -> None:
+    model = trained(files, kind)
+    with pytest.warns(UserWarning, match="merged into quantised weights") as seen:
+        merged = model.merge_and_unload()
+    (message,) = (str(w.message) for w in seen)
+    assert seen[0].filename == __file__
+    assert "serve it beside the base" in message and "`export_merged`" in message and "6 modules" in message
+    assert not any(isinstance(m, AdapterLayer) for m in merged.modules())
+    errors = trained_errors(files, kind)
+    worst = max(errors, key=lambda name: errors[name])
+    assert f"{errors[worst]:.1%} of ‖ΔW‖ in {worst}, {sorted(errors.values())[3]:.1%} in the middle" in message
+
+
+def trained_errors(files: Path, kind: str) -> dict[str, float]:
+    model = trained(files, kind)
+    with pytest.warns(UserWarning):
+        model.merge_adapter()
+    return {name.removeprefix("base_model.model."): m.merge_errors["default"] for name, m in layers(model).items()}
+
+
+@every_base
+def test_two_adapters_merge_and_come_out_one_by_one(kind: str, files: Path) -> None:
+    model = trained(files, kind)
+    plain, layer = base_weights(model), next(iter(layers(model)))
+    model.add_adapter("second", METHODS["increlora"](init_lora_weights=False))
+    with pytest.warns(UserWarning):
+        model.merge_adapter(["default"])
+    one = base_weights(model)
+    with pytest.warns(UserWarning):
+        model.merge_adapter(["second"])
+    assert not torch.equal(base_weights(model)[layer], one[layer])
+    model.unmerge_adapter()
+    assert all(torch.equal(base_weights(model)[name], plain[name]) for name in plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.unload()  # nothing is merged, so nothing is lost
+
+
+def test_nothing_is_said_of_a_base_in_full_precision(files: Path) -> None:
+    model = get_peft_model(load(files), METHODS["lora"]())
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert not any(layer.merge_errors or layer.before for layer in layers(model).values())
+
+
+def test_double_quantisation_and_half_precision(files: Path) -> None:
+    """What QLoRA recommends: nf4, quantised constants, bfloat16 inside. Parameters are float32, as of peft's LoRA."""
+    config = four_bit(bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = get_peft_model(load(files, config), METHODS["increlora"]())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    plain, before = logits(model, "llama"), rank_summary(model).active
+    train(model, "llama", stop=STEPS)
+    native = logits(model, "llama")
+    assert rank_summary(model).active > before
+    with pytest.warns(UserWarning, match="bnb 4bit"):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, "llama"), native) and not torch.equal(native, plain)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@every_base
+@pytest.mark.parametrize("method", ["increlora", "lorta"])
+def test_prepared_for_training_with_checkpointing(method: str, kind: str, files: Path) -> None:
+    options = {"use_gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    outputs = []
+    for prepare in (lambda base: base, lambda base: prepare_model_for_kbit_training(base, **options)):
+        torch.manual_seed(1)
+        model = get_peft_model(prepare(load(files, BASES[kind]())), METHODS[method]())
+        train(model.train(), "llama", stop=STEPS)
+        outputs.append(logits(model, "llama"))
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+
+
+@every_base
+def test_a_quantised_base_cannot_be_written_merged(kind: str, files: Path, tmp_path: Path) -> None:
+    model = trained(files, kind, steps=2)
+    with pytest.raises(ExportError, match=r"q_proj\.weight is quantised in the base .* model unquantised"):
+        export_merged(model, tmp_path / "merged")
+    model.save_pretrained(tmp_path / "adapter")
+    export_merged(tmp_path / "adapter", tmp_path / "merged", base=load(files))
+    whole = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    beside = PeftModel.from_pretrained(load(files), tmp_path / "adapter")
+    torch.testing.assert_close(logits(whole, "llama"), logits(beside, "llama"), rtol=0, atol=1e-5)
+
+
+@every_base
+def test_what_cannot_be_merged_says_so_before_it_begins(kind: str, files: Path) -> None:
+    model = trained(files, kind, steps=2)
+    *_, (name, last) = layers(model).items()
+    native = logits(model, "llama")
+    last.quantization_backend.supports_merge = False
+    with pytest.raises(ExportError, match=rf"{name.removeprefix('base_model.model.')} is quantised"):
+        model.merge_adapter()
+    with pytest.raises(ExportError, match="serve it beside the base"):
+        model.merge_and_unload()
+    assert torch.equal(logits(model, "llama"), native) and not any(m.merged for m in layers(model).values())
+
+
+@needs_torchao
+def test_torchao_without_a_config_trains_but_does_not_merge(files: Path) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    base = load(files)
+    quantize_(base, Int8WeightOnlyConfig())
+    model = get_peft_model(base, METHODS["increlora"]())
+    train(model, "llama", stop=STEPS)
+    with pytest.raises(ExportError, match="instead of transformers' TorchAoConfig"):
+        model.merge_adapter()
+
+
+# -- shapes and dtypes ------------------------------------------------------------------------------------------------
+
+
+def four_bit_linear(**options: Any) -> nn.Module:
+    layer = bnb.nn.Linear4bit(32, 48, **options)
+    layer.load_state_dict(nn.Linear(32, 48).state_dict())
+    return layer.to("cpu")
+
+
+class Float8Linear(nn.Linear):
+    """As block-quantised checkpoints have it: the weight in 8 bits, multiplied in the input's precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def float8_linear() -> nn.Module:
+    layer = Float8Linear(32, 48)
+    layer.weight = nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize(("make", "dtype"), [
+    (lambda: four_bit_linear(), torch.float32),  # says nothing before its first forward pass
+    (lambda: four_bit_linear(compute_dtype=torch.bfloat16), torch.bfloat16),
+    (lambda: four_bit_linear(compute_dtype=torch.float16, quant_storage=torch.bfloat16), torch.float16),
+    (lambda: float8_linear(), torch.float32),
+    (lambda: nn.Linear(32, 48, dtype=torch.float64), torch.float64),
+    (lambda: nn.Linear(32, 48, device="meta", dtype=torch.bfloat16), torch.bfloat16),
+])  # fmt: skip
+def test_parameters_are_made_in_what_the_layer_computes_in(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    base = make()
+    assert working_dtype(base) == dtype
+    layer = AdapterLayer(base)
+    assert (layer.in_features, layer.out_features) == (32, 48)
+    model = get_peft_model(
+        nn.Sequential(base), PlainLoraConfig(r=2, target_modules=["0"]), autocast_adapter_dtype=False
+    )
+    delta = layers(model)["base_model.model.0"].delta("default")
+    assert {p.dtype for p in delta.parameters()} == {dtype}
+    assert {p.device.type for p in delta.parameters()} == {base.weight.device.type}
