@@ -1,7 +1,7 @@
 """IncreLoRA in trl's SFTTrainer: give it our config as `peft_config`.
 
 Run:
-    python examples/trl_sft.py                                       # teaches a small model to write docstrings
+    python examples/trl_sft.py                                       # a small random model, nothing is downloaded
     python examples/trl_sft.py --model Qwen/Qwen3-0.6B --steps 500
 """
 
@@ -13,24 +13,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from increlora import IncreLoraConfig, rank_summary
+from increlora.tasks import small_causal
 from increlora.tasks.stdlib_docs import load_pairs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="name on the hub, or a folder")
+    parser.add_argument("--model", help="name on the hub, or a folder; default: a small one made on the spot")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
-    parser.add_argument("--max-length", type=int, default=128, help="tokens per example")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens per example")
     parser.add_argument("--out", default="runs/sft", help="folder for the adapter")
     options = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    name = options.model or small_causal("runs/small-llama")
+    tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     pairs, _ = load_pairs()
     rows = [{"prompt": f"{p.signature}\n", "completion": p.summary} for p in pairs if p.label == 1]
 
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(options.model),
+        model=AutoModelForCausalLM.from_pretrained(name),
         args=SFTConfig(
             output_dir=options.out,
             max_steps=options.steps,

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
 from tests.examples.tiny import save_llama
 from tests.hosts.bases import build_bert, build_llama
@@ -66,6 +66,15 @@ def fine_tuning() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def preferences() -> dict[str, Any]:
+    rows = [{"prompt": f"{i} + 1 = ", "chosen": str(i + 1), "rejected": str(i)} for i in range(32)]
+    return fine_tuning() | {
+        "args": arguments(DPOConfig, bf16=False, gradient_checkpointing=False), "data": Dataset.from_list(rows),
+        "fresh_base": build_llama,
+    }  # fmt: skip
+
+
 STAND_INS = {
+    "docs/howto/frameworks.md": preferences,
     "docs/howto/trainer.md": classifier, "docs/howto/resume.md": resuming, "docs/howto/sft.md": fine_tuning,
 }  # fmt: skip

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from increlora import rank_summary
 from increlora.tasks import stdlib_docs
-from tests.examples.tiny import save_bert, save_llama
+from tests.examples.tiny import save_bert
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 16  # enough for the default schedule: ten events from the second step on
@@ -49,8 +49,10 @@ def assert_spent(summary):
     assert len({m.active for m in summary.modules}) > 1
 
 
-@pytest.mark.parametrize("name", ("trainer.py", "plain_loop.py", "accelerate_loop.py"))
+@pytest.mark.parametrize("name", ("trainer.py", "plain_loop.py", "accelerate_loop.py", "lightning_module.py"))
 def test_one_process(name, bert, tmp_path, monkeypatch, capsys):
+    if name == "lightning_module.py":
+        pytest.importorskip("pytorch_lightning", reason="needs pip install pytorch-lightning")
     run(name, "--model", bert, "--steps", STEPS, "--out", tmp_path, monkeypatch=monkeypatch)
     assert_spent(loaded(bert, tmp_path))
     assert "accuracy" in capsys.readouterr().out
@@ -82,18 +84,34 @@ def test_an_interrupted_run_goes_on(bert, tmp_path, monkeypatch, capsys):
     assert f"active: {budget} of {budget}" in continued and f"active: {budget} of" not in interrupted
 
 
-def test_sft_then_export(tmp_path, monkeypatch, capsys):
-    llama, native, lora = save_llama(tmp_path / "llama"), tmp_path / "native", tmp_path / "lora"
-    words = ("--model", llama, "--steps", STEPS, "--max-length", 48, "--out", native)
-    run("trl_sft.py", *words, monkeypatch=monkeypatch)
-    assert_spent(rank_summary(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), native)))
+def loaded_causal(out):
+    base = AutoModelForCausalLM.from_pretrained("runs/small-llama")
+    return rank_summary(PeftModel.from_pretrained(base, out))
+
+
+def test_sft_then_export_and_dpo_from_there(tmp_path, monkeypatch, capsys):
+    """As on a fresh clone: no model is named, so a small one is made."""
+    monkeypatch.chdir(tmp_path)
+    native, lora = Path("runs/sft"), Path("runs/sft-lora")
+    run("trl_sft.py", "--steps", STEPS, "--max-length", 48, monkeypatch=monkeypatch)
+    assert_spent(loaded_causal(native))
     capsys.readouterr()
-    run("export_and_serve.py", "--adapter", native, "--out", lora, "--prompt", "def f(x)", monkeypatch=monkeypatch)
+    run("export_and_serve.py", "--prompt", "def f(x)", monkeypatch=monkeypatch)
     shown = capsys.readouterr().out
     difference = float(shown.partition("export: ")[2].split()[0])
     assert difference < 1e-5 and f"tuned={lora}" in shown
+    run("trl_dpo.py", "--adapter", native, "--steps", 2, "--max-length", 32, monkeypatch=monkeypatch)
+    assert loaded_causal("runs/dpo").modules == loaded_causal(native).modules
+    assert not Path("runs/dpo/ref").exists()
     assert json.loads((lora / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert any(tensor.any() for key, tensor in load_file(lora / "adapter_model.safetensors").items() if "lora_B" in key)
+
+
+@pytest.mark.parametrize("name", ("trl_dpo.py", "trl_grpo.py"))
+def test_trl_from_nothing(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(name, "--steps", STEPS, "--out", "adapter", monkeypatch=monkeypatch)
+    assert_spent(loaded_causal("adapter"))
 
 
 def test_no_example_is_left_out():

@@ -128,7 +128,6 @@ def test_every_optimizer_called_exact_is_tested() -> None:
 
 def test_factors_without_a_host_rate_do_not_move() -> None:
     births = BirthRates(published, Run(60, 1), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
-    assert births.peak is None  # no scheduler: the host is taken to follow the published schedule
     assert births.factors(-1, 0) == (0.0, 1.0)  # the host's own
     assert births.factors(-1, 3) == (0.6, 1.0)
     assert births.factors(10, 10) == (1.0, pytest.approx(1 / (50 / 55)))
@@ -136,12 +135,18 @@ def test_factors_without_a_host_rate_do_not_move() -> None:
     assert births.factors(10, 60) == (0.0, 0.0)  # the host's rate is 0: nothing to scale
 
 
-@pytest.mark.parametrize(
-    ("group", "peak"), [({"lr": 0.3}, None), ({"lr": 0.0, "initial_lr": 0.5}, 0.5), ({"lr": 0.0}, None)]
-)
-def test_the_peak_rate_is_what_a_scheduler_noted(group: dict, peak: float | None) -> None:
-    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], **group}])
-    assert BirthRates(ramp, Run(None, 1), optimizer).peak == peak
+@pytest.mark.parametrize(("group", "multiplier"), [
+    ({"lr": 0.3}, 0.2 / (48 / 55)),  # no scheduler: the host is taken to follow the published schedule
+    ({"lr": 0.25, "initial_lr": 0.5}, 0.2 * 0.5 / 0.25),
+    ({"lr": 0.0, "initial_lr": 0.5}, 0.0),
+])  # fmt: skip
+def test_every_group_has_its_own_schedule(group: dict, multiplier: float) -> None:
+    """The peak learning rate is what a scheduler noted in the tensor's group."""
+    one, other = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [one], "lr": 1.0, "initial_lr": 1.0}, {"params": [other], **group}])
+    births = BirthRates(published, Run(60, 1), optimizer)
+    assert births.factors(10, 12, other) == (0.2, pytest.approx(multiplier))
+    assert births.factors(10, 12, one) == births.factors(10, 12) == (0.2, pytest.approx(0.2))
 
 
 def one_birth_step(dtype: torch.dtype, kind: type[Optimizer]) -> None:

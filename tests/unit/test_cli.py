@@ -26,6 +26,7 @@ from increlora.cli.recorder import Recorder
 from increlora.errors import NonFiniteError
 from increlora.naming import place, short
 from increlora.tasks import DEFAULT_BACKBONE, load_classifier
+from tests.hosts.comparison_schema import UNKNOWN_TO_A_RUN, problems
 
 TINY = "--r 2 --epochs 2.5 --batch-size 8 --max-length 16 --max-train-samples 64 --max-eval-samples 20".split()
 ADVANCE = (
@@ -115,6 +116,16 @@ def test_a_finished_run_says_what_it_was_and_what_came_out(run, model):
     assert found["train_info"]["status"] == "success" and found["run_info"]["peft_config"]["r"] == 2
     assert found["adaptive"] is True
     assert found["train_info"]["file_size"] == (out / "adapter" / "adapter_model.safetensors").stat().st_size
+
+
+def test_a_run_has_every_key_of_a_result_of_method_comparison(run):
+    """Null where a run does not know: no accelerator here, no commit, no test split."""
+    out, _ = run
+    found = state(out)
+    assert problems(found, nullable=UNKNOWN_TO_A_RUN) == []
+    assert found["run_info"]["train_config"]["model_id"] and found["meta_info"]["package_info"]["peft-version"]
+    last = found["train_info"]["metrics"][-1]
+    assert last["step"] == STEPS and last["valid accuracy"] == found["metric"]["after"] and last["train loss"] > 0
 
 
 def test_there_is_a_row_per_step_and_per_event(run):

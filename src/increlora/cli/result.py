@@ -5,7 +5,7 @@ import platform
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def initial_state(settings: TrainSettings, model: Any, task: Task, path: Path) -
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "total_time": None,
             "experiment_name": f"{settings.method}/{path.name}",
-            "train_config": asdict(settings),
+            "peft_branch": None,
+            "train_config": {"model_id": model_name(settings.task, settings.model), **asdict(settings)},
             "peft_config": peft_config,
             "error_msg": "",
         },
@@ -69,14 +70,19 @@ def initial_state(settings: TrainSettings, model: Any, task: Task, path: Path) -
             "status": PEFT_STATUS["running"],
             "train_time": None,
             "file_size": None,
+            "accelerator_memory_max": None,
+            "accelerator_memory_reserved_avg": None,
+            "accelerator_memory_reserved_99th": None,
             "num_trainable_params": sum(p.numel() for p in parameters if p.requires_grad),
             "num_total_params": sum(p.numel() for p in parameters),
             "metrics": [],
         },
         "meta_info": {
-            "model_info": {"name": model_name(settings.task, settings.model)},
-            "package_info": {f"{name}-version": version(name) for name in PACKAGES},
-            "system_info": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
+            "model_info": {"name": model_name(settings.task, settings.model), "sha": None, "created_at": None},
+            "dataset_info": {},
+            "package_info": package_info(),
+            "system_info": system_info(),
+            "pytorch_info": torch.__config__.show(),
         },
     }
 
@@ -105,8 +111,11 @@ def finish(state: dict[str, Any], folder: RunFolder, model: nn.Module) -> None:
     state["train_info"] |= {
         "train_time": steps[-1]["seconds"],
         "file_size": (folder.path / "adapter" / "adapter_model.safetensors").stat().st_size,
+        "accelerator_memory_max": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
         "metrics": [
-            {"step": row["step"], f"valid {name}": row[name], "train loss": row["loss"]} for row in steps if name in row
+            {"step": row["step"], f"valid {name}": row[name], "train loss": row["loss"], "elapsed time": row["seconds"]}
+            for row in steps
+            if name in row
         ],
     }
 
@@ -129,6 +138,23 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "platform": platform.platform(),
     }
+
+
+def package_info() -> dict[str, str | None]:
+    """Versions under peft's names; null for what is not installed, and for commits."""
+    found: dict[str, str | None] = {}
+    for name in dict.fromkeys((*PACKAGES, "datasets", "bitsandbytes")):
+        try:
+            found[f"{name}-version"] = version(name)
+        except PackageNotFoundError:
+            found[f"{name}-version"] = None
+        found[f"{name}-commit-hash"] = None
+    return found
+
+
+def system_info() -> dict[str, str]:
+    names = ("system", "release", "version", "machine", "processor")
+    return {name: getattr(platform, name)() for name in names} | {"accelerator": environment()["device"]}
 
 
 def peak_memory_bytes() -> int | None:

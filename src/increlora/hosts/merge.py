@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +81,14 @@ def merge_into(base: nn.Module, adapter: Adapter) -> None:
 def merged_values(base: nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
     """The tensors that differ from the base's, by their names in it."""
     state = base.state_dict(keep_vars=True)  # names without copies
+    packed = {f"{name}.weight" for name, module in base.named_modules() if is_quantised(module)}
     # Beside an adapted head, peft saves the head itself, under the name it has inside the adapter.
     values = {name.replace(".base_layer.", "."): value for name, value in adapter.others.items()}
     for name, value in values.items():
-        check_shape(name, place(name, base, state), value)
+        check_shape(name, place(name, state, packed), value)
     for module, (A, B) in adapter.factors.items():
         name = f"{module}.weight"
-        weight = place(name, base, state)
+        weight = place(name, state, packed)
         delta = B.float() @ A.float() if B.dtype != torch.float64 else B @ A
         delta = read(base.get_submodule(module), module)[2].as_weight(delta)
         check_shape(name, weight, delta)
@@ -136,12 +137,12 @@ def embedding_names(base: nn.Module) -> set[str]:
     return {f"{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
 
 
-def place(name: str, base: nn.Module, state: Any) -> torch.Tensor:
+def place(name: str, state: Any, packed: Collection[str]) -> torch.Tensor:
     """The base's tensor of this name. Raises ExportError if there is none, or none to which a number can be added."""
+    if name in packed or (name in state and not state[name].is_floating_point()):
+        raise ExportError(f"{name} is quantised in the base: give the same model unquantised")
     if name not in state:
         raise ExportError(f"{name} is not in the base; give the model that the adapter was trained on")
-    if is_quantised(base.get_submodule(name.rpartition(".")[0])) or not state[name].is_floating_point():
-        raise ExportError(f"{name} is quantised in the base ({state[name].dtype}): give the same model unquantised")
     tensor: torch.Tensor = state[name]
     return tensor
 

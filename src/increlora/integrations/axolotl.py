@@ -54,7 +54,7 @@ class IncreloraPlugin(BasePlugin):
     def load_adapter(
         self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
     ) -> tuple[Any, Any] | None:
-        """(model with the adapter, its config) as axolotl's own loader returns them; None for an adapter not ours."""
+        """(model with the adapter, its config), as axolotl's loader returns them; None for adapters of others."""
         if cfg.adapter not in ADAPTERS:
             return None
         config = adapter_config(model, cfg)

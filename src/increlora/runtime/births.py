@@ -1,4 +1,4 @@
-"""Learning rates of newborn tensors inside one optimizer group: scale the update, not the group.
+"""Learning rates of newborn tensors inside the optimizer's groups: scale the update, not the group.
 
     new = old + m (new − old)        m = (own clock) / (the host's clock)
 
@@ -25,27 +25,27 @@ class BirthRates:
 
     def __init__(self, clock: Clock, run: Run, optimizer: Optimizer) -> None:
         self.clock, self.run, self.optimizer_name = clock, run, type(optimizer).__name__
-        self.group = optimizer.param_groups[0]
+        self.first = optimizer.param_groups[0]
+        self.groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         clock(0, -1, run)  # a share of a run of unknown length is refused here, before anything moves
         self._moved: list[tuple[float, nn.Parameter, Tensor]] = []
         self._warned = False
 
-    @property
-    def peak(self) -> float | None:
-        """Peak learning rate as torch's schedulers note it in the group; None without one: then the host is taken to
-        follow the published schedule. (The first rate seen would not do: a resumed run starts with another one.)"""
-        return self.group.get("initial_lr")
+    def factors(self, created: int, step: int, p: nn.Parameter | None = None) -> tuple[float, float]:
+        """(own factor, multiplier of the host's move) of a tensor created at `created`; in the group of `p`, or in the
+        first one.
 
-    def factors(self, created: int, step: int) -> tuple[float, float]:
-        """(own factor, multiplier of the host's move) of a tensor created at `created`."""
+        The peak learning rate is what torch's schedulers note in the group; without one the host is taken to follow the
+        published schedule. (The first rate seen would not do: a resumed run starts with another one.)"""
         own, host = self.clock(step, created, self.run)
         if created < 0:
             return own, 1.0
         if host is None:
             return own, own
-        if self.peak is not None:
-            rate = float(self.group["lr"])
-            return own, own * self.peak / rate if rate > 0 else 0.0
+        group = self.groups.get(id(p), self.first)
+        peak, rate = group.get("initial_lr"), float(group["lr"])
+        if peak is not None:
+            return own, own * peak / rate if rate > 0 else 0.0
         return own, own / host if host > 0 else 0.0
 
     def remember(self, deltas: Sequence[BlockDelta], step: int) -> None:
@@ -53,7 +53,7 @@ class BirthRates:
         for delta in deltas:
             for i in delta.indices(Status.ACTIVE, Status.RESERVE):
                 for letter, p in delta.block(i).items():
-                    m = self.factors(created(delta, i, letter), step)[1]
+                    m = self.factors(created(delta, i, letter), step, p)[1]
                     if m != 1.0 and p.grad is not None:
                         self._moved.append((m, p, p.detach().clone()))
         if self._moved and not self._warned:

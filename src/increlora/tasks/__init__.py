@@ -23,6 +23,7 @@ from increlora.tasks.glue import GLUE, glue_task, glue_train_size
 from increlora.tasks.lm import lm_task
 from increlora.tasks.planted import PlantedNet, planted_task
 from increlora.tasks.sft import sft_task
+from increlora.tasks.small import small_causal
 from increlora.tasks.stdlib_docs import stdlib_docs_task
 from increlora.tasks.uuid_base import load_uuid_base, uuid_decoder
 from increlora.tasks.uuids import uuid_task
@@ -42,6 +43,7 @@ __all__ = [
     "model_name",
     "resolve_backbone",
     "sketch",
+    "small_causal",
     "train_size",
 ]
 

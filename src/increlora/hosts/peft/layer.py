@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ...deltas import Delta, Vectors
 from .bases import read
 from .mixed import check_mixed
-from .quantised import Before, remember, rounding, working_dtype
+from .quantised import NOTHING_LOST, Before, Rounding, remember, rounding, working_dtype
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):
@@ -30,6 +30,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 class SharedFactors(TunerLayer):
     """Parameters that all modules of an adapter share: they have one owner, here at the root of the model, and the
     deltas refer to them. Merging is the deltas' business."""
+
+    weight = bias = None  # peft's are those of the base layer, which it would look for in here without end
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -51,7 +53,7 @@ class AdapterLayer(TunerLayer):
         self.in_features, self.out_features, self.inputs = read(self.get_base_layer(), "target module")
         self.transposed = self.inputs == Vectors(transposed=True)
         self.before: Before | None = None  # the base as it was, while something is merged into it
-        self.merge_errors: dict[str, float] = {}  # what was lost by merging into a quantised base, see `rounding`
+        self.merge_errors: dict[str, Rounding] = {}  # what merging into a quantised base has cost
 
     def delta(self, adapter: str) -> Delta:
         return self.lora_delta[adapter]  # type: ignore[return-value]
@@ -108,11 +110,11 @@ class AdapterLayer(TunerLayer):
                 self.merged_adapters.append(adapter)
 
     def _write(self, adapter: str, merged: Tensor, change: Tensor) -> None:
-        """Replace the base weight; of a quantised one note which share of the change is lost."""
+        """Replace the base weight; of a quantised one note what that has cost."""
         if self.quantization_backend is None:
             self.set_base_weight(merged)
         elif not change.any():
-            self.merge_errors[adapter] = 0.0  # left alone: some backends round even what is on their grid
+            self.merge_errors[adapter] = NOTHING_LOST  # left alone: some backends round even what is on their grid
         else:
             self.set_base_weight(merged)
             self.merge_errors[adapter] = rounding(self.get_base_weight(), merged, change)

@@ -70,15 +70,15 @@ class AdapterModel(BaseTuner):
         if placed != found:
             peft_config.target_modules = set(placed)
 
-    def _own_shared(self, adapter_name: str, shared: Stored, like: nn.Module, inference_mode: bool) -> None:
+    def _own_shared(self, adapter_name: str, shared: Stored, like: AdapterLayer, inference_mode: bool) -> None:
         """Give the model what the modules of this adapter share, once: when the first of them is put in its place."""
         owner = getattr(self.model, SHARED, None) or SharedFactors()
         if adapter_name in owner.lora_delta:
             return
         setattr(self.model, SHARED, owner)
-        weight: Any = like.weight
+        device, _ = like._get_base_layer_device_and_dtype(like.get_base_layer())
         later = self._low_memory or any(p.is_meta for p in shared.parameters())  # loading brings the values
-        owner.lora_delta[adapter_name] = shared.to("meta" if later else weight.device)
+        owner.lora_delta[adapter_name] = shared.to("meta" if later else device)
         owner.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _targets(self, peft_config: Any, model: nn.Module) -> dict[str, nn.Module]:
@@ -100,12 +100,16 @@ class AdapterModel(BaseTuner):
         if delta is None:  # found by the keys of a state dict, not by `target_modules`
             delta = self._make_delta(peft_config, current_key, layer.get_base_layer())
         if self._shared is not None:
-            self._own_shared(adapter_name, self._shared, layer.get_base_layer(), peft_config.inference_mode)
+            self._own_shared(adapter_name, self._shared, layer, peft_config.inference_mode)
         layer.lora_delta[adapter_name] = delta.to("meta") if self._low_memory else delta
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """peft also copies weights; ours are wrapped and unwrapped as they are, and packed ones have none to copy."""
+        setattr(parent, child_name, new_module)
 
     def _site(self, name: str, base: nn.Module, shared: Stored | None = None) -> Site:
         in_features, out_features, inputs = read(base, name)
@@ -114,10 +118,9 @@ class AdapterModel(BaseTuner):
 
     def _make_delta(self, peft_config: Any, name: str, base: nn.Module) -> Delta:
         delta = self._method.make_delta(self._site(name, base, self._shared))
-        states = peft_config.blocks.get(name) if len(self.peft_config) > 1 else None
-        if states and isinstance(delta, BlockDelta):
+        if len(self.peft_config) > 1 and isinstance(delta, BlockDelta):
             # a second adapter made from a live config starts at the ranks of the first
-            delta.status = [Status(s) for s in states]
+            delta.status = live_states(peft_config, name, delta) or delta.status
         twin = self._twin(peft_config, name)
         if twin is not None and isinstance(delta, BlockDelta):
             delta.resemble(twin)
@@ -154,9 +157,10 @@ class AdapterModel(BaseTuner):
 
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "svd",
-        svd_rank: int | None = None,
+        svd_rank: int | None = None, **others: Any,
     ) -> dict[str, float]:  # fmt: skip
         """See `weighted.add`."""
+        weighted.check_combination(combination_type, others)
         return weighted.add(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -210,6 +214,15 @@ class AdapterModel(BaseTuner):
         checkpoint.fit(model, adapter_name, state_dict, trainable=not config.inference_mode)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return checkpoint.complete(model, adapter_name, remapped)
+
+
+def live_states(config: Any, name: str, delta: BlockDelta) -> list[Status] | None:
+    """The block states in a live config; None if a change of its options (`dataclasses.replace`) made other blocks."""
+    states = [Status(s) for s in config.blocks.get(name, ())]
+    if len(states) != len(delta.sizes):
+        return None
+    rank = sum(size for size, state in zip(delta.sizes, states, strict=True) if state is Status.ACTIVE)
+    return states if rank == config.ranks[name] else None
 
 
 def is_all_linear(targets: object) -> bool:

@@ -8,7 +8,7 @@ import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft.utils.quantization_utils import (
@@ -90,10 +90,27 @@ class QuantisedBefore:
             self.base.state = self.state
 
 
-def rounding(written: Tensor, merged: Tensor, change: Tensor) -> float:
-    """‖written − merged‖ / ‖change‖ in the Frobenius norm: what quantising again has cost, as a share of the change,
-    which is not zero."""
-    return float((written.float() - merged.float()).norm() / change.float().norm())
+class Rounding(NamedTuple):
+    """What quantising again did to a change of a weight.
+
+    Attributes:
+        error: ‖written − merged‖ / ‖change‖ in the Frobenius norm.
+        kept: ⟨written − before, change⟩ / ‖change‖²: 1 where errors are noise around the change, 0 where it was too
+            small for the grid and the weight is what it was.
+    """
+
+    error: float
+    kept: float
+
+
+NOTHING_LOST = Rounding(0.0, 1.0)
+
+
+def rounding(written: Tensor, merged: Tensor, change: Tensor) -> Rounding:
+    """Compare what was written with what should have been; the change is not zero."""
+    error, change = written.double() - merged.double(), change.double()
+    size = change.norm()
+    return Rounding(float(error.norm() / size), float(1 + (error * change).sum() / size**2))
 
 
 def check_mergeable(layers: Mapping[str, Any]) -> None:
@@ -107,14 +124,16 @@ def check_mergeable(layers: Mapping[str, Any]) -> None:
 
 
 def warn_of_rounding(layers: Mapping[str, Any], stacklevel: int) -> None:
-    """Say, once for all layers, what quantising again has cost: in the worst of them and in the middle."""
-    lost = {name: max(layer.merge_errors.values()) for name, layer in layers.items() if layer.merge_errors}
-    if not lost:
+    """Say, once for all layers, what quantising again has cost: in the worst of them, and in the middle."""
+    found = {name: max(layer.merge_errors.values()) for name, layer in layers.items() if layer.merge_errors}
+    if not found:
         return
-    worst, values = max(lost, key=lambda name: lost[name]), sorted(lost.values())
-    how = ", ".join(sorted({layers[name].quantization_backend.backend_name for name in lost}))
+    worst, errors = max(found, key=lambda name: found[name]), sorted(one.error for one in found.values())
+    poorest = min(found, key=lambda name: found[name].kept)
+    how = ", ".join(sorted({layers[name].quantization_backend.backend_name for name in found}))
     warnings.warn(
-        f"merged into quantised weights ({how}), which rounds them again: the error is {lost[worst]:.1%} of ‖ΔW‖ in "
-        f"{worst}, {values[len(values) // 2]:.1%} in the middle of {len(values)} modules; to lose nothing, {REMEDY}",
+        f"merged into quantised weights ({how}), which rounds them again: the error is {found[worst].error:.1%} of "
+        f"‖ΔW‖ in {worst}, {errors[len(errors) // 2]:.1%} in the middle of {len(errors)} modules; in the direction of "
+        f"ΔW {found[poorest].kept:.1%} is left in {poorest}; to lose nothing, {REMEDY}",
         stacklevel=stacklevel,
     )
