@@ -88,6 +88,7 @@ def table() -> probes.Table:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(600)  # all probes of all methods, perhaps on a busy machine
 def test_the_documented_table_is_what_the_probes_find(table: probes.Table) -> None:
     written = json.loads((ROOT / "docs" / "reference" / "capabilities.json").read_text())
     documented = probes.from_data(written)
