@@ -33,8 +33,8 @@ def allocation_to_lora_config(
             components that are not zero), live or in its folder.
         adapter_name: default the active adapter; of a folder: its subfolder.
         lora_alpha: α; default the adapter's own.
-        options: further options of LoraConfig, `use_rslora` among them; they go before what is taken over (`modules_to_save`, `lora_dropout`,
-            `fan_in_fan_out`, `task_type`).
+        options: further options of LoraConfig, `use_rslora` among them; they go before what is taken over
+            (`modules_to_save`, `lora_dropout`, `fan_in_fan_out`, `task_type`).
     Raises: ExportError (no adapter, no rank anywhere, names that no pattern can tell apart), CheckpointError (damaged).
     """
     adapter = read_adapter(model_or_path, adapter_name)
