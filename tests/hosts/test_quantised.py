@@ -287,6 +287,27 @@ def test_torchao_without_a_config_trains_but_does_not_merge(files: Path) -> None
         model.merge_adapter()
 
 
+def eight_bit_embedding() -> nn.Module:
+    layer = bnb.nn.Embedding8bit(32, 48, dtype=torch.float32)
+    layer.load_state_dict(nn.Embedding(32, 48).state_dict())
+    return layer.to("cpu")
+
+
+@pytest.mark.parametrize(("make", "x"), [
+    (lambda: eight_bit_embedding(), torch.arange(5)),
+    (lambda: float8_linear(), torch.eye(5, 32)),
+])  # fmt: skip
+def test_packed_weights_that_peft_does_not_know_train_and_are_not_added_to(make: Any, x: Tensor) -> None:
+    config = PlainLoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(make()), config)
+    before = model(x)
+    before.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with pytest.raises(ExportError, match="0 is quantised .* cannot be read and written"):
+        model.merge_adapter()
+    assert torch.equal(model(x), before)
+
+
 # -- shapes and dtypes ------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from ..errors import ExportError
 from ..files import whole_folder
 from .adapters import Adapter, check_elsewhere, read_adapter
 from .peft.bases import read
-from .peft.quantised import is_quantised
+from .peft.quantised import is_plain, is_quantised
 
 
 def export_merged(
@@ -139,7 +139,7 @@ def embedding_names(base: nn.Module) -> set[str]:
 
 def place(name: str, state: Any, packed: Collection[str]) -> torch.Tensor:
     """The base's tensor of this name. Raises ExportError if there is none, or none to which a number can be added."""
-    if name in packed or (name in state and not state[name].is_floating_point()):
+    if name in packed or (name in state and not is_plain(state[name].dtype)):
         raise ExportError(f"{name} is quantised in the base: give the same model unquantised")
     if name not in state:
         raise ExportError(f"{name} is not in the base; give the model that the adapter was trained on")

@@ -22,7 +22,7 @@ KINDS: Mapping[type[Inputs], str] = {Vectors: "nn.Linear or Conv1D", Tokens: "nn
 
 def read(base: nn.Module, name: str) -> tuple[int, int, Inputs]:
     """(in, out, what it reads). Raises ConfigError for a module that is no such map."""
-    if isinstance(base, nn.Linear | Conv1D) or is_quantised(base):
+    if isinstance(base, nn.Linear | Conv1D) or (is_quantised(base) and not isinstance(base, nn.Embedding | nn.Conv2d)):
         in_features, out_features = _get_in_out_features(base)
         assert in_features is not None and out_features is not None
         return in_features, out_features, Vectors(transposed=isinstance(base, Conv1D))

@@ -25,24 +25,37 @@ REMEDY = "export the adapter and serve it beside the base, or merge it into the 
 
 
 def backend_of(base: nn.Module, model: nn.Module) -> QuantizationBackend | None:
-    """peft's access to the weight of a quantised layer of `model`; None for any other layer."""
+    """peft's access to the weight of a quantised layer of `model`; None for a weight that can be added to."""
+    dtype = stored_dtype(base)
+    if not is_quantised(base) and dtype is not None and not is_plain(dtype):  # packed, by somebody peft does not know
+        return ForwardOnlyQuantizationBackend(f"{type(base).__name__}, {dtype}")
     try:
         return resolve_quantization_backend(base, **get_quantization_kwargs(model))
     except ValueError:  # torchao's tensors without transformers' config, which alone says how to quantise again
-        return ForwardOnlyQuantizationBackend("torchao, by `quantize_` instead of transformers' TorchAoConfig,")
+        return ForwardOnlyQuantizationBackend("torchao, by `quantize_` instead of transformers' TorchAoConfig")
 
 
 def is_quantised(base: nn.Module) -> bool:
-    return backend_of(base, base) is not None
+    """Is it a linear layer of a quantisation that peft knows?"""
+    try:
+        return resolve_quantization_backend(base) is not None
+    except ValueError:  # torchao's
+        return True
+
+
+def stored_dtype(base: nn.Module) -> torch.dtype | None:
+    return getattr(getattr(base, "weight", None), "dtype", None)
+
+
+def is_plain(dtype: torch.dtype) -> bool:
+    """Neither packed integers nor float8, which torch cannot add to."""
+    return dtype.is_complex or (dtype.is_floating_point and dtype.itemsize > 1)
 
 
 def working_dtype(base: nn.Module) -> torch.dtype:
     """What parameters beside this layer are made in: what it computes in; where it does not say, torch's default."""
-    default = torch.get_default_dtype()
-    stored = getattr(getattr(base, "weight", None), "dtype", default)
-    dtype: torch.dtype = getattr(base, "compute_dtype", None) or stored
-    fit_for_parameters = dtype.is_floating_point and dtype.itemsize > 1  # neither packed integers nor float8
-    return dtype if fit_for_parameters else default
+    dtype: torch.dtype | None = getattr(base, "compute_dtype", None) or stored_dtype(base)
+    return dtype if dtype is not None and is_plain(dtype) else torch.get_default_dtype()
 
 
 class Before(Protocol):
