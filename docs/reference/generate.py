@@ -4,17 +4,20 @@ A page says `<!-- generated: options -->`; `on_page_markdown` (a hook of mkdocs)
 """
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer.cli import get_docs_for_click
 
 import increlora
-from increlora import errors
+from increlora import errors, probes
 from increlora.cli.app import app
+from increlora.cli.methods import SIGNS
 from increlora.cli.options import described
 from increlora.hosts.peft.config import CONFIGS, INSTEAD, SUPPORTED
 
@@ -98,6 +101,32 @@ def refused_options() -> str:
     return table(["option of LoraConfig", "instead"], [[f"`{name}`", remedy] for name, remedy in INSTEAD.items()])
 
 
+# -- capabilities --------------------------------------------------------------------------------------------------
+
+CAPABILITIES = Path(__file__).with_name("capabilities.json")  # written by `increlora methods --json`
+
+
+def capabilities() -> str:
+    """The table as the command prints it, for the versions it was printed with."""
+    data = json.loads(CAPABILITIES.read_text())
+    found = probes.from_data(data)
+    notes = probes.footnotes(found)
+    methods = list(next(iter(found.values())))
+    rows = [[name, *(capability(m, row[m], notes) for m in methods)] for name, row in found.items()]
+    foot = [f"{number}. {reason}" for reason, number in notes.items()]
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    return "\n".join([table(["", *methods], rows), "", *foot, "", f"With {versions}."])
+
+
+def capability(method: str, outcome: probes.Outcome, notes: Mapping[str, int]) -> str:
+    number = notes.get(probes.told(method, outcome))
+    return SIGNS[outcome.verdict][0] + (f" <sup>{number}</sup>" if number else "")
+
+
+def probe_meanings() -> str:
+    return table(["", "yes means"], [[name, meaning] for name, meaning in probes.MEANINGS.items()])
+
+
 # -- the command line ----------------------------------------------------------------------------------------------
 
 
@@ -121,5 +150,5 @@ def cell(text: str) -> str:
 
 GENERATED: dict[str, Callable[[], str]] = {
     "api": api, "errors": error_types, "options": options, "shared": shared_options, "refused": refused_options,
-    "cli": command_line,
+    "cli": command_line, "capabilities": capabilities, "probes": probe_meanings,
 }  # fmt: skip

@@ -10,9 +10,10 @@ import pytest
 import typer
 
 import increlora
-from increlora import errors
+from increlora import errors, probes
 from increlora.cli.app import app
 from increlora.hosts.peft.config import CONFIGS
+from increlora.methods import METHODS
 from tests.docs.blocks import ROOT
 
 
@@ -71,3 +72,13 @@ def test_every_command_and_its_options_are_in_the_reference(page):
             assert parameter.help, f"increlora {name}: {known[0]} has no help"
             (line,) = (line for line in section.splitlines() if re.match(rf"\* `{re.escape(known[0])}[` ,]", line))
             assert parameter.help in line and all(word in line for word in known)
+
+
+def test_every_capability_and_every_method_is_on_its_page(generate):
+    text = generate.on_page_markdown((ROOT / "docs" / "capabilities.md").read_text())
+    found = rows(text.partition("## What")[0])
+    assert found[0][1:] == list(METHODS) and {row[0] for row in found[2:]} == set(probes.MEANINGS)
+    assert all(cell.split(" <sup>")[0] in ("yes", "no") for row in found[2:] for cell in row[1:])
+    notes = [int(number) for number in re.findall(r"<sup>(\d+)</sup>", text)]
+    assert set(map(str, notes)) == set(re.findall(r"^(\d+)\. ", text, re.MULTILINE))
+    assert {row[0]: row[1] for row in rows(text, '## What "yes" means')[2:]} == probes.MEANINGS

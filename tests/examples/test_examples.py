@@ -107,10 +107,10 @@ def test_sft_then_export_and_dpo_from_there(tmp_path, monkeypatch, capsys):
     assert any(tensor.any() for key, tensor in load_file(lora / "adapter_model.safetensors").items() if "lora_B" in key)
 
 
-@pytest.mark.parametrize("name", ("trl_dpo.py", "trl_grpo.py"))
-def test_trl_from_nothing(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("words", (("trl_dpo.py", "--max-length", 48), ("trl_grpo.py",)), ids=lambda words: words[0])
+def test_trl_from_nothing(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run(name, "--steps", STEPS, "--out", "adapter", monkeypatch=monkeypatch)
+    run(*words, "--steps", STEPS, "--out", "adapter", monkeypatch=monkeypatch)
     assert_spent(loaded_causal("adapter"))
 
 

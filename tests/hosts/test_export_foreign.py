@@ -227,6 +227,13 @@ def test_truncation_is_the_best_approximation_and_says_its_error() -> None:
     assert truncated(A.half(), (0 * B).half(), 2)[2] == 0.0  # nothing is lost of nothing
 
 
+def test_truncation_of_factors_with_more_ranks_than_the_matrix_is_wide() -> None:
+    A, B = torch.randn(30, 8, dtype=torch.float64), torch.randn(20, 30, dtype=torch.float64)
+    small_a, small_b, error = truncated(A, B, 25)
+    assert small_a.shape == (8, 8) and small_b.shape == (20, 8) and error == 0.0
+    torch.testing.assert_close(small_b @ small_a, B @ A)
+
+
 @pytest.mark.parametrize("layout", ["uniform", "pattern"])
 def test_max_rank_truncates_each_module_and_reports_it(layout: str, tmp_path: Path) -> None:
     model = lora(rank_pattern={"up": 6}, r=2)

@@ -38,6 +38,7 @@ ROWS: list[tuple[type, dict[str, Any], tuple[list[str], list[str]]]] = [
     (MeloraConfig, {"minis": 2}, PAIR),
     (LoraMiniConfig, {"inner_in": 8, "inner_out": 8}, PAIR),
     (LortaConfig, {"target_modules": LINEARS[:2]}, (["A", "C_head", "C_layer", "C_matrix"], ["B"])),
+    (IncreLoraConfig, {"total_steps": 20, "target_modules": ["embed_tokens", "q_proj"]}, TRIPLET),
     (MoraConfig, {}, ONE),  # it has no B: LoRA+ changes nothing
 ]
 

@@ -393,6 +393,11 @@ def test_pefts_conversion_refuses_and_says_so_beforehand() -> None:
     assert model.base_model.supports_lora_conversion()
 
 
+def test_what_is_shared_has_no_base_layer() -> None:
+    owner = adapted().base_model.model.shared_factors
+    assert owner.weight is None and owner.bias is None
+
+
 def test_nothing_to_export_is_said(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="nothing to export"):
         export_lora(BUILDERS["bert"](), tmp_path / "lora")

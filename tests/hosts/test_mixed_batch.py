@@ -101,7 +101,7 @@ def test_beams_share_the_adapter_of_their_example(kind: str) -> None:
 @pytest.mark.parametrize(
     ("prepare", "names", "message"),
     [
-        (lambda model: model.train(), NAMES, r"model\.eval\(\)"),
+        (lambda model: model.train(), NAMES, r"when the model is in training mode.*model\.eval\(\)"),
         (lambda model: None, ["one", "three", "two", "one"], "non-existing adapter.*three.*one, two"),
         (lambda model: None, ["one"], "Length of `adapter_names`.*1 and 4"),
         (lambda model: model.merge_adapter(), NAMES, "unmerge_adapter"),

@@ -1,6 +1,7 @@
 """An adapter of ours in peft: the calls a LoRA user knows, on models of every kind."""
 
 import copy
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -482,3 +483,13 @@ def test_model_status_knows_the_type(models) -> None:
     status = models["llama"].get_model_status()
     assert status.peft_types == {"default": "INCRELORA"}
     assert status.num_adapter_layers == 14
+
+
+def test_a_live_config_with_another_rank_makes_a_fresh_adapter(models) -> None:
+    model = copy.deepcopy(models["mlp"])
+    config = model.peft_config["default"]
+    grown = rank_summary(model, "default")
+    model.add_adapter("same", config)
+    assert [m.active for m in rank_summary(model, "same").modules] == [m.active for m in grown.modules]
+    model.add_adapter("wider", dataclasses.replace(config, r=5, capacity=12, grow_by=2))
+    assert {m.active for m in rank_summary(model, "wider").modules} == {1}

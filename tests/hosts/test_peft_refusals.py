@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from increlora import AdaLoraConfig, IncreLoraConfig, IncreloraError, PlainLoraConfig, PriloraConfig
+from increlora import IncreLoraConfig, IncreloraError, PlainLoraConfig
 from increlora.deltas.state import STATE_FORMAT
 from increlora.errors import BudgetError, CheckpointError, ConfigError
 from tests.hosts.tiny import BUILDERS, grow, growing, logits
@@ -27,29 +27,6 @@ def test_an_unknown_option_names_the_nearest_known_one(option: str, nearest: str
         IncreLoraConfig(**{option: 1})
     with pytest.raises(ConfigError, match="unexpected keyword argument 'xyzzy_qq'$"):
         IncreLoraConfig.paper(2, xyzzy_qq=1)
-
-
-UNSUPPORTED = {
-    "use_dora": (True, "train with peft's LoraConfig"),
-    "bias": ("all", "modules_to_save"),
-    "rank_pattern": ({"up": 4}, "capacity_pattern"),
-    "alpha_pattern": ({"up": 4}, "one `lora_alpha`"),
-    "target_parameters": (["up.weight"], "target_modules"),
-    "trainable_token_indices": ([1, 2], "modules_to_save"),
-    "init_lora_weights": ("pissa", "PiSSA"),
-    "lora_bias": (True, "leave it out"),
-}
-
-
-@pytest.mark.parametrize("config_cls", [IncreLoraConfig, AdaLoraConfig, PriloraConfig, PlainLoraConfig])
-@pytest.mark.parametrize("option", UNSUPPORTED)
-def test_lora_options_without_meaning_here_are_refused(config_cls: type, option: str) -> None:
-    value, remedy = UNSUPPORTED[option]
-    if config_cls is PlainLoraConfig and option.endswith("_pattern"):
-        assert getattr(PlainLoraConfig(**{option: value}), option) == value  # LoRA's ranks are given, not found
-        return
-    with pytest.raises(ConfigError, match=f"{config_cls.__name__}: {option}=.*{remedy}"):
-        config_cls(target_modules=["up"], **{option: value})
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_module_without_rank_adds_nothing() -> None:
         ((["one", "two"], [1.0], "sum"), "2 adapters, 1 weights"),
         (([], [], "sum"), "0 adapters"),
         ((["one", "two"], [1.0, 1.0], "two"), "'two' already"),
-        ((["one", "two"], [1.0, 1.0], "sum", "ties"), "'ties'.*'cat'.*'svd'"),
+        ((["one", "two"], [1.0, 1.0], "sum", "ties"), "combination_type='ties' is not supported.*'cat'.*'svd'"),
     ],
 )
 def test_what_cannot_be_added_up_is_refused(request_: tuple[Any, ...], message: str) -> None:
@@ -112,6 +112,14 @@ def test_what_cannot_be_added_up_is_refused(request_: tuple[Any, ...], message: 
     with pytest.raises(ConfigError, match=message):
         model.add_weighted_adapter(*request_)
     assert set(model.peft_config) == {"one", "two"} and model(**batch("llama")) is not None
+
+
+def test_options_of_other_combinations_are_refused() -> None:
+    model = two_adapters("llama", "PLAINLORA")
+    with pytest.raises(ConfigError, match="combination_type='ties_svd' is not supported"):
+        model.add_weighted_adapter(["one"], [1.0], "sum", combination_type="ties_svd", density=0.5)
+    with pytest.raises(ConfigError, match=r"density=0\.5 is not supported.*leave it out"):
+        model.add_weighted_adapter(["one"], [1.0], "sum", combination_type="svd", density=0.5)
 
 
 def test_modules_trained_whole_cannot_be_added_up() -> None:

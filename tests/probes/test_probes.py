@@ -1,7 +1,10 @@
 """Every probe fails when what it probes is broken: break it, run it, and see."""
 
+import json
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +20,13 @@ from increlora.errors import ConfigError
 from increlora.hosts import export
 from increlora.hosts.peft import checkpoint, model
 from increlora.hosts.peft.layer import AdapterLayer
+from increlora.methods import METHODS
 from increlora.probes import processes, weights
 from increlora.probes.outcome import Disagreement, NotProbed, Outcome, check, different, outcome_of, same
-from increlora.probes.subjects import subject_of
+from increlora.probes.subjects import check_driven, subject_of, train
 from tests.probes import sabotage
 
+ROOT = Path(__file__).parents[2]
 Patch = pytest.MonkeyPatch
 FORWARD = AdapterLayer.forward
 
@@ -59,6 +64,51 @@ def test_comparisons_disagree_where_they_should() -> None:
     ):  # fmt: skip
         with pytest.raises(Disagreement):
             wrong()
+
+
+def test_a_run_must_be_driven_to_its_budget() -> None:
+    subject = subject_of("increlora")
+    halfway = subject.adapted()
+    with pytest.raises(Disagreement, match="the optimizer was not followed"):
+        check_driven(halfway, subject)
+    train(halfway, stop=3)
+    with pytest.raises(Disagreement, match="the budget is 8 ranks, 6 are in use"):
+        check_driven(halfway, subject)
+    with pytest.raises(Disagreement, match="there are 0 controllers"):
+        check_driven(subject_of("lora").adapted(), subject)
+
+
+# -- the table -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def table() -> probes.Table:
+    """Every probe of every method."""
+    return probes.probe_methods(list(METHODS))
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(600)  # all probes of all methods, perhaps on a busy machine
+def test_the_documented_table_is_what_the_probes_find(table: probes.Table) -> None:
+    written = json.loads((ROOT / "docs" / "reference" / "capabilities.json").read_text())
+    documented = probes.from_data(written)
+    assert documented.keys() == table.keys() == probes.MEANINGS.keys()
+    for name, row in table.items():
+        assert documented[name].keys() == row.keys()
+        for method, found in row.items():
+            if found.verdict == "not probed":  # not everything is installed everywhere
+                assert name == "quantised base"
+            else:
+                assert documented[name][method] == found, (name, method)
+
+
+def test_the_documented_table_is_of_the_versions_of_the_tests_and_nothing_in_it_is_broken() -> None:
+    written = json.loads((ROOT / "docs" / "reference" / "capabilities.json").read_text())
+    pins = dict(line.split("==") for line in (ROOT / "constraints-dev.txt").read_text().splitlines() if "==" in line)
+    assert written["versions"] == {name: pins[name] for name in probes.PACKAGES}
+    cells = [cell for row in probes.from_data(written).values() for cell in row.values()]
+    assert {cell.verdict for cell in cells} == {"yes", "no"}
+    assert all(re.search(r": .*(leave it out|choose|use|add)", cell.reason) for cell in cells if cell.verdict == "no")
 
 
 # -- breaking what is probed -----------------------------------------------------------------------------------------
@@ -121,8 +171,7 @@ def conv1d_is_not_transposed(patch: Patch) -> None:
 
 
 def any_layer_is_accepted(patch: Patch) -> None:
-    patch.setattr("increlora.hosts.peft.layer.in_out_features", lambda base, name: (4, 8))
-    patch.setattr(model, "in_out_features", lambda base, name: (4, 8))
+    patch.setattr(model, "check_readable", nothing)
 
 
 def adapters_are_not_switched(patch: Patch) -> None:
@@ -191,7 +240,9 @@ BREAKS: list[tuple[str, str, Callable[[Patch], None]]] = [
     ("quantised base", "lora", merging_adds_nothing),
     ("Conv1D", "increlora", conv1d_is_not_transposed),
     ("Conv1D", "lorta", the_adapter_is_halved),
+    ("Embedding", "lora", the_adapter_is_halved),
     ("Embedding", "mora", any_layer_is_accepted),
+    ("Conv2d", "increlora", the_adapter_is_halved),
     ("Conv2d", "mora", any_layer_is_accepted),
     ("several adapters", "lora", adapters_are_not_switched),
     ("several adapters", "lora", deleting_deletes_the_first),

@@ -164,6 +164,13 @@ def test_a_missing_file_is_named_and_the_others_are_shown(folder, name, empty):
     assert final_ranks(run) == {name: ranks_at(name, STEPS) for name in modules()}
 
 
+def test_a_run_of_fixed_ranks_has_no_events_to_miss(tmp_path):
+    for adaptive in (False, True):
+        folder = write_run(tmp_path / str(adaptive), adaptive=adaptive)
+        (folder / "events.jsonl").unlink()
+        assert [note.partition(" ")[0] for note in read(folder).notes] == ["events.jsonl"] * adaptive
+
+
 def test_a_folder_with_nothing_but_a_state(tmp_path):
     run = read(write_run(tmp_path / "run"))
     for name in ("metrics", "events", "trace", "spectra"):

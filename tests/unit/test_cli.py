@@ -114,6 +114,7 @@ def test_a_finished_run_says_what_it_was_and_what_came_out(run, model):
         found["environment"]
     )
     assert found["train_info"]["status"] == "success" and found["run_info"]["peft_config"]["r"] == 2
+    assert found["adaptive"] is True
     assert found["train_info"]["file_size"] == (out / "adapter" / "adapter_model.safetensors").stat().st_size
 
 
@@ -204,6 +205,7 @@ def test_lora_has_its_rank_everywhere_from_the_start(model, tmp_path):
     assert set(found["ranks"].values()) == {2}
     assert budget["parameters_peak"] == budget["parameters_average"] == budget["parameters_used"] == 832
     assert rows(tmp_path / "x", "metrics.jsonl")[-1]["step"] == 2 and not (tmp_path / "x" / "events.jsonl").exists()
+    assert state(tmp_path / "x")["adaptive"] is False
 
 
 def test_melora_has_the_parameters_of_lora_and_is_exported_with_its_rank(model, tmp_path):

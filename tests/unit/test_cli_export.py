@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner
 
 import increlora.tasks
+from increlora import MoraConfig
 from increlora.cli.app import app
 from tests.hosts.test_export_foreign import adalora, save
 from tests.hosts.tiny import BUILDERS, grow, growing, logits
@@ -182,6 +183,16 @@ def test_inspect_shows_ranks_and_budget_of_a_run(run: Path) -> None:
         sorted(rank for name, rank in ranks.items() if f"layers.{row[0]}." in name) for row in rows
     ]
     assert re.search(r"parameters +\d+ of 432\s", text)  # 3 · (2·(16+16) + 2·(24+16))
+
+
+@pytest.mark.parametrize(
+    ("operator", "says"), [("sharing", "makes plain LoRA of it"), ("rotation", "it has no low rank")]
+)
+def test_inspect_says_what_an_export_would_be(operator: str, says: str, tmp_path: Path) -> None:
+    model = get_peft_model(BUILDERS["llama"](), MoraConfig(r=2, operator=operator, target_modules=["up_proj"]))
+    model.save_pretrained(tmp_path)
+    assert "MORA, native: increlora loads it" in call("inspect", tmp_path)[1]
+    assert says in call("inspect", tmp_path)[1]
 
 
 def test_inspect_reads_lora_and_adalora(run: Path, tmp_path: Path) -> None:

@@ -54,6 +54,10 @@ def budget_of(adapter: Adapter, costs: Mapping[str, int]) -> Budget:
 
 def layout(adapter: Adapter, folder: Path) -> str:
     """How the ranks are laid out in the file."""
+    if adapter.limits:
+        return (
+            "native: increlora loads it; it has no low rank: `increlora export --merge`, or LoRA within a --tolerance"
+        )
     if adapter.kind in CONFIGS:
         return "native: increlora loads it, `increlora export` makes plain LoRA of it"
     if adapter.kind == "ADALORA":

@@ -52,7 +52,7 @@ def show(console: Console, outcomes: probes.Table) -> None:
     for method in next(iter(outcomes.values())):
         table.add_column(method)
     for name, row in outcomes.items():
-        table.add_row(name, *(cell(outcome, notes) for outcome in row.values()))
+        table.add_row(name, *(cell(method, outcome, notes) for method, outcome in row.items()))
     console.print(table)
     reasons = Table.grid(padding=(0, 2))
     for reason, number in notes.items():
@@ -61,6 +61,7 @@ def show(console: Console, outcomes: probes.Table) -> None:
         console.print(reasons)
 
 
-def cell(outcome: probes.Outcome, notes: dict[str, int]) -> Text:
+def cell(method: str, outcome: probes.Outcome, notes: dict[str, int]) -> Text:
     sign, style = SIGNS[outcome.verdict]
-    return Text(f"{sign} {notes[outcome.reason]}" if outcome.reason else sign, style)
+    number = notes.get(probes.told(method, outcome))
+    return Text(f"{sign} {number}" if number else sign, style)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..hosts.peft import rank_summary
 from ..runs import RunFolder
+from ..runtime import controllers_of
 from ..tasks import Task, model_name
 from .settings import TrainSettings
 
@@ -30,6 +31,7 @@ def initial_state(settings: TrainSettings, model: Any, task: Task, path: Path) -
         "status": "running",
         "error": "",
         "method": settings.method,
+        "adaptive": bool(controllers_of(model)),  # else there are no events
         "task": task.name,
         "source": task.source,
         "seed": settings.seed,

@@ -14,14 +14,15 @@ def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
     Args:
         A: (r, in).   B: (out, r).   rank: factors that have no more are returned as they are, with error 0.
-    Returns: A' (rank, in) and B' (out, rank) in the dtype of A and B, computed in float64, and the relative Frobenius
-        error. The norm of each component is shared evenly between A' and B'.
+    Returns: A' (k, in) and B' (out, k) with k = min(rank, in, out) in the dtype of A and B, computed in float64, and
+        the relative Frobenius error. The norm of each component is shared evenly between A' and B'.
     """
     if A.shape[0] <= rank:
         return A, B, 0.0
     q_b, r_b = torch.linalg.qr(B.double())
     q_a, r_a = torch.linalg.qr(A.double().t())
     U, sigma, Vt = torch.linalg.svd(r_b @ r_a.t())
+    rank = min(rank, len(sigma))  # wide factors of a small matrix
     root = sigma[:rank].sqrt()
     error = float(sigma[rank:].norm() / sigma.norm()) if sigma.any() else 0.0
     small_a = root[:, None] * (Vt[:rank] @ q_a.t())

@@ -1,5 +1,6 @@
 """What every method can do, probed on tiny models: a row per capability, an outcome per method (`outcome.Outcome`)."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -65,8 +66,13 @@ def from_data(data: dict[str, Any]) -> Table:
 
 def footnotes(table: Table) -> dict[str, int]:
     """Every reason that is given, numbered in the order of the table."""
-    reasons = dict.fromkeys(cell.reason for row in table.values() for cell in row.values() if cell.reason)
+    reasons = dict.fromkeys(told(*cell) for row in table.values() for cell in row.items() if cell[1].reason)
     return {reason: number for number, reason in enumerate(reasons, 1)}
+
+
+def told(method: str, outcome: Outcome) -> str:
+    """The reason in words that hold for every method it is given for."""
+    return re.sub(rf"\b{method}\b", "the method", outcome.reason)
 
 
 def broken(table: Table) -> Iterator[tuple[str, str]]:
@@ -74,4 +80,6 @@ def broken(table: Table) -> Iterator[tuple[str, str]]:
     return ((name, m) for name, row in table.items() for m, cell in row.items() if cell.verdict == "broken")
 
 
-__all__ = ["MEANINGS", "PROBES", "Outcome", "Table", "as_data", "broken", "footnotes", "from_data", "probe_methods"]
+__all__ = [
+    "MEANINGS", "PROBES", "Outcome", "Table", "as_data", "broken", "footnotes", "from_data", "probe_methods", "told",
+]  # fmt: skip

@@ -1,6 +1,7 @@
 """Probes of base layers other than nn.Linear. Gradients have to arrive, the budget to be met, ΔW to merge."""
 
 import importlib.util
+import tempfile
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def embedded(model: Any) -> Any:
 
 
 def conv2d(subject: Subject) -> None:
-    """`nn.Conv2d`, with and without groups."""
+    """`nn.Conv2d`, with padding and stride."""
     base = seeded(Picture)
     model = get_peft_model(seeded(Picture), subject.config(target_modules=["first", "second"]))
     trains(subject, model, base)
@@ -81,12 +82,17 @@ def with_bitsandbytes(model: Any) -> nn.Module:
             if isinstance(linear, nn.Linear):
                 small = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
                 small.load_state_dict(linear.state_dict())
-                setattr(attention, name, small.to("cuda" if torch.cuda.is_available() else "cpu"))
+                setattr(attention, name, small.to("cpu"))  # quantises
     return model
 
 
-def with_torchao(model: nn.Module) -> nn.Module:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+def with_torchao(model: Any) -> nn.Module:
+    """Through transformers: what `quantize_` makes of a layer by itself cannot be written, hence not merged into."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
 
-    quantize_(model, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and "attn" in name)
-    return model
+    small = TorchAoConfig(Int8WeightOnlyConfig())
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        found = type(model).from_pretrained(folder, quantization_config=small, dtype=torch.float32)
+    return found.eval()

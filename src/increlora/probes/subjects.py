@@ -132,7 +132,7 @@ class Picture(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.colours = nn.Embedding(VOCABULARY, 4)
-        self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1, groups=2)
+        self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 6, 3, stride=(1, 2), padding=1)
         self.head = nn.Linear(6, VOCABULARY)
 
     def forward(self, input_ids: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def read_run(path: Path, label: str) -> Run:
     notes: list[str] = []
     state = read_state(path, notes)
-    rows = {name: read_rows(path / f"{name}.jsonl", READERS[name], notes) for name in READERS}
+    expected = [name for name in READERS if name != "events" or state.get("adaptive", True)]
+    rows = {n: read_rows(path / f"{n}.jsonl", READERS[n], notes) if n in expected else [] for n in READERS}
     notes += how_it_ended(state)
     return Run(path, label, state, config=read_config(path / "config.toml", notes), notes=notes, **rows)
 

@@ -2,10 +2,12 @@
 
 from .config import CONFIGS
 from .drive import attach, rank_summary
+from .mixtures import refuse_mixtures
 from .model import AdapterModel
 from .register import register_methods, tell_ranks
 
 register_methods()
 tell_ranks()
+refuse_mixtures()
 
 __all__ = ["CONFIGS", "AdapterModel", "attach", "rank_summary"]

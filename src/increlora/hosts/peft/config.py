@@ -24,8 +24,9 @@ SUPPORTED = {
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "modules_to_save",
     "init_lora_weights", "layers_to_transform", "layers_pattern", "runtime_config",
 }  # fmt: skip
+ELSEWHERE = "leave it out, or train with peft's LoraConfig"  # for whatever else there is
 INSTEAD = {
-    "use_dora": "leave it out, or train with peft's LoraConfig",
+    "use_dora": ELSEWHERE,
     "use_rslora": "leave it out: MoRA, which alone refuses it, has no scale",
     "bias": "add bias modules to `modules_to_save`",
     "rank_pattern": "the method chooses the ranks; leave it out (IncreLoRA: `capacity_pattern` bounds them)",
@@ -33,6 +34,9 @@ INSTEAD = {
     "target_parameters": "name the linear modules in `target_modules`",
     "trainable_token_indices": "add the embedding to `modules_to_save`",
     "init_lora_weights": "use True; PiSSA, OLoRA, EVA, LoftQ and the like change the base weights or the ranks",
+    "layer_replication": "replicate the layers in the model, then adapt it",
+    "use_qalora": "leave it out: a quantised base needs no option",
+    "alora_invocation_tokens": "leave it out (the adapter then works on all tokens), or train with peft's LoraConfig",
 }
 
 
@@ -57,9 +61,9 @@ class MethodConfig(LoraConfig):
     settings_cls: type
 
     def __post_init__(self) -> None:
+        refuse_unsupported(self)  # first: what peft says of such an option is how to use it
         super().__post_init__()
         self.peft_type = PeftType(TYPE_NAMES[type(self).__name__])
-        refuse_unsupported(self)
         self.settings()
 
     def settings(self) -> Any:
@@ -86,7 +90,7 @@ def refuse_unsupported(config: LoraConfig) -> None:
             continue
         value = getattr(config, option.name)
         if value != default_of(option) and value:
-            remedy = INSTEAD.get(option.name, "leave it out")
+            remedy = INSTEAD.get(option.name, ELSEWHERE)
             raise ConfigError(f"{type(config).__name__}: {option.name}={value!r} is not supported: {remedy}")
     if not isinstance(config.init_lora_weights, bool):
         remedy = INSTEAD["init_lora_weights"]

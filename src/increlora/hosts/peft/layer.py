@@ -31,6 +31,8 @@ class SharedFactors(TunerLayer):
     """Parameters that all modules of an adapter share: they have one owner, here at the root of the model, and the
     deltas refer to them. Merging is the deltas' business."""
 
+    weight = bias = None  # peft's are those of the base layer, which it would look for in here without end
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         self.merged_adapters += [a for a in check_adapters_to_merge(self, adapter_names) if a in self.lora_delta]

@@ -26,7 +26,10 @@ def mixed_batch(
     With beam search every example of the decoder stands for `num_beams`; those of an encoder for themselves.
     Raises: ConfigError in training, and for names that no layer has."""
     if model.training:
-        raise ConfigError("adapter_names serves inference: call model.eval() first, or train one adapter at a time")
+        raise ConfigError(
+            "Cannot pass `adapter_names` when the model is in training mode. Call model.eval(), or train one adapter "
+            "at a time."
+        )
     unknown = sorted(set(adapter_names) - {BASE, *known})
     if unknown:
         raise ConfigError(

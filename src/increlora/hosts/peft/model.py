@@ -118,10 +118,9 @@ class AdapterModel(BaseTuner):
 
     def _make_delta(self, peft_config: Any, name: str, base: nn.Module) -> Delta:
         delta = self._method.make_delta(self._site(name, base, self._shared))
-        states = peft_config.blocks.get(name) if len(self.peft_config) > 1 else None
-        if states and isinstance(delta, BlockDelta):
+        if len(self.peft_config) > 1 and isinstance(delta, BlockDelta):
             # a second adapter made from a live config starts at the ranks of the first
-            delta.status = [Status(s) for s in states]
+            delta.status = live_states(peft_config, name, delta) or delta.status
         twin = self._twin(peft_config, name)
         if twin is not None and isinstance(delta, BlockDelta):
             delta.resemble(twin)
@@ -158,9 +157,10 @@ class AdapterModel(BaseTuner):
 
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "svd",
-        svd_rank: int | None = None,
+        svd_rank: int | None = None, **others: Any,
     ) -> dict[str, float]:  # fmt: skip
         """See `weighted.add`."""
+        weighted.check_combination(combination_type, others)
         return weighted.add(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -214,6 +214,15 @@ class AdapterModel(BaseTuner):
         checkpoint.fit(model, adapter_name, state_dict, trainable=not config.inference_mode)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return checkpoint.complete(model, adapter_name, remapped)
+
+
+def live_states(config: Any, name: str, delta: BlockDelta) -> list[Status] | None:
+    """The block states in a live config; None if a change of its options (`dataclasses.replace`) made other blocks."""
+    states = [Status(s) for s in config.blocks.get(name, ())]
+    if len(states) != len(delta.sizes):
+        return None
+    rank = sum(size for size, state in zip(delta.sizes, states, strict=True) if state is Status.ACTIVE)
+    return states if rank == config.ranks[name] else None
 
 
 def is_all_linear(targets: object) -> bool:

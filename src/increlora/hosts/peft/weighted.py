@@ -34,7 +34,7 @@ def add(
     Returns: module → relative Frobenius error of the truncation.
     Raises: ConfigError (unknown adapter, a name that is taken, another combination, a shared `modules_to_save`).
     """
-    check_request(tuner, adapters, weights, adapter_name, combination_type)
+    check_request(tuner, adapters, weights, adapter_name)
     parts: dict[str, list[tuple[float, Delta]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for name, layer in adapter_layers(tuner.model, adapter).items():
@@ -48,9 +48,19 @@ def add(
     return {name: error for name, (_, _, error) in sums.items()}
 
 
-def check_request(
-    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
-) -> None:
+def check_combination(combination_type: str, others: Mapping[str, Any]) -> None:
+    """Raise ConfigError for peft's other combinations, and for the options that only these have."""
+    if combination_type not in ("cat", "svd"):
+        raise ConfigError(
+            f"combination_type={combination_type!r} is not supported: it mixes factors entry by entry, which means "
+            f"nothing for adapters of different ranks; use 'cat' (exact; the ranks add up) or 'svd' (truncated to "
+            f"`svd_rank`)"
+        )
+    for name, value in others.items():
+        raise ConfigError(f"{name}={value!r} is not supported: 'cat' and 'svd' have no such option; leave it out")
+
+
+def check_request(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
     """Raise ConfigError for what cannot be added up, or not this way."""
     known = tuner.peft_config
     if adapter_name in known:
@@ -59,11 +69,6 @@ def check_request(
         raise ConfigError(f"Adapter {missing[0]} does not exist; there are {', '.join(known)}")
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"give one weight for each adapter: {len(adapters)} adapters, {len(weights)} weights")
-    if combination_type not in ("cat", "svd"):
-        raise ConfigError(
-            f"combination_type={combination_type!r} mixes factors entry by entry, which means nothing for adapters of "
-            f"different ranks: use 'cat' (exact; the ranks add up) or 'svd' (truncated to `svd_rank`)"
-        )
     wrappers = [m for m in tuner.modules() if isinstance(m, ModulesToSaveWrapper)]
     if any(sum(name in wrapper.modules_to_save for name in adapters) > 1 for wrapper in wrappers):
         raise ConfigError(
