@@ -16,11 +16,11 @@ empty :=
 space := $(empty) $(empty)
 CORE  := $(subst $(space),$(comma),$(addprefix src/increlora/,*.py deltas/* methods/* runtime/* runtime/pruning/*))
 
-.PHONY: help setup demo test docs lint format clean
+.PHONY: help setup demo test conformance docs lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(STAMP) ## create .venv and install everything; does nothing when nothing changed
 
@@ -41,6 +41,9 @@ demo: setup ## train IncreLoRA on stdlib-docs with MiniLM; writes runs/demo, rep
 test: setup ## all tests, with coverage; the core and the runtime must reach 95 % of lines
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 	$(BIN)/python -m coverage report --include='$(CORE)' --fail-under=95
+
+conformance: setup ## peft's own tests on our methods; writes docs/conformance.json, and fails without an explanation
+	$(BIN)/python -m tests.conformance
 
 docs: setup ## build/site, the documentation; opens from the folder and loads nothing from a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

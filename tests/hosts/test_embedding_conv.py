@@ -199,6 +199,17 @@ def test_an_export_computes_the_same_in_stock_peft(make: Callable[[], Any], tmp_
             torch.testing.assert_close(stock(tokens()), model(tokens()), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", ["uniform", "pattern"])
+def test_a_lora_of_pefts_own_is_laid_out_anew(layout: Any, tmp_path: Path) -> None:
+    options = {"stride": 2, "padding": 1}
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, rank_pattern={"conv": 2}, init_lora_weights=False)
+    theirs = get_peft_model(net(**options).double(), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    for name, source in {"live": theirs, "folder": tmp_path / "theirs"}.items():
+        again = PeftModel.from_pretrained(net(**options).double(), export_lora(source, tmp_path / name, layout)).eval()
+        torch.testing.assert_close(again(tokens()), theirs(tokens()), rtol=0, atol=1e-12)
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 

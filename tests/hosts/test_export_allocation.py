@@ -60,6 +60,16 @@ def test_a_stock_lora_gets_the_ranks_and_one_scale(grown: PeftModel, tmp_path: P
         assert all(layer.lora_B["default"].weight.abs().max() == 0 for layer in found.values())  # fresh
 
 
+def test_a_rank_stabilised_lora_gets_one_scale_too(grown: PeftModel, tmp_path: Path) -> None:
+    """Asked for, and taken over from a LoRA that was so: s = α / √(mean rank), whatever peft divides by."""
+    asked = layers(stock(allocation_to_lora_config(grown, use_rslora=True)))
+    torch.testing.assert_close([x.scaling["default"] for x in asked.values()], [6 / 4**0.5] * len(asked))
+    config = LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=LINEARS, init_lora_weights=False)
+    stock(config).save_pretrained(tmp_path / "lora")
+    found = layers(stock(allocation_to_lora_config(tmp_path / "lora")))
+    torch.testing.assert_close([x.scaling["default"] for x in found.values()], [6 / 4**0.5] * len(found))
+
+
 def test_alpha_is_the_adapters_own_or_given(grown: PeftModel, tmp_path: Path) -> None:
     model = stock(allocation_to_lora_config(grown, lora_alpha=8))
     assert {layer.scaling["default"] for layer in layers(model).values()} == {2.0}

@@ -1,5 +1,6 @@
 """The trained allocation as a plain LoRA config: the same ranks, fresh weights, nothing adaptive."""
 
+import math
 import os
 from typing import Any
 
@@ -32,8 +33,8 @@ def allocation_to_lora_config(
             components that are not zero), live or in its folder.
         adapter_name: default the active adapter; of a folder: its subfolder.
         lora_alpha: α; default the adapter's own.
-        options: further options of LoraConfig; they go before what is taken over (`modules_to_save`, `lora_dropout`,
-            `fan_in_fan_out`, `task_type`).
+        options: further options of LoraConfig, `use_rslora` among them; they go before what is taken over
+            (`modules_to_save`, `lora_dropout`, `fan_in_fan_out`, `task_type`).
     Raises: ExportError (no adapter, no rank anywhere, names that no pattern can tell apart), CheckpointError (damaged).
     """
     adapter = read_adapter(model_or_path, adapter_name)
@@ -42,15 +43,17 @@ def allocation_to_lora_config(
         raise ExportError("no module has any rank: there is no allocation to take over; train first")
     mean = sum(ranks.values()) / len(adapter.ranks)
     alpha = adapter.config.lora_alpha if lora_alpha is None else lora_alpha
-    scale = scale_of(alpha, mean, rslora=adapter.config.use_rslora)
-    alphas = {name: scale * rank for name, rank in ranks.items()}
+    stabilised = options.get("use_rslora", False)  # peft will divide by the root of the rank
+    scale = scale_of(alpha, mean, rslora=stabilised or adapter.config.use_rslora)
+    divisor = math.sqrt if stabilised else float
+    alphas = {name: scale * divisor(rank) for name, rank in ranks.items()}
     check_patterns(ranks)
     taken = ("modules_to_save", "lora_dropout", "fan_in_fan_out", "task_type")
     described = {option: getattr(adapter.config, option) for option in taken}
     r = max(1, round(mean))
     return LoraConfig(
         r=r,
-        lora_alpha=scale * r,
+        lora_alpha=scale * divisor(r),
         rank_pattern=ranks,
         alpha_pattern=alphas,
         target_modules=targets(list(ranks), adapter),

@@ -35,7 +35,7 @@ ADALORA_EPSILON = 1e-5
 # What describes an adapter without touching its function; copied to whatever is made from it.
 DESCRIPTION = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "lora_dropout",
-    "lora_alpha", "fan_in_fan_out", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
+    "lora_alpha", "use_rslora", "fan_in_fan_out", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
 )  # fmt: skip
 # Options that may have any value: they steer training or loading, not what A and B mean.
 HARMLESS = {
