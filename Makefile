@@ -42,8 +42,9 @@ test: setup ## all tests, with coverage; the core and the runtime must reach 95 
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 	$(BIN)/python -m coverage report --include='$(CORE)' --fail-under=95
 
-conformance: setup ## peft's own tests on our methods; writes docs/conformance.json, and fails without an explanation
+conformance: setup ## peft's own tests on our methods (writes docs/conformance.json), and vLLM's own code on our exports
 	$(BIN)/python -m tests.conformance
+	$(BIN)/python -m tests.conformance.engines
 
 docs: setup ## build/site, the documentation; opens from the folder and loads nothing from a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
