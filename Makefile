@@ -42,9 +42,11 @@ test: setup ## all tests, with coverage; the core and the runtime must reach 95 
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 	$(BIN)/python -m coverage report --include='$(CORE)' --fail-under=95
 
-conformance: setup ## peft's own tests on our methods (writes docs/conformance.json), and vLLM's own code on our exports
+conformance: setup ## peft's own tests on our methods (writes docs/conformance.json); vLLM's code on our exports; plugins
 	$(BIN)/python -m tests.conformance
 	$(BIN)/python -m tests.conformance.engines
+	$(BIN)/python -m tests.integrations.fetch
+	$(BIN)/python -m pytest tests/integrations
 
 docs: setup ## build/site, the documentation; opens from the folder and loads nothing from a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

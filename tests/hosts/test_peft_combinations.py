@@ -1,10 +1,12 @@
 """What does not go together with our methods is refused by all of them: options of LoRA, adapters of other types."""
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import (
     BdLoraConfig,
     EvaConfig,
@@ -144,3 +146,19 @@ def test_peft_says_what_it_always_said_of_its_own_types() -> None:
         model.add_adapter("second", prompts())
     model.add_adapter("second", lora())
     assert list(model.peft_config) == ["default", "second"]
+
+
+# -- weights that are not there ----------------------------------------------------------------------------------------
+
+
+@every_method
+def test_training_beside_offloaded_weights_is_refused_before_anything_changes(config_cls: type, tmp_path: Path) -> None:
+    base = BUILDERS["llama"]()
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    dispatch_model(base, places, main_device="cpu", offload_dir=tmp_path)
+    names = [n for n, _ in base.named_modules()]
+    with pytest.raises(ConfigError, match="model.layers.1.self_attn.q_proj is offloaded.*`device_map` that keeps it"):
+        get_peft_model(base, tiny(config_cls))
+    assert [n for n, _ in base.named_modules()] == names
+    get_peft_model(base, tiny(config_cls, layers_to_transform=[0]))  # what is in memory can be trained

@@ -228,6 +228,10 @@ def hooked_layers_halve_the_adapter(patch: Patch) -> None:
     patch.setattr(AdapterLayer, "forward", halved_if(lambda layer: hasattr(layer.base_layer, "_hf_hook")))
 
 
+def training_beside_the_disk_is_not_refused(patch: Patch) -> None:
+    patch.setattr(model, "check_in_memory", nothing)
+
+
 # (probe, method, what is broken)
 BREAKS: list[tuple[str, str, Callable[[Patch], None]]] = [
     ("merge", "lora", merging_adds_nothing),
@@ -258,6 +262,7 @@ BREAKS: list[tuple[str, str, Callable[[Patch], None]]] = [
     ("inject_adapter_in_model", "increlora", nobody_drives),
     ("model.add_adapter", "adalora", nobody_drives),
     ("device_map", "lora", hooked_layers_halve_the_adapter),
+    ("device_map", "sora", training_beside_the_disk_is_not_refused),
 ]
 
 

@@ -1,12 +1,14 @@
 """Probes of the ways into a model: without memory, without a PeftModel, onto several devices."""
 
+import contextlib
 import tempfile
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 
-from .outcome import NotProbed, check, different, same
+from ..errors import ConfigError
+from .outcome import Disagreement, NotProbed, check, different, same
 from .running import equals_plain_run
 from .subjects import Subject, llama, output, train
 
@@ -40,7 +42,7 @@ def added(subject: Subject) -> None:
 
 
 def device_map(subject: Subject) -> None:
-    """A base dispatched by accelerate: the run is the same, and adapters load, also onto what lies on disk."""
+    """A base dispatched by accelerate: the run is the same; adapters load, and beside weights on disk for inference."""
     live = get_peft_model(dispatched(), subject.config())
     train(live)
     equals_plain_run(live, subject)
@@ -50,6 +52,9 @@ def device_map(subject: Subject) -> None:
         check(base.model.layers[0].self_attn.q_proj.weight.is_meta, "nothing is on disk")
         loaded = PeftModel.from_pretrained(base, folder)
         same(output(loaded), output(live), "output of the loaded model")
+        with contextlib.suppress(ConfigError):
+            get_peft_model(dispatched(disk), subject.config())
+            raise Disagreement("an adapter to be trained beside weights on disk is not refused")
 
 
 def dispatched(disk: str | None = None) -> Any:

@@ -74,3 +74,15 @@ def check_readable(method: Method, name: str, inputs: Inputs) -> None:
         f"{name} is {KINDS[type(inputs)]}, which {method.name} cannot adapt ({own}): leave it out of `target_modules`, "
         f"add it to `modules_to_save`, or choose among {', '.join(others)}"
     )
+
+
+def check_in_memory(bases: Mapping[str, nn.Module]) -> None:
+    """Raise ConfigError for a module whose weight accelerate fetches for each use: an adapter would lie on the meta
+    device beside it, and could not be trained."""
+    for name, base in bases.items():
+        hook = getattr(base, "_hf_hook", None)
+        if any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook])):
+            raise ConfigError(
+                f"{name} is offloaded, and an adapter beside it cannot be trained: load the model by a `device_map` "
+                f"that keeps it in memory, leave it out of `target_modules`, or load the adapter for inference"
+            )

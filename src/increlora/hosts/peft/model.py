@@ -20,7 +20,7 @@ from ...runtime import Controller, register
 from .. import transformers as trainer_host
 from ..heads import complete_config
 from . import checkpoint, weighted
-from .bases import check_readable, read
+from .bases import check_in_memory, check_readable, read
 from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, layer_over
 from .mixed import mixed_batch
 from .quantised import backend_of, check_mergeable, warn_of_rounding, working_dtype
@@ -45,6 +45,8 @@ class AdapterModel(BaseTuner):
         bases = self._targets(peft_config, model)
         if not bases and not self._by_state_dict:
             check_matched(peft_config, model)
+        if not (peft_config.inference_mode or self._low_memory):
+            check_in_memory(bases)
         complete_config(peft_config, model, bases)
         self._peers = tuple((name, *read(base, name)[:2]) for name, base in bases.items())
         self._totals = len(bases), sum(m + n for _, m, n in self._peers)
