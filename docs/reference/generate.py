@@ -6,6 +6,7 @@ A page says `<!-- generated: options -->`; `on_page_markdown` (a hook of mkdocs)
 import inspect
 import json
 import re
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from increlora.cli.methods import SIGNS
 from increlora.cli.options import described
 from increlora.hosts.peft.config import CONFIGS, INSTEAD, SUPPORTED
 
+DOCS = Path(__file__).resolve().parents[1]
 # Set by us or by peft, never by the user.
 NOT_CHOSEN = {"peft_type", "auto_mapping", "peft_version", "runtime_config", "inference_mode"}
 
@@ -137,6 +139,38 @@ def command_line() -> str:
     return re.sub(r"\[default: \((.*)\)\]", r"Default: \1", text.partition("\n")[2])
 
 
+# -- peft's tests --------------------------------------------------------------------------------------------------
+
+
+def read_conformance() -> dict[str, Any]:
+    return json.loads((DOCS / "conformance.json").read_text())
+
+
+def conformance() -> str:
+    """Counts per method of the last run of `make conformance` that was committed."""
+    found = read_conformance()
+    counts = found["counts"]
+    kinds = ["passed", "skipped", "refused", "allowed", "failed"]
+    rows = [[f"`{name}`", *(f"{row[kind]:,}" for kind in kinds)] for name, row in counts.items()]
+    total = ["all", *(f"{sum(row[kind] for row in counts.values()):,}" for kind in kinds)]
+    return f"peft {found['peft']}:\n\n" + table(["config class", *kinds], [*rows, total])
+
+
+def allowed_failures() -> str:
+    entries = tomllib.loads((DOCS.parent / "tests/conformance/allowed.toml").read_text())["allowed"]
+    explained = read_conformance()["explained"]
+    return table(
+        ["tests", "failures", "why"], [[f"`{e['tests']}`", f"{explained[e['tests']]}", e["reason"]] for e in entries]
+    )
+
+
+def left_out() -> str:
+    found = read_conformance()["left_out"]
+    reasons = sorted({reason for counts in found.values() for reason in counts})
+    rows = [[r, *(f"{counts.get(r, '')}" for counts in found.values())] for r in reasons]
+    return table(["refused because of", *(name.removesuffix("Config") for name in found)], rows)
+
+
 # -- Markdown ------------------------------------------------------------------------------------------------------
 
 
@@ -150,5 +184,6 @@ def cell(text: str) -> str:
 
 GENERATED: dict[str, Callable[[], str]] = {
     "api": api, "errors": error_types, "options": options, "shared": shared_options, "refused": refused_options,
-    "cli": command_line, "capabilities": capabilities, "probes": probe_meanings,
+    "cli": command_line, "capabilities": capabilities, "probes": probe_meanings, "conformance": conformance,
+    "allowed": allowed_failures, "left_out": left_out,
 }  # fmt: skip
