@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -62,7 +63,11 @@ def unwrapped(model_or_path: object) -> nn.Module:
     """A copy of the base of a live model."""
     if not isinstance(model_or_path, PeftModel):
         raise ExportError("an adapter folder has no weights to merge into: give the model as `base=`")
-    return copy.deepcopy(model_or_path).unload()
+    model = copy.deepcopy(model_or_path)
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and layer.merged:
+            layer.unmerge()
+    return model.unload()
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ...deltas import Inputs, Patches, Tokens, Vectors
@@ -22,10 +23,17 @@ KINDS: Mapping[type[Inputs], str] = {Vectors: "nn.Linear or Conv1D", Tokens: "nn
 
 def read(base: nn.Module, name: str) -> tuple[int, int, Inputs]:
     """(in, out, what it reads). Raises ConfigError for a module that is no such map."""
+    if not is_called(base):
+        raise ConfigError(
+            f"{name} of type {type(base).__name__} is never called, its weight is read by the module around it: leave "
+            f"it out of `target_modules`, or train it whole (`modules_to_save`)"
+        )
     if isinstance(base, nn.Linear | Conv1D) or (is_quantised(base) and not isinstance(base, nn.Embedding | nn.Conv2d)):
         in_features, out_features = _get_in_out_features(base)
         assert in_features is not None and out_features is not None
         return in_features, out_features, Vectors(transposed=isinstance(base, Conv1D))
+    if isinstance(base, nn.Embedding | nn.Conv2d):
+        check_forward(base, name)
     if isinstance(base, nn.Embedding):
         return base.num_embeddings, base.embedding_dim, tokens(base, name)
     if isinstance(base, nn.Conv2d):
@@ -34,6 +42,23 @@ def read(base: nn.Module, name: str) -> tuple[int, int, Inputs]:
     raise ConfigError(
         f"{name} of type {type(base).__name__} cannot be adapted: name nn.Linear, Conv1D, nn.Embedding or nn.Conv2d "
         f"modules in `target_modules`"
+    )
+
+
+def is_called(base: nn.Module) -> bool:
+    """Is it used by a call? nn.MultiheadAttention hands the weight of its output projection to a function instead."""
+    return not isinstance(base, NonDynamicallyQuantizableLinear)
+
+
+def check_forward(base: nn.Module, name: str) -> None:
+    """Raise ConfigError for an embedding or convolution that computes something of its own, as position embeddings do;
+    word embeddings that are multiplied by a constant say so, and packed ones only store their weight otherwise."""
+    parent = nn.Embedding if isinstance(base, nn.Embedding) else nn.Conv2d
+    if type(base).forward is parent.forward or hasattr(base, "embed_scale") or is_quantised(base):
+        return
+    raise ConfigError(
+        f"{name} of type {type(base).__name__} is no plain nn.{parent.__name__}, an adapter would compute something "
+        f"else: leave it out of `target_modules`, or train it whole (`modules_to_save`)"
     )
 
 

@@ -112,7 +112,8 @@ class AdapterLayer(TunerLayer):
     def _write(self, adapter: str, merged: Tensor, change: Tensor) -> None:
         """Replace the base weight; of a quantised one note what that has cost."""
         if self.quantization_backend is None:
-            self.set_base_weight(merged)
+            base = self.get_base_layer()  # a parameter of its own: what is tied to the old one is not to change
+            base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
         elif not change.any():
             self.merge_errors[adapter] = NOTHING_LOST  # left alone: some backends round even what is on their grid
         else:
@@ -131,7 +132,8 @@ class AdapterLayer(TunerLayer):
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        """Whether peft's `convert_to_lora` takes it: it knows linear maps alone. `export_lora` takes every layer."""
+        return isinstance(self.inputs, Vectors)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype]:
         device, _ = super()._get_base_layer_device_and_dtype(base_layer)

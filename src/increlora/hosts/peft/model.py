@@ -14,13 +14,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ...deltas import BlockDelta, Delta, Status, Stored, Vectors
 from ...deltas.inputs import as_json
-from ...errors import ConfigError
+from ...errors import CheckpointError, ConfigError
 from ...methods import Site
 from ...runtime import Controller, register
 from .. import transformers as trainer_host
 from ..heads import complete_config
 from . import checkpoint, weighted
-from .bases import check_in_memory, check_readable, read
+from .bases import check_in_memory, check_readable, is_called, read
 from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, layer_over
 from .mixed import mixed_batch
 from .quantised import backend_of, check_mergeable, warn_of_rounding, working_dtype
@@ -64,12 +64,13 @@ class AdapterModel(BaseTuner):
 
     def _keep_placeable(self, peft_config: Any, model: nn.Module) -> None:
         """Of all linear modules target those that the method can adapt."""
-        found = list(self._targets(peft_config, model))
+        found = self._targets(peft_config, model)
         method = peft_config.settings().method(1, 1)
-        placed = [name for name in found if method.places(name)]
+        placed = [name for name, base in found.items() if method.places(name) and is_called(base)]
         if found and not placed:
-            raise ConfigError(f"{method.name} can place none of the linear modules of this model ({found[0]}, …)")
-        if placed != found:
+            first = next(iter(found))
+            raise ConfigError(f"{method.name} can place none of the linear modules of this model ({first}, …)")
+        if placed != list(found):
             peft_config.target_modules = set(placed)
 
     def _own_shared(self, adapter_name: str, shared: Stored, like: AdapterLayer, inference_mode: bool) -> None:
@@ -166,9 +167,10 @@ class AdapterModel(BaseTuner):
         return weighted.add(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether peft's `convert_to_lora` takes the model: not where modules share factors, which no layer owns.
-        `export_lora` takes every model."""
-        return not hasattr(self.model, SHARED)
+        """Whether peft's `convert_to_lora` takes the model: not where modules share factors, which no layer owns, nor
+        embeddings and convolutions. `export_lora` takes every model."""
+        plain = all(layer.supports_lora_conversion(adapter_name) for layer in self._layers().values())
+        return plain and not hasattr(self.model, SHARED)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -203,6 +205,7 @@ class AdapterModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor],
                                 unwanted_adapter_names: list[str]) -> dict[str, Tensor]:  # fmt: skip
+        check_ends_unmerged(model)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return checkpoint.compact(model, adapter_name, selected)
 
@@ -225,6 +228,18 @@ def live_states(config: Any, name: str, delta: BlockDelta) -> list[Status] | Non
         return None
     rank = sum(size for size, state in zip(delta.sizes, states, strict=True) if state is Status.ACTIVE)
     return states if rank == config.ranks[name] else None
+
+
+def check_ends_unmerged(model: nn.Module) -> None:
+    """Raise CheckpointError while the adapter of an input or output embedding is merged: peft saves that weight beside
+    the adapter, whose ΔW would then be there twice."""
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        end = getattr(model, get, lambda: None)()
+        if isinstance(end, AdapterLayer) and end.merged:
+            name = end.delta(end.merged_adapters[0]).name
+            raise CheckpointError(
+                f"{name} is saved as it is, and an adapter is merged into it: call unmerge_adapter first"
+            )
 
 
 def is_all_linear(targets: object) -> bool:

@@ -67,18 +67,19 @@ class Before(Protocol):
 def remember(layer: Any) -> Before:
     """The base of an adapter layer as it is."""
     if layer.quantization_backend is None:
-        return FloatBefore(layer.get_base_weight())
+        return FloatBefore(layer.get_base_layer().weight)
     return QuantisedBefore(layer.get_base_layer())
 
 
 @dataclass(frozen=True)
 class FloatBefore:
-    """A weight in floating point, which merging replaces by another tensor."""
+    """A weight in floating point, which merging replaces by another parameter: others may be tied to this one."""
 
-    weight: Tensor
+    weight: nn.Parameter
 
     def restore(self, layer: Any) -> None:
-        layer.set_base_weight(self.weight.to(layer.get_base_weight()))
+        self.weight.data = self.weight.data.to(layer.get_base_weight())  # where the model has gone meanwhile
+        layer.get_base_layer().weight = self.weight
 
 
 class QuantisedBefore:
