@@ -54,6 +54,17 @@ def test_the_table_has_every_method_and_every_capability_on_one_screen(played: d
     assert all(line.count("yes") == len(METHODS) for line in lines[2:])
 
 
+def test_a_narrow_terminal_gets_several_tables_and_no_name_is_cut(
+    played: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, text = call()
+    heads = [line for line in text.splitlines() if "┃" in line]
+    assert code == 0 and len(heads) == 2 and max(map(len, text.splitlines())) <= 80
+    assert re.sub(r"[^\w ]", " ", " ".join(heads)).split() == list(METHODS)
+    assert all(text.count(f"{name} ") >= 2 for name in probes.MEANINGS) and "…" not in text
+
+
 def test_reasons_are_numbered_once_and_told_below(played: dict) -> None:
     for method in ("lorta", "mora"):
         played["mixed batch", method] = Outcome("no", f"x is no batch that {method} can mix: use lora")

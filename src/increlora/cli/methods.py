@@ -45,20 +45,28 @@ def known(name: str) -> str:
 
 
 def show(console: Console, outcomes: probes.Table) -> None:
-    """A row per capability, a column per method, and the reasons below."""
+    """A row per capability, a column per method, in as many tables as the terminal needs; and the reasons below."""
     notes = probes.footnotes(outcomes)
-    table = Table(padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("")
-    for method in next(iter(outcomes.values())):
-        table.add_column(method)
-    for name, row in outcomes.items():
-        table.add_row(name, *(cell(method, outcome, notes) for method, outcome in row.items()))
-    console.print(table)
+    for methods in fitting(list(next(iter(outcomes.values()))), console.width - max(map(len, outcomes)) - 2):
+        table = Table("", *methods, padding=(0, 1, 0, 0), show_edge=False)
+        for name, row in outcomes.items():
+            table.add_row(name, *(cell(method, row[method], notes) for method in methods))
+        console.print(table)
     reasons = Table.grid(padding=(0, 2))
     for reason, number in notes.items():
         reasons.add_row(str(number), reason)
     if notes:
         console.print(reasons)
+
+
+def fitting(methods: list[str], room: int) -> list[list[str]]:
+    """The methods in groups, each of which fits in so many characters, with two beside every name."""
+    groups: list[list[str]] = [[]]
+    for method in methods:
+        if groups[-1] and sum(len(name) + 2 for name in (*groups[-1], method)) > room:
+            groups.append([])
+        groups[-1].append(method)
+    return groups
 
 
 def cell(method: str, outcome: probes.Outcome, notes: dict[str, int]) -> Text:

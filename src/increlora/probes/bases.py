@@ -61,7 +61,7 @@ def quantised(subject: Subject) -> str:
         same(output(model), output(base), "output of the base", 1e-5)
     model.merge_adapter()
     same(output(model), expected, "output after merging into int8", 0.1)
-    return kind
+    return f"8 bits, by {kind}"
 
 
 def quantised_llama() -> tuple[str, nn.Module]:
