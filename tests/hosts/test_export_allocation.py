@@ -174,6 +174,41 @@ def test_our_export_with_a_trained_head(tmp_path: Path) -> None:
         warm_start(bare, tmp_path / "lora")
 
 
+@pytest.mark.parametrize("kind", [PlainLoraConfig, IncreLoraConfig])
+@pytest.mark.parametrize("given", ["q_proj", "embed_tokens"])
+def test_ranks_of_an_embedding_that_the_source_does_not_fill_learn(given: str, kind: type) -> None:
+    source = get_peft_model(BUILDERS["llama"](), LoraConfig(r=2, target_modules=f".*{given}", init_lora_weights=False))
+    options = {"total_steps": 40, "init_r": 4} if kind is IncreLoraConfig else {}
+    model = get_peft_model(BUILDERS["llama"](), kind(r=4, target_modules=["q_proj", "embed_tokens"], **options))
+    warm_start(model, source)
+    wanted = logits(source, "llama")
+    assert (wanted - logits(BUILDERS["llama"](), "llama")).abs().max() > 1e-3
+    torch.testing.assert_close(logits(model, "llama"), wanted, rtol=0, atol=1e-5)
+    model.train()(**inputs_for("llama")).logits.square().mean().backward()
+    A = next(p for n, p in model.named_parameters() if n.endswith("embed_tokens.lora_delta.default.lora_A0"))
+    assert (A.grad.abs().amax(1) > 0).tolist() == [True] * 4
+
+
+def test_an_adapted_embedding_is_taken_over_beside_its_base_weights(tmp_path: Path) -> None:
+    targets = {"target_modules": ["embed_tokens", "lm_head"]}
+    source = get_peft_model(BUILDERS["llama"](), PlainLoraConfig(r=2, init_lora_weights=False, **targets))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
+        export_lora(source, tmp_path / "lora")
+        source.save_pretrained(tmp_path / "own")
+    for folder in ("lora", "own"):
+        model = get_peft_model(BUILDERS["llama"](), PlainLoraConfig(r=4, **targets))
+        warm_start(model, tmp_path / folder)
+        torch.testing.assert_close(logits(model, "llama"), logits(source, "llama"), rtol=0, atol=1e-5)
+    other = BUILDERS["llama"]()
+    with torch.no_grad():
+        other.model.embed_tokens.weight[5, 3] += 1e-3
+    with pytest.raises(
+        ConfigError, match=r"holds model\.embed_tokens\.base_layer\.weight .*load the base weights that"
+    ):
+        warm_start(get_peft_model(other, PlainLoraConfig(r=4, **targets)), tmp_path / "lora")
+
+
 @pytest.mark.parametrize(("options", "error", "message"), [
     ({"capacity": 2, "r": 2}, ConfigError, "q_proj: the source has rank 3, here is room for 2: raise `capacity`"),
     ({"r": 2, "grow_by": 1}, BudgetError, "budget of 12 ranks is below the start of 18"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from transformers import GenerationConfig
 
 from increlora.errors import ConfigError
 from increlora.hosts.peft.config import CONFIGS
@@ -98,12 +99,74 @@ def test_beams_share_the_adapter_of_their_example(kind: str) -> None:
         assert torch.equal(mixed[i], expected[0])
 
 
+@pytest.mark.parametrize("options", [
+    {"generation_config": {"num_beams": 2, "do_sample": False}},
+    {"generation_config": {"num_beams": 1, "do_sample": False}, "num_beams": 2},
+    {"generation_config": None, "num_beams": 2, "num_return_sequences": 2},
+], ids=["in the config", "the argument counts", "returned, too"])  # fmt: skip
+def test_beams_may_stand_in_a_generation_config(options: dict[str, Any]) -> None:
+    model, ids = two_adapters("llama", "PLAINLORA"), batch("llama")["input_ids"]
+    length = {"max_new_tokens": 4, "min_new_tokens": 4}
+    config = options.pop("generation_config")
+    given = options | ({} if config is None else {"generation_config": GenerationConfig(**length, **config)})
+    given = {"attention_mask": torch.ones_like(ids)} | ({} if config else length) | given
+    mixed = model.generate(input_ids=ids, **given, adapter_names=["one", "two"] * 2)
+    copies = options.get("num_return_sequences", 1)
+    for i, name in enumerate(["one", "two"] * 2):
+        model.set_adapter(name)
+        expected = model.generate(input_ids=ids, **given)
+        assert torch.equal(mixed[i * copies : (i + 1) * copies], expected[i * copies : (i + 1) * copies])
+
+
+def test_several_samples_share_the_adapter_of_their_example() -> None:
+    model, ids = two_adapters("llama", "PLAINLORA"), batch("llama")["input_ids"]
+    words = {"do_sample": True, "max_new_tokens": 4, "min_new_tokens": 4, "num_return_sequences": 3, "top_k": 1}
+    words["attention_mask"] = torch.ones_like(ids)
+    mixed = model.generate(input_ids=ids, **words, adapter_names=["one", "two"] * 2)
+    for i, name in enumerate(["one", "two"] * 2):
+        model.set_adapter(name)
+        assert torch.equal(mixed[3 * i : 3 * i + 3], model.generate(input_ids=ids, **words)[3 * i : 3 * i + 3])
+
+
+def test_a_module_whose_adapter_was_deleted_is_in_nobodys_way() -> None:
+    model = two_adapters("llama", "PLAINLORA")
+    model.add_adapter("three", CONFIGS["PLAINLORA"](target_modules=["o_proj"], init_lora_weights=False))
+    expected = model(**batch("llama"), adapter_names=NAMES).logits
+    model.delete_adapter("three")
+    torch.testing.assert_close(model(**batch("llama"), adapter_names=NAMES).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_what_all_examples_share_cannot_be_mixed_and_is_named() -> None:
+    config = CONFIGS["PLAINLORA"](target_modules=["wpe"], init_lora_weights=False)
+    model = get_peft_model(BUILDERS["gpt2"](), config).eval()
+    with pytest.raises(ConfigError, match=r"got 4 and 1 respectively, in transformer\.wpe: .*position embeddings"):
+        model(**batch("llama"), adapter_names=["default", "__base__"] * 2)
+
+
+@pytest.mark.parametrize("active", ["one", "bare"])
+def test_every_example_has_the_head_of_its_own_adapter_or_that_of_the_base(active: str) -> None:
+    config = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    whole = {"modules_to_save": ["lm_head"]}
+    model = get_peft_model(BUILDERS["llama"](), CONFIGS["PLAINLORA"](**config, **whole), adapter_name="one")
+    model.add_adapter("two", CONFIGS["PLAINLORA"](**config, **whole, seed=2))
+    model.add_adapter("bare", CONFIGS["PLAINLORA"](**config, seed=3))
+    with torch.no_grad():
+        for name, head in model.base_model.model.lm_head.modules_to_save.items():
+            head.weight.mul_({"one": 2, "two": -1}[name])
+    model.eval()
+    for names in (["bare", "two", "__base__", "one"], ["bare", "__base__"] * 2):
+        outputs = {name: alone(model, batch("llama"), name) for name in names}
+        model.set_adapter(active)
+        mixed = model(**batch("llama"), adapter_names=names).logits
+        torch.testing.assert_close(mixed, torch.stack([outputs[n][i] for i, n in enumerate(names)]), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("prepare", "names", "message"),
     [
         (lambda model: model.train(), NAMES, r"when the model is in training mode.*model\.eval\(\)"),
         (lambda model: None, ["one", "three", "two", "one"], "non-existing adapter.*three.*one, two"),
-        (lambda model: None, ["one"], "Length of `adapter_names`.*1 and 4"),
+        (lambda model: None, ["one"], r"Length of `adapter_names`.*1 and 4 respectively, in model\.layers\.0.*q_proj"),
         (lambda model: model.merge_adapter(), NAMES, "unmerge_adapter"),
     ],
 )

@@ -122,9 +122,71 @@ def test_options_of_other_combinations_are_refused() -> None:
         model.add_weighted_adapter(["one"], [1.0], "sum", combination_type="svd", density=0.5)
 
 
-def test_modules_trained_whole_cannot_be_added_up() -> None:
-    config = {"r": 2, "target_modules": ["query"], "modules_to_save": ["classifier"]}
-    model = get_peft_model(BUILDERS["bert"](), CONFIGS["PLAINLORA"](**config), adapter_name="one")
-    model.add_adapter("two", CONFIGS["PLAINLORA"](**config))
-    with pytest.raises(ConfigError, match="modules_to_save"):
-        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+@pytest.mark.parametrize("both", [True, False])
+def test_modules_trained_whole_cannot_be_added_up(both: bool) -> None:
+    config = {"r": 2, "target_modules": ["query"]}
+    whole = {"modules_to_save": ["classifier"]}
+    model = get_peft_model(BUILDERS["bert"](), CONFIGS["PLAINLORA"](**config, **whole), adapter_name="one")
+    model.add_adapter("two", CONFIGS["PLAINLORA"](**config, **(whole if both else {})))
+    names = "one, two" if both else "one"
+    with pytest.raises(ConfigError, match=rf"classifier: {names} trained it whole \(`modules_to_save`\).*set_adapter"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 0.0], "sum")
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "keys"])
+@pytest.mark.filterwarnings("ignore:Adapter name '' should not be contained in the prefix")
+def test_a_name_that_no_module_can_have_is_refused_before_anything_changes(name: str) -> None:
+    model = two_adapters("llama", "PLAINLORA")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=f"'{name}' cannot name an adapter"):
+            model.add_weighted_adapter(["one", "two"], [1.0, 1.0], name, "cat")
+        with pytest.raises(ConfigError, match=f"'{name}' cannot name an adapter"):
+            model.add_adapter(name, CONFIGS["PLAINLORA"](target_modules=["q_proj"]))
+    assert set(model.peft_config) == {"one", "two"}
+    bare = BUILDERS["llama"]()
+    before = [type(module) for module in bare.modules()]
+    with pytest.raises(ConfigError, match=f"'{name}' cannot name an adapter"):
+        get_peft_model(bare, CONFIGS["PLAINLORA"](target_modules=["q_proj"]), adapter_name=name)
+    assert [type(module) for module in bare.modules()] == before
+
+
+def test_a_sum_that_cannot_be_put_in_place_leaves_no_name_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = two_adapters("llama", "PLAINLORA")
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(type(model.base_model), "_prepare_model", no_memory)
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", "cat")
+    assert set(model.peft_config) == {"one", "two"}
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", "cat")
+    check_sum(model, {"one": 1.0, "two": 1.0}, "sum")
+
+
+def no_memory(*args: object) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(("kind", "rank", "message"), [
+    ("svd", -1, "svd_rank=-1: expected an int >= 1"),
+    ("svd", 0, "svd_rank=0: expected an int >= 1"),
+    ("svd", 1.5, r"svd_rank=1\.5: expected an int >= 1"),
+    ("svd", True, "svd_rank=True: expected an int >= 1"),
+    ("cat", 2, "svd_rank=2: 'cat' is exact; leave it out"),
+])  # fmt: skip
+def test_a_rank_that_cannot_be_or_is_of_no_use_is_refused(kind: str, rank: Any, message: str) -> None:
+    model = two_adapters("llama", "PLAINLORA")
+    with pytest.raises(ConfigError, match=message):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", kind, svd_rank=rank)
+    assert set(model.peft_config) == {"one", "two"}
+
+
+@pytest.mark.parametrize(("dtype", "kept", "tolerance"), [
+    (torch.float64, torch.float64, 1e-15), (torch.bfloat16, torch.float32, 1e-8),
+])  # fmt: skip
+def test_a_sum_is_as_exact_as_its_summands(dtype: torch.dtype, kept: torch.dtype, tolerance: float) -> None:
+    config = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    model = get_peft_model(BUILDERS["llama"]().to(dtype), CONFIGS["PLAINLORA"](**config), adapter_name="one")
+    model.add_adapter("two", CONFIGS["PLAINLORA"](**config, seed=2))
+    model.add_weighted_adapter(["one", "two"], [1 / 3, -0.7], "both", "cat")
+    assert {d.dtype for d in dense(model, "both").values()} == {kept}
+    check_sum(model, {"one": 1 / 3, "two": -0.7}, "both", tolerance)
+    model.set_adapter("both")
+    assert model.eval()(**batch("llama")).logits.isfinite().all()

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..allocation import Holding
-from ..deltas import BlockDelta, LowRankDelta, Status, TripletDelta
+from ..deltas import BlockDelta, LowRankDelta, Status, Tokens, TripletDelta
 from ..errors import ConfigError, DriveError
 from ..runtime import controllers_of
 from ..runtime.scoring import check_budget
@@ -20,6 +21,7 @@ from .peft.drive import chosen_adapter
 from .peft.layer import adapter_layers
 
 Deltas = Mapping[str, BlockDelta]
+BASE_LAYER = ".base_layer."  # in a key: peft's mark of the weights below an adapter
 
 
 @torch.no_grad()
@@ -30,16 +32,17 @@ def warm_start(
 
         blocks 0 … m, the fewest that hold the rank:  A, B as in the source (its scale over ours folded into B), e = 1
 
-    A block that the source fills only in part keeps its own A and gets B = 0 for the rest: it adds nothing yet, and
-    counts against the budget. Growth goes on from there, within the budget.
+    A block that the source fills only in part keeps its own A and gets B = 0 for the rest (of an embedding it keeps B,
+    and gets A = 0): it adds nothing yet, learns, and counts against the budget. Growth goes on from there, within the
+    budget.
 
     Args:
         model: PeftModel or injected model with a fresh adapter of ours, not trained yet.
         source: what `export_lora` reads: an adapter's folder or model (LoRA, AdaLoRA, or one of ours).
         adapter_name: adapter of `model`; default the active one.
-    Raises: ConfigError (modules of the source that the adapter does not have; ranks above `capacity` or `r`),
-        BudgetError (the start is above the budget), DriveError (training has begun), CheckpointError, ExportError
-        (source). The model is then unchanged.
+    Raises: ConfigError (modules of the source that the adapter does not have; ranks above `capacity` or `r`; base
+        weights beside the factors that are not those here), BudgetError (the start is above the budget), DriveError
+        (training has begun), CheckpointError, ExportError (source). The model is then unchanged.
     """
     name = chosen_adapter(model, adapter_name)
     deltas = low_rank(model, name)
@@ -110,10 +113,11 @@ def fill(delta: BlockDelta, count: int, pair: tuple[Tensor, Tensor] | None) -> N
     """Make the first `count` blocks active and equal to B A together."""
     for i in range(count):
         delta.status[i] = Status.ACTIVE
-    done = 0
+    # The other one keeps its random start: with both at zero neither ever had a gradient.
+    idle, done = "A" if isinstance(delta.inputs, Tokens) else "B", 0
     for i in range(count):
         block, end = delta.block(i), done + delta.sizes[i]
-        block["B"].zero_()
+        block[idle].zero_()
         if "E" in block:
             block["E"].fill_(1)
         if pair is not None:
@@ -124,7 +128,9 @@ def fill(delta: BlockDelta, count: int, pair: tuple[Tensor, Tensor] | None) -> N
 
 
 def saved_tensors(model: nn.Module, adapter: str, given: Adapter) -> list[tuple[Tensor, Tensor]]:
-    """(tensor here, its value in the source) for what the source holds beside factors: trained heads."""
+    """(tensor here, its value in the source) for what the source holds beside factors: trained heads.
+
+    peft also saves the base weights of adapted embeddings and heads; those that are here already need no copying."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     wrappers = {n: m for n, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)}
     here = {
@@ -133,11 +139,27 @@ def saved_tensors(model: nn.Module, adapter: str, given: Adapter) -> list[tuple[
         if adapter in wrapper.modules_to_save
         for key, tensor in wrapper.modules_to_save[adapter].state_dict().items()
     }
+    found: list[tuple[Tensor, Tensor]] = []
     for key, value in given.others.items():
-        if key not in here or here[key].shape != value.shape:
-            found = tuple(here[key].shape) if key in here else "nothing"
-            raise ConfigError(
-                f"the source also holds {key} of shape {tuple(value.shape)}, here is {found}: name its module in "
-                f"`modules_to_save`"
-            )
-    return [(here[key], value) for key, value in given.others.items()]
+        if key in here and here[key].shape == value.shape:
+            found.append((here[key], value))
+        elif not in_base(base, key, value):
+            raise ConfigError(f"the source also holds {key} of shape {tuple(value.shape)}, {remedy(key, here)}")
+    return found
+
+
+def in_base(base: nn.Module, key: str, value: Tensor) -> bool:
+    """Is this, of the source, a weight that the base model here has too?"""
+    name, _, parameter = key.replace(BASE_LAYER, ".").rpartition(".")
+    module = dict(base.named_modules()).get(name)
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    weight = getattr(module, parameter, None)
+    return isinstance(weight, Tensor) and weight.shape == value.shape and torch.equal(value.to(weight), weight)
+
+
+def remedy(key: str, here: Mapping[str, Tensor]) -> str:
+    """What to do about a tensor of the source that has no place here."""
+    if BASE_LAYER in key:
+        return "the base model here has another one: load the base weights that the source was trained on"
+    found = tuple(here[key].shape) if key in here else "nothing"
+    return f"here is {found}: name its module in `modules_to_save`"

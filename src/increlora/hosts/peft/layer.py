@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...deltas import Delta, Vectors
+from ...errors import ConfigError
 from .bases import read
 from .mixed import check_mixed
 from .quantised import NOTHING_LOST, Before, Rounding, remember, rounding, working_dtype
@@ -75,7 +76,8 @@ class AdapterLayer(TunerLayer):
         return y
 
     def _mixed(self, y: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        check_mixed(len(x), adapter_names, merged=bool(self.merged))
+        place = next((str(delta.name) for delta in self.lora_delta.values()), "a module whose adapters are deleted")
+        check_mixed(place, len(x), adapter_names, merged=bool(self.merged))
         for adapter in set(adapter_names) & set(self.lora_delta):
             rows = [i for i, name in enumerate(adapter_names) if name == adapter]
             index = torch.tensor(rows, device=y.device)
@@ -160,3 +162,13 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, AdapterLaye
 def adapters_of(model: nn.Module) -> set[str]:
     """Names of the adapters that some layer holds."""
     return {name for m in model.modules() if isinstance(m, AdapterLayer) for name in m.lora_delta}
+
+
+def check_name(adapter_name: str) -> None:
+    """Raise ConfigError for a name that no module can have: empty, with dots, or taken by `nn.ModuleDict` itself."""
+    try:
+        nn.ModuleDict({adapter_name: nn.Identity()})
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{adapter_name!r} cannot name an adapter ({error.args[0]}): choose a word without dots"
+        ) from error

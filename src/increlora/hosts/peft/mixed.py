@@ -3,13 +3,13 @@
 The names travel to the adapter layers as a keyword argument of their forward pass, by hooks that live for one call.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ...errors import ConfigError
@@ -18,12 +18,10 @@ BASE = "__base__"  # peft's name for no adapter
 
 
 @contextmanager
-def mixed_batch(
-    model: nn.Module, adapter_names: Sequence[str], known: Iterable[str], num_beams: int | None
-) -> Iterator[None]:
+def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Iterable[str], copies: int) -> Iterator[None]:
     """Within it, each example of a batch goes through the adapter named at its place.
 
-    With beam search every example of the decoder stands for `num_beams`; those of an encoder for themselves.
+    In generation every example of the decoder may stand for several `copies`; those of an encoder for themselves.
     Raises: ConfigError in training, and for names that no layer has."""
     if model.training:
         raise ConfigError(
@@ -35,17 +33,26 @@ def mixed_batch(
         raise ConfigError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {', '.join(sorted(known))}"
         )
-    beams = [name for name in adapter_names for _ in range(num_beams or 1)]
+    repeated = [name for name in adapter_names for _ in range(copies)]
     inside = set(encoder.modules()) if (encoder := encoder_of(model)) is not None else set()
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-                hook = partial(tell, list(adapter_names) if module in inside else beams)
+                hook = partial(tell, list(adapter_names) if module in inside else repeated)
                 hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
 
+def copies_of(kwargs: Mapping[str, Any]) -> int:
+    """How many sequences `generate`, called with these, makes of each example: beams, or samples."""
+    config = kwargs.get("generation_config")
+    names = ("num_beams", "num_return_sequences")
+    return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
+
+
 def tell(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if isinstance(module, ModulesToSaveWrapper):  # an adapter without this module of its own uses the base's
+        names = [name if name in module.modules_to_save else BASE for name in names]
     return args, {**kwargs, "adapter_names": names}
 
 
@@ -56,12 +63,13 @@ def encoder_of(model: nn.Module) -> nn.Module | None:
     return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
 
 
-def check_mixed(examples: int, adapter_names: Sequence[str], *, merged: bool) -> None:
+def check_mixed(place: str, examples: int, adapter_names: Sequence[str], *, merged: bool) -> None:
     """Raise ConfigError unless there is one name for each example, and no adapter in the base weights."""
     if examples != len(adapter_names):
         raise ConfigError(
             f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} and "
-            f"{examples} respectively."
+            f"{examples} respectively, in {place}: a module that all examples share (position embeddings) cannot be "
+            f"mixed; of `num_beams` and `num_return_sequences` only what `generate` is called with is known"
         )
     if merged:
         raise ConfigError(

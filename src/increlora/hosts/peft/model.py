@@ -21,8 +21,8 @@ from .. import transformers as trainer_host
 from ..heads import complete_config
 from . import checkpoint, weighted
 from .bases import check_in_memory, check_readable, is_called, read
-from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, layer_over
-from .mixed import mixed_batch
+from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, check_name, layer_over
+from .mixed import copies_of, mixed_batch
 from .quantised import backend_of, check_mergeable, warn_of_rounding, working_dtype
 
 SHARED = "shared_factors"  # where the model holds what all modules of an adapter share
@@ -142,6 +142,7 @@ class AdapterModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False, state_dict: dict[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
+        check_name(adapter_name)
         self._low_memory, self._by_state_dict = low_cpu_mem_usage, state_dict is not None
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         config = self.peft_config[adapter_name]
@@ -155,7 +156,7 @@ class AdapterModel(BaseTuner):
         if names is None:
             yield
             return
-        with mixed_batch(self.model, names, adapters_of(self), kwargs.get("num_beams")):
+        with mixed_batch(self.model, names, adapters_of(self), copies_of(kwargs)):
             yield
 
     def add_weighted_adapter(
@@ -163,7 +164,7 @@ class AdapterModel(BaseTuner):
         svd_rank: int | None = None, **others: Any,
     ) -> dict[str, float]:  # fmt: skip
         """See `weighted.add`."""
-        weighted.check_combination(combination_type, others)
+        weighted.check_combination(combination_type, svd_rank, others)
         return weighted.add(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

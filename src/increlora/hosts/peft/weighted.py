@@ -18,7 +18,7 @@ from ...deltas import Delta
 from ...errors import ConfigError
 from ..truncate import truncated
 from .config import CONFIGS
-from .layer import adapter_layers
+from .layer import adapter_layers, check_name
 
 
 def add(
@@ -32,7 +32,8 @@ def add(
         combination_type: `cat`, exact, or `svd`, truncated to `svd_rank` (default: the largest rank that one of them
             has in the module).
     Returns: module → relative Frobenius error of the truncation.
-    Raises: ConfigError (unknown adapter, a name that is taken, another combination, a shared `modules_to_save`).
+    Raises: ConfigError (unknown adapter, a name that is taken or cannot be one, another combination, a rank that is no
+        int >= 1, `modules_to_save`). The model is then unchanged.
     """
     check_request(tuner, adapters, weights, adapter_name)
     parts: dict[str, list[tuple[float, Delta]]] = {}
@@ -42,26 +43,35 @@ def add(
     exact = combination_type == "cat"
     sums = {name: weighted_sum(part, svd_rank, exact=exact) for name, part in parts.items()}
     tuner.peft_config[adapter_name] = config_of({n: A for n, (A, _, _) in sums.items()}, tuner.peft_config[adapters[0]])
-    tuner.inject_adapter(tuner.model, adapter_name)
+    try:
+        tuner.inject_adapter(tuner.model, adapter_name)
+    except Exception:
+        del tuner.peft_config[adapter_name]
+        raise
     for name, layer in adapter_layers(tuner.model, adapter_name).items():
         fill(layer.delta(adapter_name), *sums[name][:2])
     return {name: error for name, (_, _, error) in sums.items()}
 
 
-def check_combination(combination_type: str, others: Mapping[str, Any]) -> None:
-    """Raise ConfigError for peft's other combinations, and for the options that only these have."""
+def check_combination(combination_type: str, svd_rank: Any, others: Mapping[str, Any]) -> None:
+    """Raise ConfigError for peft's other combinations, and for options that do not go with the combination."""
     if combination_type not in ("cat", "svd"):
         raise ConfigError(
             f"combination_type={combination_type!r} is not supported: it mixes factors entry by entry, which means "
             f"nothing for adapters of different ranks; use 'cat' (exact; the ranks add up) or 'svd' (truncated to "
             f"`svd_rank`)"
         )
+    if svd_rank is not None and combination_type == "cat":
+        raise ConfigError(f"svd_rank={svd_rank!r}: 'cat' is exact; leave it out, or use combination_type='svd'")
+    if svd_rank is not None and (type(svd_rank) is not int or svd_rank < 1):
+        raise ConfigError(f"svd_rank={svd_rank!r}: expected an int >= 1, or None for the largest rank of the adapters")
     for name, value in others.items():
         raise ConfigError(f"{name}={value!r} is not supported: 'cat' and 'svd' have no such option; leave it out")
 
 
 def check_request(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
     """Raise ConfigError for what cannot be added up, or not this way."""
+    check_name(adapter_name)
     known = tuner.peft_config
     if adapter_name in known:
         raise ConfigError(f"there is an adapter {adapter_name!r} already: choose another name, or delete it first")
@@ -69,11 +79,13 @@ def check_request(tuner: Any, adapters: Sequence[str], weights: Sequence[float],
         raise ConfigError(f"Adapter {missing[0]} does not exist; there are {', '.join(known)}")
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"give one weight for each adapter: {len(adapters)} adapters, {len(weights)} weights")
-    wrappers = [m for m in tuner.modules() if isinstance(m, ModulesToSaveWrapper)]
-    if any(sum(name in wrapper.modules_to_save for name in adapters) > 1 for wrapper in wrappers):
-        raise ConfigError(
-            "these adapters train the same module whole (`modules_to_save`), which has no sum: merge them one by one"
-        )
+    wrappers = {n: m for n, m in tuner.model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    for module, wrapper in wrappers.items():
+        if whole := [name for name in adapters if name in wrapper.modules_to_save]:
+            raise ConfigError(
+                f"{module}: {', '.join(whole)} trained it whole (`modules_to_save`), which has no sum: use these "
+                f"adapters one at a time (`set_adapter`), or train them without it"
+            )
 
 
 @torch.no_grad()
@@ -82,11 +94,16 @@ def weighted_sum(
 ) -> tuple[Tensor, Tensor, float]:
     """A, B and the relative error of Σ w ΔW."""
     factors = [(weight, *delta.factors()) for weight, delta in parts]
-    A = torch.cat([A.float() for _, A, _ in factors])
-    B = torch.cat([weight * B.float() for weight, _, B in factors], dim=1)
+    A = torch.cat([widened(A) for _, A, _ in factors])
+    B = torch.cat([weight * widened(B) for weight, _, B in factors], dim=1)
     if exact:
         return A, B, 0.0
     return truncated(A, B, rank or max(1, *(A.shape[0] for _, A, _ in factors)))
+
+
+def widened(factor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return factor.to(torch.promote_types(factor.dtype, torch.float32))
 
 
 def config_of(factors: Mapping[str, Tensor], like: Any) -> Any:
@@ -105,5 +122,6 @@ def config_of(factors: Mapping[str, Tensor], like: Any) -> Any:
 def fill(delta: Any, A: Tensor, B: Tensor) -> None:
     """Give a fresh plain low-rank delta these factors; where they have no rank, its own one keeps adding nothing."""
     if A.shape[0]:
+        delta.to(A.dtype)  # that of the summands, where peft made them wider than the base
         for p, values in zip(delta.block(0).values(), (A, B), strict=True):
             p.copy_(values)
