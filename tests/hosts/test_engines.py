@@ -334,7 +334,7 @@ def test_adapted_embeddings_are_served_of_some_models(tmp_path: Path) -> None:
         assert len(found) == told and {f.where for f in found} == {"model.embed_tokens"}, engine
     assert check_export(folder, "vllm").ok and not check_export(folder, "vllm<0.32").ok
     # vLLM skips peft's copy of an embedding by the names that Llama gives it
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(lora(tmp_path, target_modules=["q_proj", "embed_tokens"]) / WEIGHTS)
     save_file({key.replace("embed_tokens", "wte"): value for key, value in tensors.items()}, folder / WEIGHTS)
     assert not check_export(folder, "vllm").ok
     torn = {key: value for key, value in tensors.items() if not key.endswith("lora_embedding_B")}

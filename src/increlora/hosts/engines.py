@@ -38,13 +38,7 @@ ENGINES = {
         one_scale_or_rslora, limits=VLLM_RANKS, default_limit=16, saved=HEADS, passes=COPIES, embeddings=LISTED
     ),
     "vllm>=0.32": Engine(
-        scale_by_pattern,
-        rank="pattern",
-        limits=VLLM_RANKS,
-        default_limit=16,
-        saved=HEADS,
-        passes=COPIES,
-        embeddings=LISTED,
+        scale_by_pattern, "pattern", VLLM_RANKS, default_limit=16, saved=HEADS, passes=COPIES, embeddings=LISTED
     ),
     "sglang": Engine(one_scale, rank="r", limits=(), named_targets=True),
     "llama.cpp": Engine(
