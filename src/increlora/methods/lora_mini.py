@@ -25,7 +25,7 @@ from ..deltas import FourFactorDelta, Status
 from ..errors import ConfigError
 from .base import Method, Site, matching
 from .checks import check_choices, check_counts, check_patterns, check_shares
-from .initial import Shape, gaussian, kaiming, zeros
+from .initial import Shape, gaussian, narrowed, zeros
 from .scaling import fixed, scale_of
 
 
@@ -130,10 +130,6 @@ def warn_of_sizes(name: str, r: int, a: int, b: int) -> None:
 
 
 # -- initial values: the shape is (a, in) or (out, b), and no inner size is above its outer one ------------------------
-
-
-def narrowed(factor: float, shape: Shape, generator: torch.Generator, block: int) -> Tensor:
-    return kaiming(shape, generator, block) * factor
 
 
 def spread(shape: Shape, generator: torch.Generator, block: int) -> Tensor:
