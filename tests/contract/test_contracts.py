@@ -1,5 +1,6 @@
 """The contract table: one row per (method, tiny config), every row runs every contract. A new method is a new row."""
 
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from increlora import (
     PlainLoraConfig,
     PriloraConfig,
     SoraConfig,
+    attach,
     rank_summary,
 )  # fmt: skip
 from increlora.deltas import BlockDelta, Status
@@ -441,10 +443,34 @@ def test_a_resumed_run_equals_a_straight_one_bitwise(row: Row, stop: int, tmp_pa
     for _ in train(second, optimizer, start=stop):
         pass
     assert ranks(second) == ranks(straight)
-    expected = get_peft_model_state_dict(straight)  # what is worth saving, clocks and scores included
-    found = get_peft_model_state_dict(second)
-    assert found.keys() == expected.keys()
-    assert not [name for name in found if not torch.equal(found[name], expected[name])]
+    assert same_state(second, straight)
+
+
+@every_row
+def test_a_pickled_copy_goes_on_where_the_model_was(row: Row) -> None:
+    model = row.build()
+    optimizer = optimizer_of(model)
+    for _ in train(model, optimizer, stop=5):
+        pass
+    copied, state = pickle.loads(pickle.dumps(model)), pickle.loads(pickle.dumps(optimizer.state_dict()))
+    assert torch.equal(output(copied), output(model)) and same_state(copied, model)
+    with pytest.raises(DriveError, match="is a copy.*increlora.attach") if row.adaptive else nullcontext():
+        backward(copied, 5)
+    copied.zero_grad()
+    second = optimizer_of(copied)
+    second.load_state_dict(state)
+    if row.adaptive:
+        attach(copied, second)
+    for each, its in ((model, optimizer), (copied, second)):
+        for _ in train(each, its, start=5):
+            pass
+    assert same_state(copied, model)
+
+
+def same_state(one: nn.Module, other: nn.Module) -> bool:
+    """Are they equal in all that is worth saving, clocks and scores included?"""
+    a, b = get_peft_model_state_dict(one), get_peft_model_state_dict(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @every_row

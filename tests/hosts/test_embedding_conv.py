@@ -125,6 +125,18 @@ def test_the_row_of_the_padding_token_never_moves(make: Callable[[], Any]) -> No
 # -- scores and statistics ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_a_frequent_token_are_summed_in_float32(dtype: torch.dtype) -> None:
+    """Neither half precision has the number 2101, the sum of as many ones."""
+    X, D = torch.tensor([1, 2]).repeat(2101), torch.tensor([[1.0, -1.0, 0.5], [0.25, 0.0, 2.0]]).repeat(2101, 1)
+    A = torch.randn(2, 5)
+    columns, none, sums = Tokens(5).met(A.to(dtype), X, D.to(dtype))
+    *_, exact = Tokens(5).met(A.double(), X, D.double())
+    assert none is None and torch.equal(columns, A.to(dtype)[:, [1, 2]]) and exact.dtype == torch.float64
+    assert exact.tolist() == [[2101, -2101, 1050.5], [525.25, 0, 4202]]
+    assert torch.equal(sums.double(), exact)
+
+
 @every_base
 def test_the_score_is_that_of_the_dense_gradient(options: dict[str, Any]) -> None:
     """S = Σ|ΔW ∘ ∂L/∂ΔW| / √(mn), with ∂L/∂W of a model whose weight is W + ΔW from autograd."""

@@ -22,6 +22,7 @@ from increlora.errors import CheckpointError, ConfigError
 from increlora.hosts.engines import ENGINES, VLLM_RANKS, Finding
 from tests.hosts.tiny import BUILDERS, adapter_only, growing
 
+WEIGHTS = "adapter_model.safetensors"
 MODULES = [f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
 
 
@@ -314,6 +315,32 @@ def test_heads_of_classifiers_and_token_embeddings(tmp_path: Path) -> None:
     assert finding.where == "model.embed_tokens and 1 more"
     assert finding.problem == "is token embeddings; it loads only classifier and score"
     assert finding.remedy == "merge it: `increlora export --merge`"
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_adapted_embeddings_are_served_of_some_models(tmp_path: Path) -> None:
+    folder = lora(tmp_path, target_modules=["q_proj", "embed_tokens"])
+    assert any(key.endswith("embed_tokens.base_layer.weight") for key in load_file(folder / WEIGHTS))
+    for engine in ("vllm<0.32", "vllm>=0.32", "llama.cpp"):
+        finding = only(folder, engine)
+        assert (finding.level, finding.where) == ("warning", "model.embed_tokens")
+        assert "is an adapted embedding; it serves " in finding.problem and "increlora export --merge" in finding.remedy
+    assert only(folder, "sglang").problem == "is token embeddings; it loads low-rank factors only"
+    assert check_export(folder, "peft").findings == ()
+    # they have ranks and scales like any other module
+    folder = lora(tmp_path, target_modules=["q_proj", "embed_tokens"], rank_pattern={"embed_tokens": 2})
+    for engine, told in {"vllm<0.32": 2, "vllm>=0.32": 1, "llama.cpp": 1}.items():
+        found = check_export(folder, engine).findings
+        assert len(found) == told and {f.where for f in found} == {"model.embed_tokens"}, engine
+    assert check_export(folder, "vllm").ok and not check_export(folder, "vllm<0.32").ok
+    # vLLM skips peft's copy of an embedding by the names that Llama gives it
+    tensors = load_file(lora(tmp_path, target_modules=["q_proj", "embed_tokens"]) / WEIGHTS)
+    save_file({key.replace("embed_tokens", "wte"): value for key, value in tensors.items()}, folder / WEIGHTS)
+    assert not check_export(folder, "vllm").ok
+    torn = {key: value for key, value in tensors.items() if not key.endswith("lora_embedding_B")}
+    save_file(torn, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match="some lora_A has no lora_B"):
+        check_export(folder)
 
 
 def test_our_native_adapters_are_sent_to_export(tmp_path: Path) -> None:

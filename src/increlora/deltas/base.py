@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .inputs import VECTORS, Inputs
+from .inputs import VECTORS, Inputs, Vectors
 
 
 class Status(IntEnum):
@@ -126,7 +126,8 @@ class Delta(Stored):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """ΔW x for x (…, in)."""
+        """ΔW x for vectors x (…, in); by hand and in tests: layers call `add_to`, whose y says the shape."""
+        assert isinstance(self.inputs, Vectors)
         return self.add_to(x.new_zeros(*x.shape[:-1], self.out_features), x)
 
     def weight(self) -> Tensor:

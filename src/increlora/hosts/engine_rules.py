@@ -13,6 +13,7 @@ from ..errors import CheckpointError
 from .lora_format import (
     ENDINGS,
     PREFIX,
+    TOKEN_ENDINGS,
     changes_base,
     configured_rank,
     configured_scale,
@@ -38,6 +39,7 @@ class Engine:
         limits: values its option for the largest rank accepts; (): any; None: it has no such option.
         default_limit: of that option; None: it is taken from the adapters.
         saved: modules of `modules_to_save` that it loads; None: all.   passes: parts of further names it accepts.
+        embeddings: whose adapted embeddings it serves, in words; empty: nobody's.
         options: options of LoraConfig that it cannot compute.   named_targets: `target_modules` must be a list.
         any_type: it is peft, which loads more than LoRA.
     """
@@ -48,6 +50,7 @@ class Engine:
     default_limit: int | None = None
     saved: frozenset[str] | None = frozenset()
     passes: tuple[str, ...] = ()
+    embeddings: str = ""
     options: tuple[str, ...] = BEYOND_LORA
     named_targets: bool = False
     any_type: bool = False
@@ -55,11 +58,12 @@ class Engine:
 
 @dataclass(frozen=True)
 class Contents:
-    """A folder as an engine sees it.   rows: module → rows of lora_A.   others: keys that are no
-    factors of linear maps."""
+    """A folder as an engine sees it.   rows: module → rows of its A.   embeddings: those of `rows` that are adapted
+    embeddings.   others: keys that are no factors of linear maps or embeddings."""
 
     config: Config
     rows: Mapping[str, int]
+    embeddings: tuple[str, ...]
     others: tuple[str, ...]
 
 
@@ -67,13 +71,15 @@ def contents(folder: Path) -> Contents:
     """What the folder holds. Raises CheckpointError if it is no whole adapter."""
     config = read_config(folder)
     shapes, _ = read_shapes(folder)
-    modules = lora_modules(shapes)
-    if config.get("peft_type") == "LORA" and 2 * len(modules) != len(shapes) - len(other_keys(shapes)):
+    modules, embeddings = lora_modules(shapes), lora_modules(shapes, TOKEN_ENDINGS)
+    others = [key for key in other_keys(shapes) if not key.endswith(TOKEN_ENDINGS)]
+    if config.get("peft_type") == "LORA" and 2 * len(modules + embeddings) != len(shapes) - len(others):
         raise CheckpointError(f"{folder}: some lora_A has no lora_B, or the reverse; the adapter is damaged")
-    factors = {name: shapes[PREFIX + name + ENDINGS[0]] for name in modules}
-    rows = {name: shape[0] for name, shape in factors.items() if len(shape) == 2}
-    others = [*other_keys(shapes), *(PREFIX + name + ENDINGS[0] for name in modules if name not in rows)]
-    return Contents(config, rows, tuple(others))
+    keys = {name: PREFIX + name + ENDINGS[0] for name in modules}
+    keys |= {name: PREFIX + name + TOKEN_ENDINGS[0] for name in embeddings}
+    rows = {name: shapes[key][0] for name, key in keys.items() if len(shapes[key]) == 2}
+    others += [key for name, key in keys.items() if name not in rows]
+    return Contents(config, rows, tuple(embeddings), tuple(others))
 
 
 # -- scales: what an engine multiplies B A x with ---------------------------------------------------------------------
@@ -104,12 +110,14 @@ def problems(engine: Engine, found: Contents, limit: int | None) -> list[Problem
     kind = found.config.get("peft_type")
     if kind != "LORA":
         return [foreign_type(engine, kind)]
-    rules = (missing_options, other_options, changed_base, ranks, scales, served_rank, saved_modules, target_names)
+    rules = (missing_options, other_options, changed_base, ranks, scales, served_rank, saved_modules, embeddings,
+             target_names)  # fmt: skip
     return [problem for rule in rules for problem in rule(engine, found, limit)]
 
 
 UNIFORM = "export with layout='uniform' (--layout uniform)"
 EXPORT = "export it with `increlora export`"
+MERGE = "merge it: `increlora export --merge`"
 
 
 def foreign_type(engine: Engine, kind: object) -> Problem:
@@ -190,6 +198,8 @@ def saved_modules(engine: Engine, found: Contents, limit: int | None) -> list[Pr
     if engine.saved is None:
         return []
     names = [key.removeprefix(PREFIX).rpartition(".")[0] for key in found.others]
+    if not engine.embeddings:
+        names += found.embeddings
     if engine.saved:  # who loads heads reads the option
         names += found.config.get("modules_to_save") or ()
     accepted = engine.saved
@@ -199,7 +209,15 @@ def saved_modules(engine: Engine, found: Contents, limit: int | None) -> list[Pr
         return []
     what = "token embeddings" if "embed" in left[0] or "lm_head" in left[0] else "trained in full, or no linear map"
     only = f"only {' and '.join(sorted(accepted))}" if accepted else "low-rank factors only"
-    return [("error", first_of(left), f"is {what}; it loads {only}", "merge it: `increlora export --merge`")]
+    return [("error", first_of(left), f"is {what}; it loads {only}", MERGE)]
+
+
+def embeddings(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
+    """Are there adapted embeddings, which it serves of some models?"""
+    if not engine.embeddings or not found.embeddings:
+        return []
+    problem = f"is an adapted embedding; it serves {engine.embeddings}"
+    return [("warning", first_of(list(found.embeddings)), problem, f"with other models {MERGE}")]
 
 
 def target_names(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:

@@ -3,8 +3,10 @@
 peft         rank and scale of every module by the patterns
 vllm<0.32    one scale lora_alpha / r for all modules; patterns are ignored without a word
 vllm>=0.32   as peft; everything that is not low-rank is refused
+             both: embeddings where the class has them in `embedding_modules` (Llama's has, Qwen2's and Gemma 3's not)
 sglang       one scale lora_alpha / r; every lora_A must have exactly r rows
-llama.cpp    scale lora_alpha / rows of this lora_B; whatever is not a low-rank factor is refused
+llama.cpp    scale lora_alpha / rank of this lora_B; whatever is not a low-rank factor is refused; an adapted input
+             embedding is found by the name of its tensor, which a tied output has, too
 """
 
 import difflib
@@ -28,14 +30,21 @@ from .engine_rules import (
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank accepts
 HEADS = frozenset({"classifier", "score"})
+COPIES = ("embed_tokens.base_layer", "lm_head.base_layer")  # what peft saves beside an embedding, and vLLM skips
+LISTED = "those of models whose class has them among its `embedding_modules`"
 ENGINES = {
     "peft": Engine(scale_by_pattern, rank="pattern", saved=None, options=(), any_type=True),
-    "vllm<0.32": Engine(one_scale_or_rslora, limits=VLLM_RANKS, default_limit=16, saved=HEADS),
-    "vllm>=0.32": Engine(scale_by_pattern, rank="pattern", limits=VLLM_RANKS, default_limit=16, saved=HEADS),
+    "vllm<0.32": Engine(
+        one_scale_or_rslora, limits=VLLM_RANKS, default_limit=16, saved=HEADS, passes=COPIES, embeddings=LISTED
+    ),
+    "vllm>=0.32": Engine(
+        scale_by_pattern, "pattern", VLLM_RANKS, default_limit=16, saved=HEADS, passes=COPIES, embeddings=LISTED
+    ),
     "sglang": Engine(one_scale, rank="r", limits=(), named_targets=True),
     "llama.cpp": Engine(
         scale_by_rows,
-        passes=("_layernorm", ".norm"),
+        passes=("_layernorm", ".norm", ".base_layer"),
+        embeddings="the input embedding of models whose output has weights of its own",
         options=tuple(option for option in BEYOND_LORA if option != "alora_invocation_tokens"),
     ),
 }

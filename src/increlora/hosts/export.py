@@ -89,8 +89,8 @@ def export_lora(
         tolerance: the most that a truncation may lose of a module, relative Frobenius error in [0, 1]; None: 0.01 for
             modules without a low rank, and whatever `max_rank` costs for the others.
         adapter_name: default the active adapter; of a folder: its subfolder.
-    Warns: UserWarning if it holds what is no low-rank factor (`modules_to_save`, embeddings): it names the engines that
-        refuse that.
+    Warns: UserWarning if it holds what an engine refuses whatever the model is (`modules_to_save`; for some engines
+        embeddings and convolutions): it names the engines.
     Returns: what was written. Tensors keep their dtype; folded factors are rounded to it once. The folder appears in
         one piece or not at all.
     Raises: ExportError (no adapter that we read, unknown layout, more than low-rank, more lost than the tolerance, a

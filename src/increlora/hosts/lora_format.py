@@ -64,7 +64,8 @@ def lora_modules(keys: Iterable[str], endings: tuple[str, str] = ENDINGS) -> lis
 
 
 def other_keys(keys: Iterable[str]) -> list[str]:
-    """Keys that are no factor of a linear map: what `modules_to_save` and the like wrote."""
+    """Keys that are no factor of a linear map or convolution: those of embeddings, and what `modules_to_save` and the
+    like wrote."""
     return [key for key in keys if not key.endswith(ENDINGS)]
 
 

@@ -13,7 +13,7 @@ from increlora.hosts.peft import CONFIGS
 ADAPTERS = {name.lower(): config_cls for name, config_cls in CONFIGS.items()}
 ENDINGS = {
     "ForSequenceClassification": TaskType.SEQ_CLS, "ForTokenClassification": TaskType.TOKEN_CLS,
-    "Seq2SeqLM": TaskType.SEQ_2_SEQ_LM,
+    "ForQuestionAnswering": TaskType.QUESTION_ANS,
 }  # fmt: skip
 
 
@@ -33,7 +33,12 @@ def config_of(name: str, given: Mapping[str, Any], options: Mapping[str, Any] | 
     return ADAPTERS[name](**known | dict(options or {}))
 
 
-def task_type(model: nn.Module) -> TaskType:
-    """What peft calls the model's task, by the ending of its class's name."""
+def task_type(model: nn.Module) -> TaskType | None:
+    """What peft calls the model's task: by the ending of its class's name, and by whether it generates. None where it
+    has no name for it, as for masked language models."""
     name = type(model).__name__
-    return next((task for ending, task in ENDINGS.items() if name.endswith(ending)), TaskType.CAUSAL_LM)
+    known = next((task for ending, task in ENDINGS.items() if name.endswith(ending)), None)
+    if known is None and hasattr(model, "prepare_inputs_for_generation"):
+        seq2seq = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        return TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM
+    return TaskType.FEATURE_EXTRACTION if known is None and name.endswith("Model") else known

@@ -20,7 +20,7 @@ from .base import LOW_RANK_READS, Method, Site
 from .falling import cubic_of, first_rank
 from .initial import gaussian, lora_start, ones, zeros
 from .rules import PenaltyRule, RankPruning
-from .scaling import scale_of
+from .scaling import fixed, scale_of
 
 
 class AdaLora(AdaLoraSettings):
@@ -56,7 +56,7 @@ class AdaLora(AdaLoraSettings):
         delta = TripletDelta(
             site.in_features, site.out_features, [rank],
             init=published if self.start == "published" else lora,
-            scale=lambda active: self._scale(wanted, mean_rank),
+            scale=partial(fixed, self._scale(wanted, mean_rank)),
             name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
             inputs=site.inputs,
         )  # fmt: skip

@@ -7,13 +7,14 @@ Source: LoRA, section 4.1. Differs: nothing (equal to peft's LoRA step by step f
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from ..budget import Budget
 from ..deltas import LowRankDelta, Status
 from .base import LOW_RANK_READS, Method, Site, matching
 from .checks import check_counts, check_patterns, check_shares
 from .initial import lora_start
-from .scaling import scale_of
+from .scaling import fixed, scale_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Lora:
         delta = LowRankDelta(
             site.in_features, site.out_features, [rank],
             init=lora_start(site.inputs, random=not self.init_lora_weights),
-            scale=lambda active: scale_of(alpha, rank, rslora=self.use_rslora),
+            scale=partial(fixed, scale_of(alpha, rank, rslora=self.use_rslora)),
             name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
             inputs=site.inputs,
         )  # fmt: skip

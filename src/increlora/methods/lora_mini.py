@@ -25,8 +25,8 @@ from ..deltas import FourFactorDelta, Status
 from ..errors import ConfigError
 from .base import Method, Site, matching
 from .checks import check_choices, check_counts, check_patterns, check_shares
-from .initial import Shape, gaussian, kaiming, zeros
-from .scaling import scale_of
+from .initial import Shape, gaussian, narrowed, zeros
+from .scaling import fixed, scale_of
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class LoraMini:
         delta = FourFactorDelta(
             site.in_features, site.out_features, [rank],
             inner=inner, path=self.forward, save_projection=self.save_projection,
-            init={"aux_A": outer, "aux_B": outer, "A": lambda *given: kaiming(*given) * narrower,
+            init={"aux_A": outer, "aux_B": outer, "A": partial(narrowed, narrower),
                   "B": zeros if self.init_lora_weights else gaussian},
-            scale=lambda active: scale_of(alpha, rank, rslora=self.use_rslora),
+            scale=partial(fixed, scale_of(alpha, rank, rslora=self.use_rslora)),
             name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
         )  # fmt: skip
         delta.status[0] = Status.ACTIVE

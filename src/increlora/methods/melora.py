@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from .base import Method, Site, matching
 from .checks import check_counts, check_patterns, check_shares
 from .initial import gaussian, kaiming, zeros
-from .scaling import scale_of
+from .scaling import fixed, scale_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Melora:
         delta = make(
             site.in_features, site.out_features, [rank],
             init={"A": kaiming, "B": zeros if self.init_lora_weights else gaussian},
-            scale=lambda active: scale_of(alpha, rank, rslora=self.use_rslora),
+            scale=partial(fixed, scale_of(alpha, rank, rslora=self.use_rslora)),
             name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
         )  # fmt: skip
         delta.status[0] = Status.ACTIVE

@@ -9,10 +9,9 @@ Source: PRILoRA (arXiv 2401.11316), from its abstract and second-hand summaries:
 option, see docs/methods/prilora.md.   Differs: ranks add up to the budget exactly and cost at most LoRA's parameters.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Literal
 
 from ..budget import Budget, resolve
@@ -27,7 +26,6 @@ from .rules import EntryPruning
 from .scaling import scale_of
 
 Peers = tuple[tuple[str, int, int], ...]
-RanksOf = Callable[[Peers], dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -95,21 +93,16 @@ class Prilora:
         )
         return Method(
             name="prilora",
-            make_delta=partial(self._delta, ranks_of=cache(partial(self._ranks, first, budget)), mean=mean),
+            make_delta=partial(self._delta, first=first, budget=budget, mean=mean),
             budget=budget,
             prune=rule if self.prune_share else None,
             total_steps=self.total_steps,
             reads=LOW_RANK_READS,
         )
 
-    def _ranks(self, first: Fraction, budget: Budget, peers: Peers) -> dict[str, int]:
-        names, shapes = [name for name, *_ in peers], [(m, n) for _, m, n in peers]
-        places = depths(names, restart=self.ramp == "per_stack")
-        return dict(zip(names, ramp_ranks(places, first=first, budget=budget, shapes=shapes), strict=True))
-
-    def _delta(self, site: Site, *, ranks_of: RanksOf, mean: Fraction) -> LowRankDelta:
+    def _delta(self, site: Site, *, first: Fraction, budget: Budget, mean: Fraction) -> LowRankDelta:
         # a site that is not among its peers is found by a checkpoint's keys; its tensors then say the rank
-        known = ranks_of(site.peers) if site.peers else {}
+        known = ranks_of(site.peers, first, budget, restart=self.ramp == "per_stack") if site.peers else {}
         rank = known.get(site.name) or min(max(1, round(mean)), site.in_features, site.out_features)
         delta = LowRankDelta(
             site.in_features, site.out_features, [rank],
@@ -133,3 +126,11 @@ class Prilora:
             settle=in_steps(self.settle_steps, run, name="settle_steps"),
             total=run.steps,
         )
+
+
+@lru_cache(maxsize=1)  # all modules of a model ask the same
+def ranks_of(peers: Peers, first: Fraction, budget: Budget, *, restart: bool) -> dict[str, int]:
+    """Rank of every module, by name."""
+    names, shapes = [name for name, *_ in peers], [(m, n) for _, m, n in peers]
+    ramp = ramp_ranks(depths(names, restart=restart), first=first, budget=budget, shapes=shapes)
+    return dict(zip(names, ramp, strict=True))

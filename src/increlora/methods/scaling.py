@@ -10,3 +10,8 @@ def scale_of(alpha: float, rank: float, *, rslora: bool) -> float:
         rank: r > 0, in ranks; an average need not be whole.
     Source: rsLoRA (arXiv 2312.03732), its main theorem.   Differs: r may be an average, which the method names."""
     return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def fixed(scale: float, active: int) -> float:
+    """A scale whatever the active rank is; `partial(fixed, scale)` can be pickled."""
+    return scale

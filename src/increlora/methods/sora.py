@@ -22,7 +22,7 @@ from .base import LOW_RANK_READS, Method, Site
 from .falling import cubic_of, first_rank
 from .initial import lora_start, normal, ones
 from .rules import GateShrinking, PenaltyRule
-from .scaling import scale_of
+from .scaling import fixed, scale_of
 from .sora_settings import SoraSettings
 
 
@@ -64,7 +64,7 @@ class Sora(SoraSettings):
                 **lora_start(site.inputs, random=not self.init_lora_weights),
                 "E": {"ones": ones, "normal": normal}[self.gate_init],
             },
-            scale=lambda active: scale,
+            scale=partial(fixed, scale),
             name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
             inputs=site.inputs,
         )  # fmt: skip

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from .vllm import MEMBER, RELEASES
+from .vllm import MEMBER, NAMES, RELEASES
 from .wheel import fetched
 
 for requirement in RELEASES.values():
-    print(f"{requirement}: {fetched(requirement, MEMBER)}")
+    for member in (MEMBER, NAMES):
+        print(f"{requirement}: {fetched(requirement, member)}")
 sys.exit(pytest.main(["--no-cov", "-q", str(Path(__file__).parent), *sys.argv[1:]]))

@@ -1,6 +1,6 @@
 """`check_export` against vLLM's own code: what it loads with the right scale everywhere, and nothing else, passes.
 
-Skipped where the two files are not at hand; `python -m tests.conformance.engines` fetches them.
+Skipped where its files are not at hand; `python -m tests.conformance.engines` fetches them.
 """
 
 import json
@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
 from increlora import check_export, export_lora
-from tests.conformance.engines.vllm import RELEASES, RefusedError, is_here, loaded, rank_and_scale
+from tests.conformance.engines.vllm import RELEASES, RefusedError, is_here, loaded, rank_and_scale, reads
 from tests.hosts.methods import METHODS, STEPS
 from tests.hosts.test_engines import FOLDERS, Deltas, edited, in_peft, lora, read
 from tests.hosts.tiny import BUILDERS
 from tests.hosts.training import train
 
 pytestmark = pytest.mark.skipif(
-    not all(map(is_here, RELEASES)), reason="needs vLLM's peft_helper.py: python -m tests.conformance.engines"
+    not all(map(is_here, RELEASES)), reason="needs files of vLLM's: python -m tests.conformance.engines"
 )
 every_release = pytest.mark.parametrize("engine", RELEASES)
 
@@ -134,6 +135,19 @@ def test_missing_options(missing: str, engine: str, tmp_path: Path) -> None:
     assert not check_export(folder, engine).ok
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@every_release
+@pytest.mark.parametrize("name", ["embed_tokens", "wte"])
+def test_adapted_embeddings(name: str, engine: str, tmp_path: Path) -> None:
+    """peft saves a copy of the embedding, too, which vLLM knows by the name alone."""
+    folder = lora(tmp_path, target_modules=["q_proj", "embed_tokens"])
+    weights = folder / "adapter_model.safetensors"
+    tensors = {key.replace("embed_tokens", name): value for key, value in load_file(weights).items()}
+    save_file(tensors, weights)
+    assert sum(name in key for key in tensors) == 3
+    assert check_export(folder, engine).ok == all(reads(engine, key) for key in tensors) == (name == "embed_tokens")
+
+
 def test_a_native_adapter_gets_past_the_config_and_not_past_the_check(tmp_path: Path) -> None:
     """vLLM does not look at `peft_type`; what stops it are the names of the tensors."""
     model = get_peft_model(BUILDERS["llama"](), METHODS["increlora"]())
@@ -141,4 +155,5 @@ def test_a_native_adapter_gets_past_the_config_and_not_past_the_check(tmp_path: 
     for engine in RELEASES:
         loaded(engine, tmp_path / "native")
         assert not check_export(tmp_path / "native", engine).ok
+        assert not any(reads(engine, key) for key in load_file(tmp_path / "native/adapter_model.safetensors"))
     assert json.loads((tmp_path / "native/adapter_config.json").read_text())["peft_type"] == "INCRELORA"

@@ -4,6 +4,7 @@ It validates the config and says the rank and the scale of a module. What vLLM t
 all releases: it pads each A and B with zeros into buffers of the server's rank, and refuses what is no factor.
 """
 
+import ast
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -15,11 +16,12 @@ from typing import Any
 from .wheel import cached, fetched
 
 MEMBER = "vllm/lora/peft_helper.py"
+NAMES = "vllm/lora/utils.py"
 RELEASES = {"vllm<0.32": "vllm==0.31.0", "vllm>=0.32": "vllm==0.33.0"}  # engine of `check_export` → its referee
 
 
 def is_here(engine: str) -> bool:
-    return cached(RELEASES[engine], MEMBER).exists()
+    return all(cached(RELEASES[engine], member).exists() for member in (MEMBER, NAMES))
 
 
 def helper(engine: str) -> type:
@@ -57,6 +59,20 @@ def stubs() -> Iterator[None]:
                 del sys.modules[name]
             else:
                 sys.modules[name] = module
+
+
+def reads(engine: str, key: str) -> bool:
+    """Does the release take a tensor of this name: as a factor of a module, or as a copy that it skips? Its rules are
+    two functions of a file that imports the rest of vLLM; they alone are run."""
+    wanted = ("parse_fine_tuned_lora_name", "is_base_embedding_weights")
+    tree = ast.parse(fetched(RELEASES[engine], NAMES).read_text())
+    tree.body = [part for part in tree.body if isinstance(part, ast.FunctionDef) and part.name in wanted]
+    found: dict[str, Any] = {}
+    exec(compile(tree, NAMES, "exec"), found)
+    try:
+        return bool(found[wanted[1]](key) or found[wanted[0]](key))
+    except ValueError:
+        return False
 
 
 class RefusedError(Exception):
