@@ -329,7 +329,7 @@ def test_trap_fused_projections_are_one_map_and_other_classes_are_refused() -> N
     assert isinstance(fused, FourFactorDelta) and fused.lora_aux_B.shape == (48, 5) and fused.weight().any()
     for module, kind in ((nn.Conv2d(3, 4, 2), "Conv2d"), (nn.Embedding(5, 6), "Embedding")):
         base = nn.Sequential(module)
-        with pytest.raises(ConfigError, match=f"type {kind} cannot be adapted"):
+        with pytest.raises(ConfigError, match=f"nn.{kind}, which lora_mini cannot adapt"):
             get_peft_model(base, LoraMiniConfig(target_modules=["0"]))
         assert base[0] is module
 

@@ -136,7 +136,7 @@ def the_adapter_is_halved(patch: Patch) -> None:
 
 
 def merging_adds_nothing(patch: Patch) -> None:
-    patch.setattr(AdapterLayer, "set_base_weight", nothing)
+    patch.setattr(AdapterLayer, "_write", nothing)
 
 
 def merging_is_not_undone(patch: Patch) -> None:

@@ -8,6 +8,7 @@ nn.Conv2d                     patches     channels · kh · kw, out channels
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -16,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ...deltas import Inputs, Patches, Tokens, Vectors
 from ...errors import ConfigError
 from ...methods import METHODS, Method
-from .quantised import is_quantised
+from .quantised import is_plain, is_quantised, stored_dtype
 
 KINDS: Mapping[type[Inputs], str] = {Vectors: "nn.Linear or Conv1D", Tokens: "nn.Embedding", Patches: "nn.Conv2d"}
 
@@ -54,7 +55,8 @@ def check_forward(base: nn.Module, name: str) -> None:
     """Raise ConfigError for an embedding or convolution that computes something of its own, as position embeddings do;
     word embeddings that are multiplied by a constant say so, and packed ones only store their weight otherwise."""
     parent = nn.Embedding if isinstance(base, nn.Embedding) else nn.Conv2d
-    if type(base).forward is parent.forward or hasattr(base, "embed_scale") or is_quantised(base):
+    packed = is_quantised(base) or not is_plain(stored_dtype(base) or torch.float32)
+    if type(base).forward is parent.forward or hasattr(base, "embed_scale") or packed:
         return
     raise ConfigError(
         f"{name} of type {type(base).__name__} is no plain nn.{parent.__name__}, an adapter would compute something "
