@@ -30,7 +30,8 @@ from .peft import checkpoint
 from .peft.config import CONFIGS, check_folder
 from .peft.drive import chosen_adapter
 from .peft.layer import adapter_layers
-from .peft.model import SHARED, shared_parameters
+from .peft.live import shared_parameters
+from .peft.model import SHARED
 
 READERS = {"LORA": lora_factors, "ADALORA": adalora_factors}
 KNOWN = (*CONFIGS, *READERS)

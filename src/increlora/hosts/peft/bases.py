@@ -1,15 +1,17 @@
-"""What a base module is, as a linear map: its shape, and what it reads.
+"""Which modules are adapted, and what each is as a linear map: its shape, and what it reads.
 
 nn.Linear, Conv1D (GPT-2)     vectors     in, out
 nn.Embedding                  tokens      vocabulary, width
 nn.Conv2d                     patches     channels · kh · kw, out channels
 """
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -101,6 +103,22 @@ def check_readable(method: Method, name: str, inputs: Inputs) -> None:
         f"{name} is {KINDS[type(inputs)]}, which {method.name} cannot adapt ({own}): leave it out of `target_modules`, "
         f"add it to `modules_to_save`, or choose among {', '.join(others)}"
     )
+
+
+def is_all_linear(targets: object) -> bool:
+    return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
+def check_matched(peft_config: Any, model: nn.Module) -> None:
+    """Raise ConfigError, with the nearest name there is, for target modules of which the model has none."""
+    targets = peft_config.target_modules
+    if targets == DUMMY_TARGET_MODULES:
+        return
+    known = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+    wanted = [targets] if isinstance(targets, str) else sorted(targets or ())
+    near = next((n for t in wanted for n in difflib.get_close_matches(t.rpartition(".")[2], known, 1)), None)
+    remedy = f"did you mean {near!r}?" if near and near not in wanted else f"it has {', '.join(known[:12])}"
+    raise ConfigError(f"Target modules {wanted} not found in the base model (after exclusions): {remedy}")
 
 
 def check_in_memory(bases: Mapping[str, nn.Module]) -> None:

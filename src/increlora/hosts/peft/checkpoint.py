@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...deltas import Stored
 from ...deltas.base import NAMES
 from ...errors import CheckpointError
-from .layer import TunerLayer
+from .layer import AdapterLayer, TunerLayer
 
 PREFIX = "base_model.model."
 
@@ -137,3 +137,15 @@ def complete(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor])
         given = {key.removeprefix(place) for key in state_dict if key.startswith(place)}
         state_dict |= {f"{place}{entry}": value for entry, value in module.left_out(given).items()}
     return state_dict
+
+
+def check_ends_unmerged(model: nn.Module) -> None:
+    """Raise CheckpointError while the adapter of an input or output embedding is merged: peft saves that weight beside
+    the adapter, whose ΔW would then be there twice."""
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        end = getattr(model, get, lambda: None)()
+        if isinstance(end, AdapterLayer) and end.merged:
+            name = end.delta(end.merged_adapters[0]).name
+            raise CheckpointError(
+                f"{name} is saved as it is, and an adapter is merged into it: call unmerge_adapter first"
+            )

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from ...errors import ConfigError
 from ...runtime import Controller, attach_controller, controllers_of
 from .layer import AdapterLayer, adapter_layers, adapters_of
-from .model import drive, shared_parameters
+from .live import drive, shared_parameters
 
 
 def attach(

@@ -1,27 +1,23 @@
 """The tuner: one for all methods. It counts the sites, puts a delta at each, and gives adaptive ones a controller."""
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ...deltas import BlockDelta, Delta, Status, Stored, Vectors
-from ...deltas.inputs import as_json
-from ...errors import CheckpointError, ConfigError
+from ...deltas import BlockDelta, Delta, Stored
+from ...errors import ConfigError
 from ...methods import Site
-from ...runtime import Controller, register
-from .. import transformers as trainer_host
+from ...runtime import Controller
 from ..heads import complete_config
 from . import checkpoint, weighted
-from .bases import check_in_memory, check_readable, is_called, read
-from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, check_name, layer_over
+from .bases import check_in_memory, check_matched, check_readable, is_all_linear, is_called, read
+from .layer import AdapterLayer, SharedFactors, TunerLayer, adapters_of, check_name, layer_over
+from .live import blocks_of, drive, live_states
 from .mixed import copies_of, mixed_batch
 from .quantised import backend_of, check_mergeable, warn_of_rounding, working_dtype
 
@@ -206,7 +202,7 @@ class AdapterModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor],
                                 unwanted_adapter_names: list[str]) -> dict[str, Tensor]:  # fmt: skip
-        check_ends_unmerged(model)
+        checkpoint.check_ends_unmerged(model)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return checkpoint.compact(model, adapter_name, selected)
 
@@ -220,73 +216,3 @@ class AdapterModel(BaseTuner):
         checkpoint.fit(model, adapter_name, state_dict, trainable=not config.inference_mode)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return checkpoint.complete(model, adapter_name, remapped)
-
-
-def live_states(config: Any, name: str, delta: BlockDelta) -> list[Status] | None:
-    """The block states in a live config; None if a change of its options (`dataclasses.replace`) made other blocks."""
-    states = [Status(s) for s in config.blocks.get(name, ())]
-    if len(states) != len(delta.sizes):
-        return None
-    rank = sum(size for size, state in zip(delta.sizes, states, strict=True) if state is Status.ACTIVE)
-    return states if rank == config.ranks[name] else None
-
-
-def check_ends_unmerged(model: nn.Module) -> None:
-    """Raise CheckpointError while the adapter of an input or output embedding is merged: peft saves that weight beside
-    the adapter, whose ΔW would then be there twice."""
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        end = getattr(model, get, lambda: None)()
-        if isinstance(end, AdapterLayer) and end.merged:
-            name = end.delta(end.merged_adapters[0]).name
-            raise CheckpointError(
-                f"{name} is saved as it is, and an adapter is merged into it: call unmerge_adapter first"
-            )
-
-
-def is_all_linear(targets: object) -> bool:
-    return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
-
-
-def check_matched(peft_config: Any, model: nn.Module) -> None:
-    """Raise ConfigError, with the nearest name there is, for target modules of which the model has none."""
-    targets = peft_config.target_modules
-    if targets == DUMMY_TARGET_MODULES:
-        return
-    known = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
-    wanted = [targets] if isinstance(targets, str) else sorted(targets or ())
-    near = next((n for t in wanted for n in difflib.get_close_matches(t.rpartition(".")[2], known, 1)), None)
-    remedy = f"did you mean {near!r}?" if near and near not in wanted else f"it has {', '.join(known[:12])}"
-    raise ConfigError(f"Target modules {wanted} not found in the base model (after exclusions): {remedy}")
-
-
-def drive(model: nn.Module, adapter_name: str, config: Any, method: Any) -> Controller | None:
-    """Give an adapter its controller; None where the method needs none."""
-    trainer_host.install()
-    deltas = {layer.delta(adapter_name).name: layer.delta(adapter_name)
-              for layer in adapter_layers(model, adapter_name).values()}  # fmt: skip
-    blocks, shared = blocks_of(deltas), shared_parameters(model, adapter_name)
-    config.shapes = {name: [delta.in_features, delta.out_features] for name, delta in deltas.items()}
-    config.inputs = {n: as_json(delta.inputs) for n, delta in deltas.items() if not isinstance(delta.inputs, Vectors)}
-
-    def keep_config_current() -> None:
-        config.ranks = {name: delta.rank for name, delta in deltas.items()}
-        config.blocks = {name: [int(s) for s in delta.status] for name, delta in blocks.items()}
-        config.parameters = shared + sum(delta.rank * delta.cost for delta in deltas.values())
-
-    keep_config_current()
-    if not method.adaptive:
-        return None
-    controller = Controller(method, blocks, on_change=keep_config_current)
-    register(controller)
-    return controller
-
-
-def blocks_of(deltas: Mapping[str, Delta]) -> dict[str, BlockDelta]:
-    """Those deltas that have blocks: of an adaptive method all."""
-    return {name: delta for name, delta in deltas.items() if isinstance(delta, BlockDelta)}
-
-
-def shared_parameters(model: nn.Module, adapter_name: str) -> int:
-    """How many numbers the modules of an adapter share."""
-    owners = [m for m in model.modules() if isinstance(m, SharedFactors) and adapter_name in m.lora_delta]
-    return sum(p.numel() for owner in owners for p in owner.lora_delta[adapter_name].parameters())
