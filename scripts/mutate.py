@@ -1,6 +1,6 @@
 """Does a test notice? Applies one-line changes to formulas, one at a time, each in a copy, and expects red.
 
-    .venv/bin/python scripts/mutate.py [--jobs N] [--only TEXT]
+    PYTHONPATH=.venv/quantised .venv/bin/python scripts/mutate.py [--jobs N] [--only TEXT]
 
 The changes are in scripts/mutations.toml: a file below src/increlora, the text to find (once in that file), what to put
 there, and the tests that must fail. The named tests must pass on the unchanged tree first. Exits with 1 if a change

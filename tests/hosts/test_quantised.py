@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Torc
 from increlora import PlainLoraConfig, export_lora, export_merged, rank_summary
 from increlora.errors import ExportError
 from increlora.hosts.peft.layer import AdapterLayer
-from increlora.hosts.peft.quantised import Rounding, backend_of, rounding, working_dtype
+from increlora.hosts.peft.quantised import Rounding, backend_of, keep_layout, rounding, working_dtype
 from tests.hosts.methods import METHODS, MOVING, STEPS
 from tests.hosts.tiny import logits
 from tests.hosts.training import train
@@ -26,8 +26,9 @@ from tests.hosts.training import train
 pytest.importorskip("bitsandbytes")
 import bitsandbytes as bnb
 
+# Rows of whole blocks of 64: bitsandbytes 0.50 reads narrower ones wrongly where the CPU has AVX512.
 LLAMA = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+    vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 
@@ -129,7 +130,9 @@ def test_a_method_on_a_quantised_base(method: str, kind: str, files: Path, tmp_p
 
     exported = export_lora(model, tmp_path / "lora")
     elsewhere = PeftModel.from_pretrained(BASES[kind](files), exported)
-    torch.testing.assert_close(logits(elsewhere, "llama"), native, rtol=0, atol=1e-4)
+    keep_layout(elsewhere)
+    lost = (logits(elsewhere, "llama") - native).norm() / (native - plain).norm()
+    assert lost < 1e-3  # in 8 bits inputs are rounded, too: the last bit of one may cross a boundary
 
     deltas = {n: m.get_delta_weight("default") for n, m in layers(model).items()}
     with pytest.warns(UserWarning, match=r"merged into quantised weights .* which rounds them again"):
@@ -183,6 +186,22 @@ def test_a_change_below_the_grid_is_lost_and_one_above_only_gets_noise(step: flo
     found = rounding(written, weight + change, change)
     assert found.kept == pytest.approx(kept, abs=0.05)
     assert found.error == pytest.approx(float((written - weight - change).norm() / change.norm()))
+
+
+def test_weights_are_not_packed_for_evaluation(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On some CPUs bitsandbytes would; here it believes to run on one, and has evaluated the base before."""
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+    torch.manual_seed(0)
+    linear = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu").eval()
+    linear.weight.data, state = bnb.nn.modules._convert_weight_packed_for_cpu(
+        linear.weight.data, linear.weight.quant_state
+    )
+    packed = bnb.functional.dequantize_4bit(linear.weight.data, state)
+    model = get_peft_model(nn.Sequential(linear), PlainLoraConfig(target_modules=["0"])).eval()
+    assert not linear.support_avx512bf16_for_cpu and not linear.weight.quant_state.packing_format_for_cpu
+    read = backend_of(linear, model).get_base_weight(linear).float()
+    torch.testing.assert_close(model(torch.eye(64)), read.T, rtol=0.01, atol=0.01)
+    assert (packed.float() - read).abs().max() > 0.1
 
 
 def test_the_weight_that_comes_back_is_still_quantised(files: Path) -> None:

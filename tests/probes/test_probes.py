@@ -102,6 +102,15 @@ def test_the_documented_table_is_what_the_probes_find(table: probes.Table) -> No
                 assert documented[name][method] == found, (name, method)
 
 
+def test_the_documented_quantised_bases_are_what_the_probes_find() -> None:
+    written = json.loads((ROOT / "docs" / "reference" / "capabilities.json").read_text())
+    for method, documented in probes.from_data(written)["quantised base"].items():
+        found = outcome_of(probes.PROBES["quantised base"], subject_of(method))
+        if found.verdict == "not probed":
+            pytest.skip(found.reason)
+        assert found == documented, method
+
+
 def test_the_documented_table_is_of_the_versions_of_the_tests_and_nothing_in_it_is_broken() -> None:
     written = json.loads((ROOT / "docs" / "reference" / "capabilities.json").read_text())
     pins = dict(line.split("==") for line in (ROOT / "constraints-dev.txt").read_text().splitlines() if "==" in line)

@@ -1,6 +1,7 @@
 """MoRA by loops over single entries, as the specification words it: slow, and without any of the library's code."""
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -113,6 +114,7 @@ def dense(operator: str, M: Tensor, in_features: int, out_features: int, **optio
     return chunked(M, in_features, out_features, rotate=operator == "rotation", **options)
 
 
+@cache
 def linear_map(operator: str, side: int, in_features: int, out_features: int, **options) -> Tensor:
     """(out, in, R, R): ΔW is its product with M, so that M can be trained."""
     found = torch.zeros(out_features, in_features, side, side, dtype=torch.float64)

@@ -19,7 +19,7 @@ from .bases import check_in_memory, check_matched, check_readable, is_all_linear
 from .layer import AdapterLayer, SharedFactors, TunerLayer, adapters_of, check_name, layer_over
 from .live import blocks_of, drive, live_states
 from .mixed import copies_of, mixed_batch
-from .quantised import backend_of, check_mergeable, warn_of_rounding, working_dtype
+from .quantised import backend_of, check_mergeable, keep_layout, warn_of_rounding, working_dtype
 
 SHARED = "shared_factors"  # where the model holds what all modules of an adapter share
 
@@ -139,6 +139,7 @@ class AdapterModel(BaseTuner):
         low_cpu_mem_usage: bool = False, state_dict: dict[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         check_name(adapter_name)
+        keep_layout(model)
         self._low_memory, self._by_state_dict = low_cpu_mem_usage, state_dict is not None
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         config = self.peft_config[adapter_name]

@@ -6,7 +6,7 @@ peft's backends give the weight in floating point and quantise what is written b
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -56,6 +56,16 @@ def working_dtype(base: nn.Module) -> torch.dtype:
     """What parameters beside this layer are made in: what it computes in; where it does not say, torch's default."""
     dtype: torch.dtype | None = getattr(base, "compute_dtype", None) or stored_dtype(base)
     return dtype if dtype is not None and is_plain(dtype) else torch.get_default_dtype()
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew at their first evaluation on a CPU that multiplies in bfloat16:
+    a layer so packed passes no gradient on, and peft would read its numbers in the wrong order."""
+    layers: Iterable[Any] = model.modules()
+    for module in layers:
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.state_dict()  # unpacks what has been packed already
+            module.support_avx512bf16_for_cpu = False
 
 
 class Before(Protocol):
