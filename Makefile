@@ -20,7 +20,7 @@ empty :=
 space := $(empty) $(empty)
 CORE  := $(subst $(space),$(comma),$(addprefix src/increlora/,*.py deltas/* methods/* runtime/* runtime/pruning/*))
 
-.PHONY: help setup demo test conformance docs lint format clean
+.PHONY: help setup demo test conformance bench docs lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -53,6 +53,9 @@ conformance: setup ## peft's own tests on our methods (writes docs/conformance.j
 	$(BIN)/python -m tests.conformance.engines
 	$(BIN)/python -m tests.integrations.fetch
 	$(WITH_BNB) $(BIN)/python -m pytest tests/integrations
+
+bench: setup ## docs/reference/performance.json: step times, memory and scores beside peft's (about 25 minutes)
+	$(BIN)/python -m benchmarks.speed
 
 docs: setup ## build/site, the documentation; opens from the folder and loads nothing from a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

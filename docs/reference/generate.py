@@ -171,6 +171,39 @@ def left_out() -> str:
     return table(["refused because of", *(name.removesuffix("Config") for name in found)], rows)
 
 
+# -- speed -----------------------------------------------------------------------------------------------------------
+
+
+def read_performance() -> dict[str, Any]:
+    """What `make bench` wrote."""
+    return json.loads(Path(__file__).with_name("performance.json").read_text())
+
+
+def performance() -> str:
+    found = read_performance()
+    rows = []
+    for row in found["targets"]:
+        spread = f"{row['low']:.2f} – {row['high']:.2f}" if "low" in row else ""
+        bound = f"{'≥' if row['at least'] else '≤'} {row['bound']:g}"
+        rows.append([row["what"], bound, f"{row['ratio']:.3f}", spread, "met" if row["met"] else "**missed**"])
+    where = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
+    return table(["what", "target", "measured", "quartiles of single steps", ""], rows) + f"\n\nMeasured on: {where}."
+
+
+def steps() -> str:
+    """Median step of every subject and phase, beside the first subject's."""
+    rows = []
+    for comparison, subjects in read_performance()["steps"].items():
+        base = next(iter(subjects.values()))["all"]["median"]
+        for name, phases in subjects.items():
+            for phase, row in phases.items():
+                if phase != "all" or len(phases) > 2:
+                    spread = f"{row['low'] * 1e3:.0f} – {row['high'] * 1e3:.0f}"
+                    numbers = [str(row["steps"]), f"{row['median'] * 1e3:.0f}", spread, f"{row['median'] / base:.3f}"]
+                    rows.append([comparison, name, phase, *numbers])
+    return table(["comparison", "subject", "phase", "steps", "median, ms", "quartiles", "÷ the first"], rows)
+
+
 # -- Markdown ------------------------------------------------------------------------------------------------------
 
 
@@ -185,5 +218,5 @@ def cell(text: str) -> str:
 GENERATED: dict[str, Callable[[], str]] = {
     "api": api, "errors": error_types, "options": options, "shared": shared_options, "refused": refused_options,
     "cli": command_line, "capabilities": capabilities, "probes": probe_meanings, "conformance": conformance,
-    "allowed": allowed_failures, "left_out": left_out,
+    "allowed": allowed_failures, "left_out": left_out, "performance": performance, "steps": steps,
 }  # fmt: skip

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from increlora import IncreLoraConfig, PlainLoraConfig, PriloraConfig, attach, e
 from increlora.deltas import Status
 from increlora.errors import ConfigError, DriveError
 from increlora.hosts.peft.layer import adapter_layers
+from increlora.hosts.peft.live import live_states
 from increlora.runtime import controllers_of
 from tests.hosts.tiny import BUILDERS, adapter_only, grow, growing, inputs_for, logits, mid_growth
 
@@ -493,3 +495,14 @@ def test_a_live_config_with_another_rank_makes_a_fresh_adapter(models) -> None:
     assert [m.active for m in rank_summary(model, "same").modules] == [m.active for m in grown.modules]
     model.add_adapter("wider", dataclasses.replace(config, r=5, capacity=12, grow_by=2))
     assert {m.active for m in rank_summary(model, "wider").modules} == {1}
+
+
+@pytest.mark.parametrize(("rank", "taken"), [(2, False), (3, True)])
+def test_as_many_blocks_of_other_sizes_are_other_blocks(models, rank: int, taken: bool) -> None:
+    """The states of blocks of one rank, of which two are active, mean rank 3 where the second block has two."""
+    model = copy.deepcopy(models["mlp"])
+    model.add_adapter("wider", dataclasses.replace(model.peft_config["default"], r=5, capacity=7, grow_by=2))
+    (delta, *_) = deltas(model, "wider")
+    assert delta.sizes == [1, 2, 2, 1, 1]
+    live = SimpleNamespace(blocks={delta.name: [2, 2, 1, 0, 0]}, ranks={delta.name: rank})
+    assert live_states(live, delta.name, delta) == ([2, 2, 1, 0, 0] if taken else None)

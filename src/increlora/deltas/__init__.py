@@ -1,6 +1,7 @@
 """How ΔW is built: trainable maps that know torch only (no base layer, no adapter name, no optimizer)."""
 
 from .base import Delta, Status, Stored
+from .beside import Pending, computed
 from .block_diagonal import BlockDiagonalDelta
 from .blocks import BlockDelta, Init
 from .four_factor import FourFactorDelta
@@ -12,5 +13,6 @@ from .triplet import TripletDelta
 
 __all__ = [
     "BlockDelta", "BlockDiagonalDelta", "Delta", "Form", "FourFactorDelta", "Init", "Inputs", "LowRankDelta", "Patches",
-    "SquareDelta", "Status", "Stored", "TensorBank", "TensorDelta", "Tokens", "TripletDelta", "Vectors",
+    "Pending", "SquareDelta", "Status", "Stored", "TensorBank", "TensorDelta", "Tokens", "TripletDelta", "Vectors",
+    "computed",
 ]  # fmt: skip

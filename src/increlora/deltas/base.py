@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .beside import Pending
 from .inputs import VECTORS, Inputs, Vectors
 
 
@@ -121,8 +122,8 @@ class Delta(Stored):
         """(A, B) with ΔW = B @ A exactly, every scale folded in; A (R, in), B (out, R)."""
         raise NotImplementedError
 
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """y + ΔW x, with y (…, out) and x (…, in) or as `inputs` says; y may be overwritten."""
+    def add_to(self, y: Tensor | Pending, x: Tensor) -> Tensor:
+        """y + ΔW x, with y (…, out), computed or not, and x (…, in) or as `inputs` says."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:

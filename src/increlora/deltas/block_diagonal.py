@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .beside import Pending, computed
 from .blocks import BlockDelta
 from .products import matched
 
@@ -53,7 +54,8 @@ class BlockDiagonalDelta(BlockDelta):
             return a * self.scale, b
         return a, b * self.scale
 
-    def _add_product(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def _add_product(self, y: Tensor | Pending, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         slices = matched(x, A).reshape(-1, self.minis, A.shape[2]).transpose(0, 1)  # views: nothing is copied
         added = torch.bmm(torch.bmm(slices, A.mT), B.mT)
+        y = computed(y)
         return y + added.transpose(0, 1).reshape(y.shape).to(y.dtype)

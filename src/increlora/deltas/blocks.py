@@ -8,6 +8,7 @@ says which ranks count (`kept`) and sets the others to zero.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,22 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..seeding import generator_of
 from .base import Delta, Status, check_shape
+from .beside import Pending, computed
 from .inputs import VECTORS, Inputs
 from .products import ZeroGate, in_process_group
 from .state import STATE_FORMAT, ModuleState, unpack, without_idle_statistics
 
 Init = Callable[[tuple[int, int], torch.Generator, int], Tensor]
 STATE = "lora_state"
+
+
+class Now(NamedTuple):
+    """What follows from the state of the blocks: those that are computed, the active rank, names of idle parameters."""
+
+    state: object
+    live: list[int]
+    rank: int
+    still: list[str]
 
 
 class BlockDelta(Delta):
@@ -57,6 +68,8 @@ class BlockDelta(Delta):
         super().__init__(in_features, out_features, name=name, dropout=dropout, inputs=inputs)
         self.init, self.scale_of, self.seed = init, scale, seed
         self.sizes: list[int] = []
+        self._names: list[list[tuple[str, str]]] = []  # of the parameters of every block, by letter
+        self._found: Now | None = None
         self.status: list[Status] = []
         self.born: list[int] = []  # step after which the block became active; -1: with the model
         self.reserved: list[int] = []  # step after which it entered the reserve, else as `born`
@@ -79,12 +92,13 @@ class BlockDelta(Delta):
 
     def block(self, index: int) -> dict[str, nn.Parameter]:
         """Parameters of a block by letter; empty for a block that was loaded without them."""
-        names = {letter: f"lora_{letter}{index}" for letter in self.letters}
-        return {letter: getattr(self, name) for letter, name in names.items() if name in self._parameters}
+        own: Any = self._parameters
+        return {letter: own[name] for letter, name in self._names[index] if name in own}
 
     def _append_block(self, size: int, dtype: torch.dtype) -> None:
         index = len(self.sizes)
         self.sizes.append(size)
+        self._names.append([(letter, f"lora_{letter}{index}") for letter in self.letters])
         self.status.append(Status.DORMANT)
         self.born.append(-1)
         self.reserved.append(-1)
@@ -106,13 +120,28 @@ class BlockDelta(Delta):
     @property
     def live(self) -> list[int]:
         """Blocks that are computed: active, and the reserve if it learns."""
-        if self.closed and all(self.closed):
-            return []
-        return self.indices(Status.ACTIVE, Status.RESERVE) if self.reserve_learns else self.indices(Status.ACTIVE)
+        return self._now().live
 
     @property
     def rank(self) -> int:
-        return sum(self.sizes[i] for i in self.indices(Status.ACTIVE)) - self.kept.count(False)
+        return self._now().rank
+
+    def _now(self) -> "Now":
+        """Every use of the module asks; it is found again when something has changed."""
+        state = tuple(self.status), tuple(self.sizes), tuple(self.kept), tuple(self.closed), self.reserve_learns
+        if self._found is None or self._found.state != state:
+            active = self.indices(Status.ACTIVE)
+            live = self.indices(Status.ACTIVE, Status.RESERVE) if self.reserve_learns else active
+            nothing = bool(self.closed) and all(self.closed)
+            rank = sum(self.sizes[i] for i in active) - self.kept.count(False)
+            self._found = Now(state, [] if nothing else live, rank, self._still([] if nothing else live))
+        return self._found
+
+    def _still(self, live: Sequence[int]) -> list[str]:
+        idle = [name for i, names in enumerate(self._names) if i not in live for _, name in names]
+        return idle + [
+            name for i in live if self.status[i] == Status.RESERVE for letter, name in self._names[i] if letter == "E"
+        ]
 
     @property
     def reserve(self) -> int:
@@ -134,15 +163,18 @@ class BlockDelta(Delta):
 
     def still(self) -> list[nn.Parameter]:
         """Parameters that must not move now: all of dormant and retired blocks, e of the reserve."""
-        idle = [p for i in range(len(self.sizes)) if i not in self.live for p in self.block(i).values()]
-        return idle + [
-            self.block(i)["E"] for i in self.live if self.status[i] == Status.RESERVE and "E" in self.letters
-        ]
+        own: Any = self._parameters
+        return [own[name] for name in self._now().still if name in own]
+
+    def held(self) -> list[nn.Parameter]:
+        """Parameters of all blocks."""
+        return [p for p in self._parameters.values() if p is not None]
 
     # -- computation ---------------------------------------------------------------------------------------------
 
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+    def add_to(self, y: Tensor | Pending, x: Tensor) -> Tensor:
         if not self.live:
+            y = computed(y)
             return y + self._gate(y.new_zeros(()))
         A, B = self._operands()
         B = self._gate(B)
@@ -158,7 +190,7 @@ class BlockDelta(Delta):
         """What `_add_product` multiplies x with; a delta with structure has a cheaper form of it than its factors."""
         return self.factors()
 
-    def _add_product(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def _add_product(self, y: Tensor | Pending, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return self.inputs.add_product(y, x, A, B)
 
     def _gate(self, value: Tensor) -> Tensor:

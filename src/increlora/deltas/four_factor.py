@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .base import check_shape
+from .beside import Pending, computed
 from .blocks import BlockDelta
 from .products import add_product, matched
 
@@ -78,7 +79,7 @@ class FourFactorDelta(BlockDelta):
         block = self.block(0)
         return block["A"] * self.scale, block["B"]
 
-    def _add_product(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def _add_product(self, y: Tensor | Pending, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         composed = self.path == "composed"
         if self.path == "auto":
             tokens = x.numel() // self.in_features
@@ -87,6 +88,7 @@ class FourFactorDelta(BlockDelta):
             return add_product(y, x, *self._composed(A, B))
         h = Frozen.apply(matched(x, A), self.lora_aux_A)
         h = nn.functional.linear(nn.functional.linear(h, A), B)
+        y = computed(y)
         return y + Frozen.apply(h, self.lora_aux_B).to(y.dtype)
 
     def _composed(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

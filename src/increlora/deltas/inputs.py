@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .beside import Pending, computed
 from .products import add_product, matched
 
 
@@ -25,9 +26,9 @@ class Inputs:
         dropped: Tensor = dropout(x)
         return dropped
 
-    def add_product(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """y + B A x, in the dtype of y."""
-        return add_product(y, x, A, B)
+    def add_product(self, y: Tensor | Pending, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+        """y + s B A x, in the dtype of y."""
+        return add_product(y, x, A, B, scale)
 
     def rows(self, x: Tensor) -> Tensor:
         """X, or what stands for it."""
@@ -76,9 +77,10 @@ class Tokens(Inputs):
     def dropped(self, x: Tensor, dropout: nn.Module) -> Tensor:
         return x
 
-    def add_product(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def add_product(self, y: Tensor | Pending, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
         h = nn.functional.embedding(x, A.t(), padding_idx=self.padding)
-        return y + (nn.functional.linear(h, B) * self.gain).to(y.dtype)
+        y = computed(y)
+        return y + (nn.functional.linear(h, B) * (self.gain * scale)).to(y.dtype)
 
     def rows(self, x: Tensor) -> Tensor:
         return x.flatten()
@@ -117,10 +119,11 @@ class Patches(Inputs):
     dilation: tuple[int, int] = (1, 1)
     mode: str = "zeros"
 
-    def add_product(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def add_product(self, y: Tensor | Pending, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
         kernels = A.view(-1, self.channels, *self.kernel)
         h = nn.functional.conv2d(self._padded(matched(x, A)), kernels, stride=self.stride, dilation=self.dilation)
-        return y + nn.functional.conv2d(h, B[:, :, None, None]).to(y.dtype)
+        y = computed(y)
+        return y + nn.functional.conv2d(h, (B * scale)[:, :, None, None]).to(y.dtype)
 
     def _padded(self, x: Tensor) -> Tensor:
         if not any(self.padding):

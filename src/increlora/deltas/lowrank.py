@@ -3,22 +3,27 @@
 import torch
 from torch import Tensor
 
+from .beside import Pending
 from .blocks import BlockDelta
 
 
 class LowRankDelta(BlockDelta):
-    """ΔW = s B A over the live blocks; s is folded into the smaller factor."""
+    """ΔW = s B A over the live blocks."""
 
     letters = ("A", "B")
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        blocks = [self.block(i) for i in self.live]
-        A: Tensor
-        B: Tensor
-        if len(blocks) == 1:
-            A, B = blocks[0]["A"], blocks[0]["B"]
-        else:
-            A, B = torch.cat([b["A"] for b in blocks]), torch.cat([b["B"] for b in blocks], dim=1)
+        A, B = self._operands()
         if self.in_features <= self.out_features:
             return A * self.scale, B
         return A, B * self.scale
+
+    def _operands(self) -> tuple[Tensor, Tensor]:
+        """A and B without the scale, which the product takes for nothing."""
+        blocks = [self.block(i) for i in self.live]
+        if len(blocks) == 1:
+            return blocks[0]["A"], blocks[0]["B"]
+        return torch.cat([b["A"] for b in blocks]), torch.cat([b["B"] for b in blocks], dim=1)
+
+    def _add_product(self, y: Tensor | Pending, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return self.inputs.add_product(y, x, A, B, self.scale)

@@ -1,4 +1,4 @@
-"""y + x Aᵀ Bᵀ in whatever dtypes there are, and idle parameters as part of the graph."""
+"""y + s x Aᵀ Bᵀ in whatever dtypes there are, and idle parameters as part of the graph."""
 
 from typing import Any
 
@@ -6,18 +6,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .beside import Pending, computed, with_product
+
 
 def matched(x: Tensor, A: Tensor) -> Tensor:
     """x in the adapter's dtype; autocast sees to that itself."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(A.dtype)
 
 
-def add_product(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """y + x Aᵀ Bᵀ, by one fused call where the dtypes agree; the result has the dtype of y."""
+def add_product(y: Tensor | Pending, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """y + s x Aᵀ Bᵀ, by one fused call where the dtypes agree; the result has the dtype of y."""
+    if isinstance(y, Pending) and y.joins(x, A, B):
+        return with_product(y, A, B, scale)
+    y = computed(y)
     h = nn.functional.linear(matched(x, A), A)
     if not h.dtype == y.dtype == B.dtype:
-        return y + nn.functional.linear(h, B).to(y.dtype)
-    total = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.t())
+        return y + (nn.functional.linear(h, B) * scale).to(y.dtype)
+    total = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=scale)
     return total if y.dim() == 2 else total.view(y.shape)  # FSDP2 distrusts views that a module returns
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .base import check_shape
+from .beside import Pending, computed
 from .blocks import BlockDelta
 from .maps import Groups, Layout, Lengthen, Pairing, Rotate, Shorten, shuffled
 
@@ -195,8 +196,9 @@ class SquareDelta(BlockDelta):
     def _operands(self) -> tuple[Tensor, Tensor]:
         return self.lora_M0, self.lora_M0
 
-    def _add_product(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def _add_product(self, y: Tensor | Pending, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else B.dtype
+        y = computed(y)
         for maps, M in self._terms(B):
             y = maps.add_lengthened(y, nn.functional.linear(maps.shorten(x, dtype), M))
         return y

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import DriveError
 from .base import Delta, Stored, check_shape
+from .beside import Pending
 from .products import add_product, in_process_group
 
 
@@ -102,7 +103,7 @@ class TensorDelta(Delta):
         """g of one part."""
         return self.scale * self.bank.lora_C_matrix[matrix] * self.bank.lora_C_layer[self.layer]
 
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+    def add_to(self, y: Tensor | Pending, x: Tensor) -> Tensor:
         refuse_reentrant_checkpointing()
         A, B = (factor.to(x.device) for factor in self.factors())  # a model may be spread over devices, the bank is not
         return add_product(y, self.dropout(x), A, B)

@@ -9,44 +9,55 @@ import torch
 from torch import Tensor
 
 from .base import Status
+from .beside import Pending
 from .blocks import BlockDelta
 
 
 class TripletDelta(BlockDelta):
-    """ΔW = s B diag(e) A over the live blocks; s·e is folded into A."""
+    """ΔW = s B diag(e) A over the live blocks; e is folded into A."""
 
     letters = ("A", "E", "B")
     _opened: tuple[object, Tensor] | None = None  # index of the ranks that are computed, and what it was made for
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        A, E, B = self._parts()
+        return scaled_rows(A, E * self.scale), B
+
+    def _operands(self) -> tuple[Tensor, Tensor]:
+        """The factors without the scale, which the product takes for nothing."""
+        A, E, B = self._parts()
+        return scaled_rows(A, E), B
+
+    def _add_product(self, y: Tensor | Pending, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return self.inputs.add_product(y, x, A, B, self.scale)
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, e and B of what is computed."""
         if self.closed:
-            return self._folded(*self._open_ranks())
+            return self._open_ranks()
         live = self.live
         blocks = [self.block(i) for i in live]
         e = [b["E"].detach() if self.status[i] == Status.RESERVE else b["E"] for i, b in zip(live, blocks, strict=True)]
-        A: Tensor
-        B: Tensor
         if len(blocks) == 1:
-            A, E, B = blocks[0]["A"], e[0], blocks[0]["B"]
-        else:
-            A, E = torch.cat([b["A"] for b in blocks]), torch.cat(e)
-            B = torch.cat([b["B"] for b in blocks], dim=1)
-        return self._folded(A, E, B)
+            return blocks[0]["A"], e[0], blocks[0]["B"]
+        return torch.cat([b["A"] for b in blocks]), torch.cat(e), torch.cat([b["B"] for b in blocks], dim=1)
 
     def _open_ranks(self) -> tuple[Tensor, Tensor, Tensor]:
         """A, e and B of the ranks that are computed; none may be left."""
         A, E, B = map(whole, self.block(0).values())
-        made_for = (*self.closed, A.device)
-        if (
-            self._opened is None or self._opened[0] != made_for
-        ):  # copying it to the device at every use would wait for it
-            chosen = [i for i, closed in enumerate(self.closed) if not closed]
-            self._opened = made_for, torch.tensor(chosen, dtype=torch.int64, device=A.device)
-        index = self._opened[1]
+        index = self._open_index(A.device)
         return A.index_select(0, index), E.index_select(0, index), B.index_select(1, index)
 
-    def _folded(self, A: Tensor, E: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        return scaled_rows(A, E * self.scale), B
+    def _open_index(self, device: torch.device) -> Tensor:
+        """Kept, as copying it to the device at every use would wait for it; a compiled graph has it as a constant."""
+        made_for = (*self.closed, device)
+        if self._opened is not None and self._opened[0] == made_for and not torch.compiler.is_compiling():
+            return self._opened[1]
+        chosen = [i for i, closed in enumerate(self.closed) if not closed]
+        index = torch.tensor(chosen, dtype=torch.int64, device=device)
+        if not torch.compiler.is_compiling():
+            self._opened = made_for, index
+        return index
 
 
 def whole(p: Any) -> Tensor:

@@ -50,12 +50,17 @@ class BirthRates:
 
     def remember(self, deltas: Sequence[BlockDelta], step: int) -> None:
         self._moved = []
+        grown: dict[int, bool] = {-1: True}  # is the warm-up of what was created then over?
         for delta in deltas:
             for i in delta.indices(Status.ACTIVE, Status.RESERVE):
                 for letter, p in delta.block(i).items():
-                    m = self.factors(created(delta, i, letter), step, p)[1]
-                    if m != 1.0 and p.grad is not None:
-                        self._moved.append((m, p, p.detach().clone()))
+                    born = created(delta, i, letter)
+                    if born not in grown:
+                        grown[born] = self.clock(step, born, self.run) == (1.0, None)
+                    if not grown[born] and p.grad is not None:
+                        m = self.factors(born, step, p)[1]
+                        if m != 1.0:
+                            self._moved.append((m, p, p.detach().clone()))
         if self._moved and not self._warned:
             self._warn()
 

@@ -62,6 +62,7 @@ class Controller:
         self.stepping = False  # between the two hooks of a step
         self.trainer_step: int | None = None
         self.tapping = True  # before the first step: to count backward passes
+        self.watching = True  # the same, or a score may still be due: what compiled graphs go by
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._former: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         dtype = torch.float64 if self.parameter(0).dtype == torch.float64 else torch.float32
@@ -92,8 +93,7 @@ class Controller:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for delta in self.deltas:
-            for i in range(len(delta.sizes)):
-                yield from delta.block(i).values()
+            yield from delta.held()
 
     def holdings(self) -> list[Holding]:
         """What every module holds, as allocators see it."""
@@ -145,7 +145,7 @@ class Controller:
         self.restored_step, self.stepping = 0, False
         self.health = self.health if again else Health()
         self.recording = self.recording or record
-        self.tapping = self._score_due()
+        self.tapping, self.watching = self._score_due(), growth is not None
         return self
 
     def _first_step(self, optimizer: Optimizer, total: int | None) -> int:
@@ -175,15 +175,13 @@ class Controller:
 
     def before_step(self, optimizer: Optimizer) -> bool:
         """First hook; returns whether this is a real step of ours."""
-        moving = [p for p in self.parameters() if p.grad is not None]
-        if not self.used or not moving:
+        if not self.used or not any(p.grad is not None for p in self.parameters()):
             return False
         if amp.overflowed(optimizer):
             self._clear()
             return False
         self._silence()
-        moving = [p for p in moving if p.grad is not None]
-        finite = all_finite([p.grad for p in moving if p.grad is not None])
+        finite = all_finite([grad for p in self.parameters() if (grad := p.grad) is not None])
         self._scores = self._collect(finite, optimizer)
         if not self.health.judge(finite, self.names[0]):
             for group in optimizer.param_groups:
@@ -223,6 +221,7 @@ class Controller:
         self.stepping = False
         self.step += 1
         self.tapping = self._score_due()
+        self.watching = self.growth is not None and not self.finished
 
     def forget_fake_step(self, optimizer: Optimizer) -> None:
         """torch's checkpoint loader steps once with zero gradients everywhere to invent optimizer states: tensors that

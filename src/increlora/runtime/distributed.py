@@ -50,7 +50,8 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.tensor(True)
     norms = torch._foreach_norm([local(t) for t in tensors])
-    finite = torch.stack([n.to(norms[0].device) for n in norms]).isfinite().all()
+    device = norms[0].device
+    finite = torch.stack([n if n.device == device else n.to(device) for n in norms]).isfinite().all()
     if in_process_group() and is_sharded(tensors[0]):
         flag = finite.to(torch.int32)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..deltas import Delta
 from ..errors import DriveError
 from ..scores import Norm, delta_sensitivity
+from . import compiled
 from .distributed import full, is_sharded
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ class ScoreTap(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, delta: Delta, watcher: "Watcher") -> Tensor:
         ctx.save_for_backward(x)
         ctx.delta, ctx.watcher = delta, watcher
-        return y.clone()  # not a view: models may change a layer's output in place
+        if y._is_view():  # what is marked as changed must be no view of something else
+            return y.clone()
+        ctx.mark_dirty(y)  # it is not, but models may change a layer's output in place, which a view would forbid
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -59,6 +63,7 @@ class Watcher:
 
     def __init__(self, controller: "Controller", index: int) -> None:
         self.controller, self.index = controller, index
+        self.key = compiled.register(self)
         self.passes, self.task = 0, -1  # backward passes without an optimizer, and the last of them
         self.clear()
 
@@ -69,6 +74,8 @@ class Watcher:
 
     def wants(self) -> bool:
         self.controller.used, self.controller.stepping = True, False
+        if torch.compiler.is_compiling():  # what changes with every step would make it compile with every step
+            return self.controller.watching
         if (self.calls or self.inputs) and self._abandoned():
             if self.inputs:
                 self.controller.forget_inputs()
@@ -85,7 +92,9 @@ class Watcher:
 
     def see_input(self, A: Tensor, x: Tensor) -> Tensor:
         pruner = self.controller.pruner
-        return InputTap.apply(A, x, self) if pruner is not None and pruner.reads_inputs else A
+        if pruner is None or not pruner.reads_inputs:
+            return A
+        return compiled.see(A, x, self.key) if torch.compiler.is_compiling() else InputTap.apply(A, x, self)
 
     def collect_input(self, x: Tensor) -> None:
         assert self.controller.pruner is not None
@@ -93,7 +102,7 @@ class Watcher:
         self.controller.pruner.collect(self.index, x)
 
     def tap(self, delta: Delta, y: Tensor, x: Tensor) -> Tensor:
-        return ScoreTap.apply(y, x, delta, self)
+        return compiled.tap(y, x, self.key) if torch.compiler.is_compiling() else ScoreTap.apply(y, x, delta, self)
 
     def collect(self, delta: Delta, x: Tensor, grad: Tensor) -> None:
         """One backward call of the module: its input x, and the gradient of its output."""

@@ -9,11 +9,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...deltas import Delta, Vectors
+from ...deltas import Delta, Pending, Vectors, computed
 from ...errors import ConfigError
 from .bases import read
 from .mixed import check_mixed
 from .quantised import NOTHING_LOST, Before, Rounding, remember, rounding, working_dtype
+
+LINEAR = (nn.Linear, Conv1D)  # exactly these: what is derived from them may compute something else
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):
@@ -63,17 +65,22 @@ class AdapterLayer(TunerLayer):
         """adapter_names: for each example of the batch the adapter it goes through, or `__base__` for none."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return y
-        if adapter_names is not None:
-            return self._mixed(y, x, adapter_names)
-        if self.merged:
-            return y
-        for adapter in self.active_adapters:
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed(self.base_layer(x, *args, **kwargs), x, adapter_names)
+        active = () if self.disable_adapters or self.merged else self.active_adapters
+        pending = self._pending(x) if active and not args and not kwargs else None
+        y: Tensor | Pending = self.base_layer(x, *args, **kwargs) if pending is None else pending
+        for adapter in active:
             if adapter in self.lora_delta:
                 y = self.delta(adapter).add_to(y, x)
-        return y
+        return computed(y)
+
+    def _pending(self, x: Tensor) -> Pending | None:
+        """The base's output, to be computed together with the first ΔW x, where that is possible."""
+        base = self.base_layer
+        if type(base) not in LINEAR:
+            return None
+        return Pending.of(base, x, transposed=self.transposed)
 
     def _mixed(self, y: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         place = next((str(delta.name) for delta in self.lora_delta.values()), "a module whose adapters are deleted")

@@ -1,0 +1,155 @@
+"""The table of docs/performance.md: what is promised, and how each line of it is measured."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from increlora.methods import IncreLora
+from increlora.schedules import Run
+
+from .measure import Setting, Times, peak_memory, ratio
+
+Found = dict[str, Any]
+AFTER = "after the budget"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Subjects that are measured in turn."""
+
+    subjects: tuple[str, ...]
+    setting: Setting
+
+
+COMPARISONS = {
+    "growth": Comparison(("peft LoRA", "IncreLoRA"), Setting(steps=300)),
+    "published": Comparison(("IncreLoRA", "IncreLoRA, published"), Setting()),
+    "pruning": Comparison(("peft AdaLoRA", "AdaLoRA", "AdaLoRA, penalty"), Setting()),
+    "fixed": Comparison(
+        ("floor", "peft LoRA", "LoRA", "SoRA", "PRILoRA", "MELoRA", "MoRA", "MoRA, rotation"), Setting(steps=24)
+    ),
+    "small": Comparison(("peft LoRA, r = 2", "LoRTA", "LoRA-Mini"), Setting(steps=24)),
+    "capacity": Comparison(("IncreLoRA, capacity 8", "IncreLoRA, capacity 64"), Setting(steps=40)),
+    "modules": Comparison(
+        ("floor", "peft LoRA", "LoRA", "IncreLoRA"), Setting("chain-1000", batch=1, length=1, steps=40, threads=1)
+    ),
+}  # fmt: skip
+Results = Mapping[str, Mapping[str, Times]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line: at most (or at least) `bound`; `find` computes it from the comparisons."""
+
+    what: str
+    bound: float
+    find: Callable[[Results], Found]
+    at_least: bool = False
+
+    def met(self, found: Found) -> bool:
+        return found["ratio"] >= self.bound if self.at_least else found["ratio"] <= self.bound
+
+
+def whole(comparison: str, one: str, other: str) -> Callable[[Results], Found]:
+    """Time of a whole run ÷ that of another one; the spread is that of single steps."""
+
+    def find(results: Results) -> Found:
+        times = results[comparison]
+        spread = ratio(times[one].seconds, times[other].seconds)
+        return spread | {"ratio": sum(times[one].seconds) / sum(times[other].seconds)}
+
+    return find
+
+
+def late(comparison: str, one: str, other: str) -> Callable[[Results], Found]:
+    """Steps after the budget is reached ÷ the other's steps at the same moments."""
+
+    def find(results: Results) -> Found:
+        times = results[comparison]
+        chosen = [i for i, phase in enumerate(times[one].phases) if phase == AFTER]
+        return ratio(*([times[name].seconds[i] for i in chosen] for name in (one, other)))
+
+    return find
+
+
+def scoring_cost(results: Results) -> float:
+    """A scored step ÷ one after the budget, less 1; each divided by the step of peft's LoRA at that moment."""
+    own, other = results["growth"]["IncreLoRA"], results["growth"]["peft LoRA"]
+    relative = {phase: [] for phase in ("scored", AFTER)}
+    for seconds, base, phase in zip(own.seconds, other.seconds, own.phases, strict=True):
+        if phase in relative:
+            relative[phase].append(seconds / base)
+    return median(relative["scored"]) / median(relative[AFTER]) - 1
+
+
+def scoring_share(steps: int) -> Callable[[Results], Found]:
+    """Measured cost of a scored step × the number of them in a run of `steps` steps by the default schedule."""
+
+    def find(results: Results) -> Found:
+        scored = scored_steps(steps)
+        cost = scored * scoring_cost(results)
+        return {"ratio": cost / (steps + cost), "scored": scored}
+
+    return find
+
+
+def scored_steps(steps: int, modules: int = 36) -> int:
+    """Steps with a score in a run of IncreLoRA at its defaults."""
+    method = IncreLora().method(modules, modules * 1000)
+    growth, window = method.events(Run(steps, modules), [], 0), method.score.window
+    last = [s for s in range(steps) if growth.due(s)][:10][-1]
+    return sum(1 for s in range(last + 1) if window is None or growth.next(s) - s < window)
+
+
+def event(results: Results) -> Found:
+    """How much longer a step with a growth event is than a scored one, in steps after the budget."""
+    own = results["growth"]["IncreLoRA"]
+    extra = median(own.of("event")) - median(own.of("scored"))
+    return {"ratio": max(0.0, extra) / median(own.of(AFTER))}
+
+
+def memory(one: str, other: str) -> Callable[[Results], Found]:
+    """Peak of a run in a process of its own ÷ the other's; three times each, the medians."""
+
+    def find(results: Results) -> Found:
+        setting = Setting(steps=20)
+        return ratio(*([peak_memory(name, setting) for _ in range(3)] for name in (one, other)))
+
+    return find
+
+
+def host(one: str) -> Callable[[Results], Found]:
+    """What a step of 1,000 tiny modules takes beyond the floor's ÷ what peft's LoRA takes beyond it."""
+
+    def find(results: Results) -> Found:
+        times = results["modules"]
+        phase = AFTER if AFTER in times[one].phases else "all"
+        floor = median(times["floor"].seconds)
+        added = {one: median(times[one].of(phase)) - floor}
+        added["peft LoRA"] = median(times["peft LoRA"].seconds) - floor
+        return {"ratio": added[one] / added["peft LoRA"], "microseconds per module": added[one] * 1e3}
+
+    return find
+
+
+TARGETS = [
+    Target("IncreLoRA, whole run, growth included ÷ peft LoRA", 0.95, whole("growth", "IncreLoRA", "peft LoRA")),
+    Target("IncreLoRA after the budget is reached ÷ peft LoRA", 0.92, late("growth", "IncreLoRA", "peft LoRA")),
+    Target("published IncreLoRA (dense ΔW) ÷ ours, same schedule", 1.8,
+           whole("published", "IncreLoRA, published", "IncreLoRA"), at_least=True),
+    Target("AdaLoRA, whole run ÷ peft AdaLoRA", 0.92, whole("pruning", "AdaLoRA", "peft AdaLoRA")),
+    Target("LoRA ÷ peft LoRA", 0.93, whole("fixed", "LoRA", "peft LoRA")),
+    *(Target(f"{name} ÷ peft LoRA", 1.05, whole("fixed", name, "peft LoRA"))
+      for name in ("SoRA", "PRILoRA", "MELoRA", "MoRA")),
+    Target("MoRA, rotation ÷ peft LoRA", 1.05, whole("fixed", "MoRA, rotation", "peft LoRA")),
+    *(Target(f"{name} ÷ peft LoRA, r = 2", 1.10, whole("small", name, "peft LoRA, r = 2"))
+      for name in ("LoRTA", "LoRA-Mini")),
+    Target("scoring, share of a run of 500 steps", 0.06, scoring_share(500)),
+    Target("scoring, share of a run of 10,000 steps", 0.02, scoring_share(10_000)),
+    Target("a growth event, in steps", 1.0, event),
+    Target("peak memory, IncreLoRA ÷ peft LoRA", 1.05, memory("IncreLoRA", "peft LoRA")),
+    Target("capacity 64 ÷ capacity 8", 1.02, whole("capacity", "IncreLoRA, capacity 64", "IncreLoRA, capacity 8")),
+    Target("1,000 modules: host time per module, LoRA ÷ peft LoRA", 1.0, host("LoRA")),
+    Target("1,000 modules: host time per module, IncreLoRA ÷ peft LoRA", 1.0, host("IncreLoRA")),
+]  # fmt: skip

@@ -1,0 +1,112 @@
+"""The fast path: a frozen linear map and a low-rank product beside it as one node of the graph.
+
+    forward     y = x Wᵀ + b        h = x Aᵀ         y += s h Bᵀ
+    backward    g = ∂L/∂y           ∂L/∂h = s g B    ∂L/∂x = g W + (∂L/∂h) A     ∂L/∂A = (∂L/∂h)ᵀ x     ∂L/∂B = s gᵀ h
+
+W and b are frozen, s is a number; x (N, in), A (R, in), B (out, R), N tokens. As separate calls, the branch and its sum
+with the base, and in the backward pass its share of ∂L/∂x and that sum, are matrices as large as all tokens, written to
+memory and read again for products with R columns that cost next to nothing. Here the products themselves add up
+(`addmm_` with β = 1): nothing of that size is there beside y and ∂L/∂x, which the base makes anyway.
+Kept for the backward pass: x, which q, k and v share, and h (N, R).
+
+The base layer is not called, so it must be one whose whole forward pass is known: see `Pending.of`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+PLAIN = (Tensor, nn.Parameter)  # no subclasses: sharded and packed tensors have rules of their own
+
+
+class Pending:
+    """The output of a base layer that is not computed yet, so that what is added to it can be computed with it.
+
+    Attributes:
+        x: input.   weight: W (out, in).   bias: b (out,) or None.   forward: computes the output.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, forward: Callable[[Tensor], Tensor]) -> None:
+        self.x, self.weight, self.bias, self.forward = x, weight, bias, forward
+
+    @classmethod
+    def of(cls, base: Any, x: Tensor, *, transposed: bool = False) -> "Pending | None":
+        """Of a frozen linear layer without hooks; None for any other. `transposed`: its weight is stored as (in, out).
+
+        The caller vouches for the type of the layer; an instance may still have been given another forward pass."""
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+            return None
+        if _has_any_global_hook() or "forward" in base.__dict__ or torch.compiler.is_compiling():
+            return None
+        weight, bias = base.weight, base.bias
+        if type(weight) not in PLAIN or weight.requires_grad or (bias is not None and bias.requires_grad):
+            return None
+        if type(x) not in PLAIN or torch._C._are_functorch_transforms_active():
+            return None
+        return cls(x, weight.t() if transposed else weight, bias, base)
+
+    def joins(self, x: Tensor, A: Tensor, B: Tensor) -> bool:
+        """Can the product of these be computed with it? It reads the same x, in one dtype."""
+        if x is not self.x or type(A) not in PLAIN or type(B) not in PLAIN:
+            return False
+        if torch.is_autocast_enabled(x.device.type):
+            return x.is_floating_point() and x.dtype != torch.float64
+        return x.dtype == self.weight.dtype == A.dtype == B.dtype
+
+
+def computed(y: Tensor | Pending) -> Tensor:
+    """The output of the base."""
+    return y.forward(y.x) if isinstance(y, Pending) else y
+
+
+def with_product(base: Pending, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """x Wᵀ + b + s x Aᵀ Bᵀ."""
+    operands: tuple[Tensor | None, ...] = (base.x, base.weight, base.bias, A, B)
+    device = base.x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        operands = tuple(t if t is None else t.to(dtype) for t in operands)
+    y: Tensor = LinearWithProduct.apply(*operands, scale)
+    return y
+
+
+class LinearWithProduct(torch.autograd.Function):
+    """The equations above. Gradients of gradients are those of the same equations, with h computed once more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        y = x.new_empty(*x.shape[:-1], W.shape[0])
+        rows, into = x.reshape(-1, x.shape[-1]), y.view(-1, W.shape[0])
+        if b is None:
+            torch.mm(rows, W.t(), out=into)
+        else:
+            torch.addmm(b, rows, W.t(), out=into)
+        h = rows @ A.t()
+        into.addmm_(h, B.t(), alpha=scale)
+        ctx.save_for_backward(x, W, A, B, h)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B, h = ctx.saved_tensors
+        wants_x, _, _, wants_A, wants_B, _ = ctx.needs_input_grad
+        g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        grad_x = grad_A = grad_B = None
+        if wants_B:
+            grad_B = scaled(g.t() @ (rows @ A.t() if torch.is_grad_enabled() else h), ctx.scale)
+        if wants_x or wants_A:
+            grad_h = scaled(g @ B, ctx.scale)
+            if wants_A:
+                grad_A = grad_h.t() @ rows
+            if wants_x:
+                grad_x = (g @ W).addmm_(grad_h, A).view(x.shape)
+        return grad_x, None, None, grad_A, grad_B, None
+
+
+def scaled(product: Tensor, scale: float) -> Tensor:
+    """A product that nobody else holds, times a number."""
+    return product if scale == 1 else product.mul_(scale)
