@@ -2,6 +2,7 @@
 
 import json
 import platform
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from .curves import CURVES, counts, curve
 from .measure import Setting, calls, in_turn, saved_bytes, summary
 from .subjects import SUBJECTS
 from .targets import COMPARISONS, TARGETS, Results
@@ -37,31 +39,34 @@ def _cpu_info() -> list[str]:
 def targets(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="File for the numbers.")] = Path("docs/reference/performance.json"),
-    only: Annotated[str, typer.Option(help="Comparisons to measure, separated by commas.")] = "",
+    only: Annotated[str, typer.Option(help="Comparisons to measure, by commas; others stay in the file.")] = "",
 ) -> None:
     """Measure every promise of docs/performance.md, print the table and write its numbers."""
     if context.invoked_subcommand is not None:
         return
     chosen = only.split(",") if only else list(COMPARISONS)
     results: Results = {name: measured(name) for name in chosen}
-    rows = []
+    before = json.loads(out.read_text()) if only and out.exists() else {"targets": [], "steps": {}}
+    rows = {row["what"]: row for row in before["targets"]}
     for target in TARGETS:
         try:
             found = target.find(results)
         except KeyError:  # of a comparison that was not asked for
             continue
-        rows.append({"what": target.what, "bound": target.bound, "at least": target.at_least, "met": target.met(found)}
-                    | found)  # fmt: skip
-        show(rows[-1])
-    steps = {name: summary(times) for name, times in results.items()}
-    out.write_text(json.dumps({"machine": machine(), "targets": rows, "steps": steps}, indent=1) + "\n")
+        row = {"what": target.what, "bound": target.bound, "at least": target.at_least, "met": target.met(found)}
+        rows[target.what] = row | found
+        show(rows[target.what])
+    steps = before["steps"] | {name: summary(times) for name, times in results.items()}
+    order = [rows[target.what] for target in TARGETS if target.what in rows]
+    out.write_text(json.dumps({"machine": machine(), "targets": order, "steps": steps}, indent=1) + "\n")
 
 
 def measured(name: str) -> Any:
     comparison = COMPARISONS[name]
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(name, total=comparison.setting.steps)
-        return in_turn(comparison.subjects, comparison.setting, progress=lambda: bar.advance(task))
+        advance = partial(bar.advance, task)
+        return in_turn(comparison.subjects, comparison.setting, advance, every=comparison.every)
 
 
 def show(row: dict[str, Any]) -> None:
@@ -69,6 +74,18 @@ def show(row: dict[str, Any]) -> None:
     verdict = "" if row["met"] else "   MISSED"
     sign = "≥" if row["at least"] else "≤"
     console.print(f"{row['what']:<62} {row['ratio']:.3f}{spread}   {sign} {row['bound']}{verdict}", highlight=False)
+
+
+@app.command()
+def curves(
+    out: Annotated[Path, typer.Option(help="File for the numbers.")] = Path("docs/reference/performance_curves.json"),
+) -> None:
+    """Measure how cost grows with model, batch, rank and number of modules; count operations and bytes."""
+    found: dict[str, Any] = {"machine": machine(), "counts": counts()}
+    for name in CURVES:
+        found[name] = curve(name)
+        console.print(name, found[name])
+    out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 @app.command()

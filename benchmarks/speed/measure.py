@@ -34,13 +34,22 @@ class Setting:
 
 @dataclass
 class Times:
-    """Seconds of every step, and the phase it belongs to."""
+    """Seconds of the steps that were measured, the phase each belongs to, its number, and its optimizer's share."""
 
     seconds: list[float] = field(default_factory=list)
     phases: list[str] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    optimizer: list[float] = field(default_factory=list)
 
     def of(self, phase: str) -> list[float]:
         return [s for s, p in zip(self.seconds, self.phases, strict=True) if phase in ("all", p)]
+
+    def beside(self, other: "Times", phase: str = "all") -> tuple[list[float], list[float]]:
+        """Both at the steps that both have, where ours is in this phase."""
+        theirs = dict(zip(other.steps, other.seconds, strict=True))
+        rows = zip(self.seconds, self.phases, self.steps, strict=True)
+        pairs = [(s, theirs[step]) for s, p, step in rows if step in theirs and phase in ("all", p)]
+        return [one for one, _ in pairs], [two for _, two in pairs]
 
 
 def started(name: str, setting: Setting) -> Session:
@@ -49,8 +58,10 @@ def started(name: str, setting: Setting) -> Session:
     return SUBJECTS[name](workload, batch, setting.steps)
 
 
-def in_turn(names: Sequence[str], setting: Setting, progress: Any = None) -> dict[str, Times]:
-    """A whole run of each subject, one step of each after the other; the order turns with every step."""
+def in_turn(names: Sequence[str], setting: Setting, progress: Any = None, *, every: int = 1) -> dict[str, Times]:
+    """A whole run of each subject, one step of each after the other; the order turns with every step.
+
+    `every`: of the first subject, whose steps are all alike, one in so many is made."""
     if setting.threads:
         torch.set_num_threads(setting.threads)
     for name in names:  # what is made once per process is made now
@@ -64,8 +75,12 @@ def in_turn(names: Sequence[str], setting: Setting, progress: Any = None) -> dic
     for step in range(setting.steps):
         for place in range(len(names)):
             name = names[(step + place) % len(names)]
+            if name == names[0] and step % every:
+                continue
             found[name].seconds.append(timed(sessions[name], setting.device))
             found[name].phases.append(sessions[name].phase())
+            found[name].steps.append(step)
+            found[name].optimizer.append(sessions[name].optimizing)
         if progress is not None:
             progress()
     gc.enable()
@@ -145,12 +160,14 @@ def _peak(name: str, setting: Setting) -> int:
 
 
 def summary(found: Mapping[str, Times]) -> dict[str, dict[str, dict[str, float]]]:
-    """Median seconds, quartiles and number of steps; by subject and phase."""
+    """Median seconds, quartiles, number of steps and median seconds of the optimizer; by subject and phase."""
     table: dict[str, dict[str, dict[str, float]]] = {}
     for name, times in found.items():
         table[name] = {}
         for phase in ["all", *sorted(set(times.phases))]:
             own = times.of(phase)
             low, middle, high = statistics.quantiles(own, n=4) if len(own) > 1 else own * 3
-            table[name][phase] = {"median": middle, "low": low, "high": high, "steps": len(own), "sum": sum(own)}
+            row = {"median": middle, "low": low, "high": high, "steps": len(own), "sum": sum(own)}
+            spent = [o for o, p in zip(times.optimizer, times.phases, strict=True) if phase in ("all", p)]
+            table[name][phase] = row | {"optimizer": statistics.median(spent)}
     return table

@@ -1,5 +1,6 @@
 """Who is measured: the frozen floor, peft's methods, the published IncreLoRA, and ours, each trained step by step."""
 
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from .workloads import Batch, Workload
 
 ATTENTION = r".*attention.*(query|key|value|dense)"  # of BERT: LoRTA adapts nothing else
 RANK = 8  # average rank per module at the end
+RANKS = (1, 2, 16, 64)  # of a curve
 INTERVAL = 0.01  # between the cuts of AdaLoRA, as a share of the run
 
 
@@ -27,7 +29,7 @@ class Session:
 
     Attributes:
         model, optimizer, batch: as they are.   before: an addition to the loss.   after: called after every step, with
-        its number.   phase: of the step that was made last.
+        its number.   phase: of the step that was made last.   optimizing: seconds of its optimizer, hooks included.
     """
 
     model: nn.Module
@@ -37,12 +39,15 @@ class Session:
     after: Callable[[int], None] = lambda step: None
     phase: Callable[[], str] = lambda: "step"
     done: int = 0
+    optimizing: float = 0.0
 
     def step(self) -> None:
         loss = self.model(**self.batch).loss
         (loss if self.before is None else loss + self.before()).backward()
+        start = time.perf_counter()
         self.optimizer.step()
         self.after(self.done)
+        self.optimizing = time.perf_counter() - start
         self.optimizer.zero_grad()
         self.done += 1
 
@@ -157,7 +162,8 @@ def dense(workload: Workload, batch: Batch, steps: int) -> Session:
 SUBJECTS: dict[str, Subject] = {
     "floor": floor,
     "peft LoRA": theirs("LoraConfig", r=RANK),
-    "peft LoRA, r = 2": theirs("LoraConfig", r=2),
+    **{f"peft LoRA, r = {r}": theirs("LoraConfig", r=r) for r in RANKS},
+    **{f"LoRA, r = {r}": ours("PlainLoraConfig", r=r) for r in RANKS},
     "peft AdaLoRA": adapted(their_adalora),
     "IncreLoRA, published": dense,
     "IncreLoRA": ours("IncreLoraConfig"),

@@ -57,8 +57,9 @@ def test_ratios_are_of_medians_and_spreads_of_pairs() -> None:
 
 
 def test_phases_are_summed_up_apart() -> None:
-    found = summary({"one": Times([1.0, 3.0, 5.0], ["scored", "event", "scored"])})["one"]
+    found = summary({"one": Times([1.0, 3.0, 5.0], ["scored", "event", "scored"], [0, 1, 2], [0.5, 0.1, 0.7])})["one"]
     assert found["scored"]["median"] == 3.0 and found["event"]["steps"] == 1 and found["all"]["sum"] == 9.0
+    assert found["scored"]["optimizer"] == 0.6 and found["all"]["optimizer"] == 0.5
 
 
 def test_the_default_schedule_scores_a_window_before_each_of_ten_events() -> None:

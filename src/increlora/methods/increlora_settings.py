@@ -68,7 +68,7 @@ class IncreLoraSettings:
     score_norm: Literal["sqrt_numel", "mean"] = "sqrt_numel"
     beta: float = 0.85
     beta_uncertainty: float = 0.85
-    score_window: int | None = 128
+    score_window: int | None = 8
     score_accumulation: Literal["mean", "last", "exact"] = "mean"
     scaling: Literal["constant", "active_rank"] = "constant"
     scale_epsilon: float = 0.0

@@ -1,6 +1,6 @@
 """Several processes: averages over them, and parameters that are sharded (FSDP2's DTensor)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,14 @@ try:
     from torch.distributed.tensor import DTensor, distribute_tensor
 except ImportError:  # a torch built without distributed support
     DTensor = None  # type: ignore[assignment,misc]
+
+
+TOGETHER = 256  # tensors that are copied into one to be looked at
+
+
+def batched(items: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
+    """The items, `size` at a time."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -49,9 +57,13 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """0-dim bool: is every entry finite? Sharded gradients are judged together, so every process hears the same."""
     if not tensors:
         return torch.tensor(True)
-    norms = torch._foreach_norm([local(t) for t in tensors])
-    device = norms[0].device
-    finite = torch.stack([n if n.device == device else n.to(device) for n in norms]).isfinite().all()
+    parts = [local(t) for t in tensors]
+    if all(t.is_cpu for t in parts):  # where a call costs more than the few numbers it is about
+        rows = [torch.cat([t.reshape(-1) for t in some]) for some in batched(parts, TOGETHER)]
+        finite = torch.stack([row.isfinite().all() for row in rows]).all()
+    else:
+        norms = torch._foreach_norm(parts)
+        finite = torch.stack([n.to(norms[0].device) for n in norms]).isfinite().all()
     if in_process_group() and is_sharded(tensors[0]):
         flag = finite.to(torch.int32)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
