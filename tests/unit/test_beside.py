@@ -1,5 +1,7 @@
 """The fast path: a frozen linear map and a product beside it as one node, against the plain formula."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,11 +127,17 @@ def replaced(base: nn.Linear) -> None:
     base.forward = lambda x: nn.functional.linear(x, base.weight) * 2  # type: ignore[method-assign]
 
 
-def trained(base: nn.Linear) -> None:
-    base.requires_grad_(True)
+def trained_weight(base: nn.Linear) -> None:
+    base.weight.requires_grad_(True)
 
 
-@pytest.mark.parametrize("change", [hooked, hooked_before, hooked_backward, replaced, trained])
+def trained_bias(base: nn.Linear) -> None:
+    base.bias.requires_grad_(True)
+
+
+@pytest.mark.parametrize("change", [
+    hooked, hooked_before, hooked_backward, replaced, trained_weight, trained_bias
+])  # fmt: skip
 def test_a_base_with_a_life_of_its_own_is_called(change) -> None:
     base, x, A, B = operands()
     change(base)
@@ -148,6 +156,15 @@ def test_transforms_of_functions_see_plain_operations() -> None:
     base, x, A, B = operands()
     found = torch.func.vmap(lambda t: computed(Pending.of(base, t) or base(t)))(x)
     torch.testing.assert_close(found, base(x))
+
+
+def test_a_traced_model_has_plain_operations() -> None:
+    base, x, A, B = operands()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what torch says about tracing
+        traced = torch.jit.trace(lambda t: computed(Pending.of(base, t) or base(t)), x)
+    torch.testing.assert_close(traced(x * 2), base(x * 2))
+    assert "PythonOp" not in str(traced.graph)
 
 
 @pytest.mark.parametrize("case", ["another input", "another dtype"])

@@ -39,7 +39,9 @@ class Pending:
         The caller vouches for the type of the layer; an instance may still have been given another forward pass."""
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             return None
-        if _has_any_global_hook() or "forward" in base.__dict__ or torch.compiler.is_compiling():
+        if _has_any_global_hook() or "forward" in base.__dict__:
+            return None
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # they know plain operations best
             return None
         weight, bias = base.weight, base.bias
         if type(weight) not in PLAIN or weight.requires_grad or (bias is not None and bias.requires_grad):
