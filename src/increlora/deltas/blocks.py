@@ -127,15 +127,21 @@ class BlockDelta(Delta):
         return self._now().rank
 
     def _now(self) -> "Now":
-        """Every use of the module asks; it is found again when something has changed."""
+        """Every use of the module asks; it is found again when something has changed. A graph that is being compiled
+        keeps nothing: it would be compiled again for what it has kept."""
+        if torch.compiler.is_compiling():
+            return self._find(None)
         state = tuple(self.status), tuple(self.sizes), tuple(self.kept), tuple(self.closed), self.reserve_learns
         if self._found is None or self._found.state != state:
-            active = self.indices(Status.ACTIVE)
-            live = self.indices(Status.ACTIVE, Status.RESERVE) if self.reserve_learns else active
-            nothing = bool(self.closed) and all(self.closed)
-            rank = sum(self.sizes[i] for i in active) - self.kept.count(False)
-            self._found = Now(state, [] if nothing else live, rank, self._still([] if nothing else live))
+            self._found = self._find(state)
         return self._found
+
+    def _find(self, state: object) -> "Now":
+        active = self.indices(Status.ACTIVE)
+        live = self.indices(Status.ACTIVE, Status.RESERVE) if self.reserve_learns else active
+        if self.closed and all(self.closed):
+            live = []
+        return Now(state, live, sum(self.sizes[i] for i in active) - self.kept.count(False), self._still(live))
 
     def _still(self, live: Sequence[int]) -> list[str]:
         idle = [name for i, names in enumerate(self._names) if i not in live for _, name in names]
