@@ -139,9 +139,9 @@ class AdapterModel(BaseTuner):
         low_cpu_mem_usage: bool = False, state_dict: dict[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         check_name(adapter_name)
-        keep_layout(model)
         self._low_memory, self._by_state_dict = low_cpu_mem_usage, state_dict is not None
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        keep_layout(model)
         config = self.peft_config[adapter_name]
         config.increlora_version = version("increlora")
         if not config.inference_mode:
