@@ -1,7 +1,9 @@
 """The commands; see the package."""
 
+import cProfile
 import json
 import platform
+import pstats
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .curves import CURVES, counts, curve
-from .measure import Setting, calls, in_turn, saved_bytes, summary
+from .measure import Setting, calls, in_turn, saved_bytes, started, summary
 from .subjects import SUBJECTS
 from .targets import COMPARISONS, TARGETS, Results
 from .workloads import WORKLOADS
@@ -86,6 +88,23 @@ def curves(
         found[name] = curve(name)
         console.print(name, found[name])
     out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+@app.command()
+def profile(
+    subject: Annotated[str, typer.Option(help="Whom to look at.")] = "IncreLoRA",
+    workload: Annotated[str, typer.Option(help="On what; one token, one thread.")] = "chain-1000",
+    lines: Annotated[int, typer.Option(help="Functions to print.")] = 30,
+) -> None:
+    """Where the host's time goes, in five steps at the end of a run; the profiler's own time is in it."""
+    torch.set_num_threads(1)
+    session = started(subject, Setting(workload, 1, 1, steps=30))
+    for _ in range(25):
+        session.step()
+    with cProfile.Profile() as profiler:
+        for _ in range(5):
+            session.step()
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(lines)
 
 
 @app.command()
