@@ -158,6 +158,17 @@ def test_transforms_of_functions_see_plain_operations() -> None:
     torch.testing.assert_close(found, base(x))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, at first use
+def test_derivatives_forward_are_those_of_plain_operations() -> None:
+    base, x, A, B = operands()
+    direction = torch.ones_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), direction)
+        assert Pending.of(base, dual) is None
+        found = torch.autograd.forward_ad.unpack_dual(naive(base, dual, A, B)).tangent
+    torch.testing.assert_close(found, direction @ (base.weight + B @ A).T)
+
+
 def test_a_traced_model_has_plain_operations() -> None:
     base, x, A, B = operands()
     with warnings.catch_warnings():

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 PLAIN = (Tensor, nn.Parameter)  # no subclasses: sharded and packed tensors have rules of their own
@@ -46,7 +47,7 @@ class Pending:
         weight, bias = base.weight, base.bias
         if type(weight) not in PLAIN or weight.requires_grad or (bias is not None and bias.requires_grad):
             return None
-        if type(x) not in PLAIN or torch._C._are_functorch_transforms_active():
+        if type(x) not in PLAIN or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return None
         return cls(x, weight.t() if transposed else weight, bias, base)
 
