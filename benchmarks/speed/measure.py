@@ -5,7 +5,7 @@ import multiprocessing as mp
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +61,24 @@ def started(name: str, setting: Setting) -> Session:
 def in_turn(names: Sequence[str], setting: Setting, progress: Any = None, *, every: int = 1) -> dict[str, Times]:
     """A whole run of each subject, one step of each after the other; the order turns with every step.
 
-    `every`: of the first subject, whose steps are all alike, one in so many is made."""
+    `every`: of all but the last subject one step in so many is made, of a run that is shorter by as much; for those
+    whose steps are all alike."""
     if setting.threads:
         torch.set_num_threads(setting.threads)
     for name in names:  # what is made once per process is made now
         session = started(name, setting)
         for _ in range(WARM_UP):
             session.step()
-    sessions = {name: started(name, setting) for name in names}
+    rare = dict.fromkeys(names[:-1] if every > 1 else (), every)
+    runs = {name: replace(setting, steps=setting.steps // rare.get(name, 1)) for name in names}
+    sessions = {name: started(name, runs[name]) for name in names}
     found = {name: Times() for name in names}
     gc.collect()
     gc.disable()  # a collection would fall on whoever comes next
     for step in range(setting.steps):
         for place in range(len(names)):
             name = names[(step + place) % len(names)]
-            if name == names[0] and step % every:
+            if step % rare.get(name, 1):
                 continue
             found[name].seconds.append(timed(sessions[name], setting.device))
             found[name].phases.append(sessions[name].phase())

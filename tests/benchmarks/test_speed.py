@@ -27,6 +27,13 @@ def test_every_subject_trains_its_whole_run(name: str) -> None:
         assert found.phases[-1] == targets.AFTER and "event" in found.phases
 
 
+def test_whose_steps_are_alike_makes_a_shorter_run_of_its_own() -> None:
+    found = in_turn(["IncreLoRA, published", "IncreLoRA"], TINY, every=5)
+    assert found["IncreLoRA, published"].steps == [0, 5, 10, 15] and len(found["IncreLoRA"].steps) == TINY.steps
+    ours, theirs = found["IncreLoRA"].beside(found["IncreLoRA, published"])
+    assert len(ours) == len(theirs) == 4
+
+
 def test_the_published_code_and_ours_end_with_the_same_budget() -> None:
     ends = {name: measure.started(name, TINY) for name in ("IncreLoRA", "IncreLoRA, published")}
     for session in ends.values():

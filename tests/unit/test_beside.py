@@ -9,17 +9,22 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from increlora.deltas import Pending, computed
-from increlora.deltas.beside import LinearWithProduct
+from increlora.deltas.beside import NARROW, LinearWithProduct, is_narrow
 from increlora.deltas.products import add_product
 
 IN, OUT, R = 5, 7, 3
+# (tokens in a row of two, ranks): few of both; few ranks for many tokens; many ranks
+SIZES = [(4, R), (9, R), (9, NARROW)]
 
 
-def operands(bias: bool = True, dtype: torch.dtype = torch.float64) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
-    """A frozen layer, x (2, 4, in), A and B."""
+def operands(
+    bias: bool = True, dtype: torch.dtype = torch.float64, size: tuple[int, int] = SIZES[0]
+) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
+    """A frozen layer, x (2, tokens, in), A and B."""
     generator = torch.Generator().manual_seed(0)
     base = nn.Linear(IN, OUT, bias=bias, dtype=dtype).requires_grad_(False)
-    shapes = ((2, 4, IN), (R, IN), (OUT, R))
+    tokens, r = size
+    shapes = ((2, tokens, IN), (r, IN), (OUT, r))
     return base, *(torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes)  # type: ignore[return-value]
 
 
@@ -40,23 +45,37 @@ def gradients(y: Tensor, *wanted: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad((y * weights).sum(), wanted))
 
 
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 @pytest.mark.parametrize("bias", [True, False])
-def test_value_and_gradients_are_those_of_the_formula(bias: bool, scale: float) -> None:
-    base, x, A, B = operands(bias)
+def test_value_and_gradients_are_those_of_the_formula(bias: bool, scale: float, size: tuple[int, int]) -> None:
+    base, x, A, B = operands(bias, size=size)
     torch.testing.assert_close(fused(base, x, A, B, scale), naive(base, x, A, B, scale), rtol=1e-12, atol=1e-12)
     found, expected = (gradients(f(base, x, A, B, scale), x, A, B) for f in (fused, naive))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", SIZES[:2])
 @pytest.mark.parametrize("scale", [1.0, -0.75])
 @pytest.mark.parametrize("bias", [True, False])
-def test_first_and_second_derivatives(bias: bool, scale: float) -> None:
-    base, x, A, B = operands(bias)
+def test_first_and_second_derivatives(bias: bool, scale: float, size: tuple[int, int]) -> None:
+    base, x, A, B = operands(bias, size=size)
     apply = LinearWithProduct.apply
     inputs = (x, base.weight, base.bias, A, B, scale)
     assert torch.autograd.gradcheck(apply, inputs)
     assert torch.autograd.gradgradcheck(apply, inputs)
+
+
+def test_products_turn_round_where_ranks_are_few_and_tokens_many() -> None:
+    shapes = [(9, R), (17, R), (17, NARROW - 1), (17, NARROW)]
+    assert [is_narrow(torch.empty(shape)) for shape in shapes] == [False, True, True, False]
+    assert not is_narrow(torch.empty(17, R, device="meta"))
+
+
+def test_a_gradient_lies_in_memory_as_its_parameter() -> None:
+    base, x, A, B = operands(size=SIZES[1])
+    fused(base, x, A, B).sum().backward()
+    assert B.grad is not None and B.grad.is_contiguous()
 
 
 def test_only_what_is_wanted_has_a_gradient() -> None:
