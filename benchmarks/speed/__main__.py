@@ -85,9 +85,11 @@ def curves(
     """Measure how cost grows with model, batch, rank and number of modules; count operations and bytes."""
     found: dict[str, Any] = {"machine": machine(), "counts": counts()}
     for name in CURVES:
-        found[name] = curve(name)
-        console.print(name, found[name])
-    out.write_text(json.dumps(found, indent=1) + "\n")
+        found[name] = []
+        for row in curve(name):
+            console.print(row)
+            found[name].append(row)
+            out.write_text(json.dumps(found, indent=1) + "\n")  # a long job keeps what it has
 
 
 @app.command()

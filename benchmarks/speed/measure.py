@@ -58,6 +58,16 @@ def started(name: str, setting: Setting) -> Session:
     return SUBJECTS[name](workload, batch, setting.steps)
 
 
+def settled(name: str, setting: Setting) -> Session:
+    """With the ranks of the end of its run: all steps but one are made, on a batch so small that they cost little."""
+    session = started(name, setting)
+    session.batch = WORKLOADS[setting.workload].batch(1, 4, setting.device)
+    for _ in range(setting.steps - 1):
+        session.step()
+    session.batch = WORKLOADS[setting.workload].batch(setting.batch, setting.length, setting.device)
+    return session
+
+
 def in_turn(names: Sequence[str], setting: Setting, progress: Any = None, *, every: int = 1) -> dict[str, Times]:
     """A whole run of each subject, one step of each after the other; the order turns with every step.
 
@@ -114,9 +124,7 @@ def ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
 
 def calls(name: str, setting: Setting) -> int:
     """Operations of a step at the end of the run."""
-    session = started(name, setting)
-    for _ in range(setting.steps - 1):
-        session.step()
+    session = settled(name, setting)
     with Calls() as counted:
         session.step()
     return counted.count
@@ -124,9 +132,7 @@ def calls(name: str, setting: Setting) -> int:
 
 def saved_bytes(name: str, setting: Setting) -> int:
     """What one forward pass, at the end of the run, keeps for its backward pass; parameters left out."""
-    session = started(name, setting)
-    for _ in range(setting.steps - 1):
-        session.step()
+    session = settled(name, setting)
     known = {t.untyped_storage().data_ptr() for t in (*session.model.parameters(), *session.model.buffers())}
     found: dict[int, int] = {}
 

@@ -174,13 +174,13 @@ def left_out() -> str:
 # -- speed -----------------------------------------------------------------------------------------------------------
 
 
-def read_performance() -> dict[str, Any]:
-    """What `make bench` wrote."""
-    return json.loads(Path(__file__).with_name("performance.json").read_text())
+def measured(name: str) -> dict[str, Any]:
+    """What `benchmarks/speed` wrote: `performance`, or `performance_curves`."""
+    return json.loads(Path(__file__).with_name(f"{name}.json").read_text())
 
 
 def performance() -> str:
-    found = read_performance()
+    found = measured("performance")
     rows = []
     for row in found["targets"]:
         spread = f"{row['low']:.2f} – {row['high']:.2f}" if "low" in row else ""
@@ -193,7 +193,7 @@ def performance() -> str:
 def steps() -> str:
     """Median step of every subject and phase, beside the first subject's."""
     rows = []
-    for comparison, subjects in read_performance()["steps"].items():
+    for comparison, subjects in measured("performance")["steps"].items():
         base = next(iter(subjects.values()))["all"]["median"]
         for name, phases in subjects.items():
             for phase, row in phases.items():
@@ -203,6 +203,24 @@ def steps() -> str:
                     rows.append([comparison, name, phase, f"{row['steps']}", *numbers, f"{row['median'] / base:.3f}"])
     head = ["comparison", "subject", "phase", "steps", "median, ms", "quartiles", "optimizer, ms", "÷ the first"]
     return table(head, rows)
+
+
+def curves() -> str:
+    """Steps of LoRA and IncreLoRA beside the floor and peft's LoRA, over models, ranks and numbers of modules."""
+    found, rows = measured("performance_curves"), []
+    for row in (row for name in ("models", "rank", "modules") for row in found[name]):
+        at, floor, theirs, *ours = row.values()  # in the order of the subjects: ours are LoRA and, mostly, IncreLoRA
+        beside = [f"{ms / floor:.2f}" for ms in (theirs, *ours)] + [""] * (2 - len(ours))
+        rows.append([at, f"{floor:.3g}", *beside, *(f"{ms / theirs:.2f}" for ms in ours), *[""] * (2 - len(ours))])
+    head = ["", "floor, ms", "peft LoRA ÷ floor", "LoRA ÷ floor", "IncreLoRA ÷ floor"]
+    return table([*head, "LoRA ÷ peft LoRA", "IncreLoRA ÷ peft LoRA"], rows)
+
+
+def counts() -> str:
+    """What a step of every method does and keeps beyond the floor; the same on every machine."""
+    rows = [[row["method"], f"{row['operations']:,}", f"{row['MiB kept']:.1f}"]
+            for row in measured("performance_curves")["counts"]]  # fmt: skip
+    return table(["method", "operations beyond the floor's", "MiB kept for backward, beyond the floor's"], rows)
 
 
 # -- Markdown ------------------------------------------------------------------------------------------------------
@@ -220,4 +238,5 @@ GENERATED: dict[str, Callable[[], str]] = {
     "api": api, "errors": error_types, "options": options, "shared": shared_options, "refused": refused_options,
     "cli": command_line, "capabilities": capabilities, "probes": probe_meanings, "conformance": conformance,
     "allowed": allowed_failures, "left_out": left_out, "performance": performance, "steps": steps,
+    "curves": curves, "counts": counts,
 }  # fmt: skip
