@@ -44,6 +44,12 @@ def test_the_published_code_and_ours_end_with_the_same_budget() -> None:
     assert 12 * RANK <= published < 12 * RANK + 12  # it adds four ranks to three modules at a time, and may overshoot
 
 
+def test_settled_ranks_are_final_and_the_batch_is_the_one_asked_for() -> None:
+    session = measure.settled("IncreLoRA", TINY)
+    assert rank_summary(session.model).active == 12 * RANK
+    assert session.batch["input_ids"].shape == (TINY.batch, TINY.length)
+
+
 def test_our_lora_takes_fewer_operations_than_pefts_and_keeps_no_more() -> None:
     ours, theirs = (calls(name, TINY) for name in ("LoRA", "peft LoRA"))
     assert ours < theirs
