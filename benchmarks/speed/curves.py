@@ -1,13 +1,11 @@
 """How cost grows: over models and batches, ranks, capacities, numbers of modules. See docs/performance.md."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from statistics import median
 from typing import Any
 
-import torch
-
-from .measure import WARM_UP, Setting, calls, saved_bytes, settled, timed
+from .measure import Setting, calls, in_turn, saved_bytes, settled
 from .subjects import SUBJECTS, Session
 
 PAIR = ("floor", "peft LoRA", "LoRA", "IncreLoRA")
@@ -37,20 +35,13 @@ RUN = 20  # steps of a whole run, in which ranks become final
 def curve(name: str) -> Iterator[dict[str, Any]]:
     """Rows of one curve, as they are measured: medians of steps with the final ranks, in ms."""
     for label, setting, subjects in CURVES[name]:
-        if setting.threads:
-            torch.set_num_threads(setting.threads)
-        sessions = {subject: settled(subject, replace(setting, steps=RUN)) for subject in subjects}
-        yield {"at": label} | {subject: median(s) * 1e3 for subject, s in alternating(sessions, setting).items()}
+        found = in_turn(subjects, setting, start=at_the_end)
+        yield {"at": label} | {subject: median(times.seconds) * 1e3 for subject, times in found.items()}
 
 
-def alternating(sessions: Mapping[str, Session], setting: Setting) -> dict[str, list[float]]:
-    """Seconds of single steps, one subject after the other; the order turns, and the first steps do not count."""
-    names = list(sessions)
-    found: dict[str, list[float]] = {name: [] for name in names}
-    for step in range(WARM_UP + setting.steps):
-        for name in names[step % len(names) :] + names[: step % len(names)]:
-            found[name].append(timed(sessions[name], setting.device))
-    return {name: seconds[WARM_UP:] for name, seconds in found.items()}
+def at_the_end(name: str, setting: Setting) -> Session:
+    """Of a run of its own, whatever number of steps is measured."""
+    return settled(name, replace(setting, steps=RUN))
 
 
 def counts() -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ import gc
 import multiprocessing as mp
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -61,18 +61,25 @@ def started(name: str, setting: Setting) -> Session:
 def settled(name: str, setting: Setting) -> Session:
     """With the ranks of the end of its run: all steps but one are made, on a batch so small that they cost little."""
     session = started(name, setting)
-    session.batch = WORKLOADS[setting.workload].batch(1, 4, setting.device)
+    asked, session.batch = session.batch, WORKLOADS[setting.workload].batch(1, 4, setting.device)
     for _ in range(setting.steps - 1):
         session.step()
-    session.batch = WORKLOADS[setting.workload].batch(setting.batch, setting.length, setting.device)
+    session.batch = asked
     return session
 
 
-def in_turn(names: Sequence[str], setting: Setting, progress: Any = None, *, every: int = 1) -> dict[str, Times]:
+def in_turn(
+    names: Sequence[str],
+    setting: Setting,
+    progress: Any = None,
+    *,
+    every: int = 1,
+    start: Callable[[str, Setting], Session] = started,
+) -> dict[str, Times]:
     """A whole run of each subject, one step of each after the other; the order turns with every step.
 
-    `every`: of all but the last subject one step in so many is made, of a run that is shorter by as much; for those
-    whose steps are all alike."""
+    `start`: makes the sessions that are measured.   `every`: of all but the last subject one step in so many is made,
+    of a run that is shorter by as much; for those whose steps are all alike."""
     if setting.threads:
         torch.set_num_threads(setting.threads)
     for name in names:  # what is made once per process is made now
@@ -81,7 +88,7 @@ def in_turn(names: Sequence[str], setting: Setting, progress: Any = None, *, eve
             session.step()
     rare = dict.fromkeys(names[:-1] if every > 1 else (), every)
     runs = {name: replace(setting, steps=setting.steps // rare.get(name, 1)) for name in names}
-    sessions = {name: started(name, runs[name]) for name in names}
+    sessions = {name: start(name, runs[name]) for name in names}
     found = {name: Times() for name in names}
     gc.collect()
     gc.disable()  # a collection would fall on whoever comes next

@@ -199,12 +199,9 @@ def steps() -> str:
             for phase, row in phases.items():
                 if phase != "all" or len(phases) > 2:
                     spread = f"{row['low'] * 1e3:.0f} – {row['high'] * 1e3:.0f}"
-                    numbers = [
-                        f"{row['median'] * 1e3:.0f}",
-                        spread,
-                        f"{row['optimizer'] * 1e3:.1f}" if "optimizer" in row else "",
-                    ]
-                    rows.append([comparison, name, phase, f"{row['steps']}", *numbers, f"{row['median'] / base:.3f}"])
+                    optimizer = f"{row['optimizer'] * 1e3:.1f}" if "optimizer" in row else ""
+                    numbers = [f"{row['steps']}", f"{row['median'] * 1e3:.0f}", spread, optimizer]
+                    rows.append([comparison, name, phase, *numbers, f"{row['median'] / base:.3f}"])
     head = ["comparison", "subject", "phase", "steps", "median, ms", "quartiles", "optimizer, ms", "÷ the first"]
     return table(head, rows)
 

@@ -100,7 +100,7 @@ class LinearWithProduct(torch.autograd.Function):
         wants_x, _, _, wants_A, wants_B, _ = ctx.needs_input_grad
         g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         grad_x = grad_A = grad_B = None
-        few = is_narrow(h)
+        few = is_narrow(h)  # benchmarks/narrow_products.py
         if wants_B:
             h = rows @ A.t() if torch.is_grad_enabled() else h
             grad_B = scaled_product(ctx.scale, h.t(), g).t() if few else scaled_product(ctx.scale, g.t(), h)
@@ -116,7 +116,7 @@ class LinearWithProduct(torch.autograd.Function):
 def is_narrow(h: Tensor) -> bool:
     """Are products that have h's few columns faster the other way round, (hᵀ g)ᵀ for gᵀ h, and g B with B by columns?
 
-    Up to three times on a CPU below one vector register of columns; slower above, and not worth a copy for few tokens.
+    Up to four times on a CPU below one vector register of columns; slower above, and not worth a copy for few tokens.
     """
     return h.device.type == "cpu" and h.shape[1] < NARROW < h.shape[0]
 
