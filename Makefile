@@ -54,7 +54,7 @@ conformance: setup ## peft's own tests on our methods (writes docs/conformance.j
 	$(BIN)/python -m tests.integrations.fetch
 	$(WITH_BNB) $(BIN)/python -m pytest tests/integrations
 
-bench: setup ## docs/reference/performance.json: step times, memory and scores beside peft's (about 25 minutes)
+bench: setup ## docs/reference/performance.json: step times, memory and scores beside peft's (about 32 minutes)
 	$(BIN)/python -m benchmarks.speed
 
 docs: setup ## build/site, the documentation; opens from the folder and loads nothing from a network

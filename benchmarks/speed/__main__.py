@@ -47,6 +47,7 @@ def targets(
     if context.invoked_subcommand is not None:
         return
     chosen = only.split(",") if only else list(COMPARISONS)
+    here = machine()  # before the threads are chosen for a comparison
     results: Results = {name: measured(name) for name in chosen}
     before = json.loads(out.read_text()) if only and out.exists() else {"targets": [], "steps": {}}
     rows = {row["what"]: row for row in before["targets"]}
@@ -60,7 +61,7 @@ def targets(
         show(rows[target.what])
     steps = before["steps"] | {name: summary(times) for name, times in results.items()}
     order = [rows[target.what] for target in TARGETS if target.what in rows]
-    out.write_text(json.dumps({"machine": machine(), "targets": order, "steps": steps}, indent=1) + "\n")
+    out.write_text(json.dumps({"machine": here, "targets": order, "steps": steps}, indent=1) + "\n")
 
 
 def measured(name: str) -> Any:

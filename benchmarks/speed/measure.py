@@ -80,8 +80,8 @@ def in_turn(
 
     `start`: makes the sessions that are measured.   `every`: of all but the last subject one step in so many is made,
     of a run that is shorter by as much; for those whose steps are all alike."""
-    if setting.threads:
-        torch.set_num_threads(setting.threads)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(setting.threads or threads)
     for name in names:  # what is made once per process is made now
         session = started(name, setting)
         for _ in range(WARM_UP):
@@ -104,6 +104,7 @@ def in_turn(
         if progress is not None:
             progress()
     gc.enable()
+    torch.set_num_threads(threads)
     return found
 
 

@@ -212,7 +212,7 @@ def curves() -> str:
     for row in (row for name in ("models", "rank", "modules") for row in found[name]):
         at, floor, theirs, *ours = row.values()  # in the order of the subjects: ours are LoRA and, mostly, IncreLoRA
         beside = [f"{ms / floor:.2f}" for ms in (theirs, *ours)] + [""] * (2 - len(ours))
-        rows.append([at, f"{floor:.3g}", *beside, *(f"{ms / theirs:.2f}" for ms in ours), *[""] * (2 - len(ours))])
+        rows.append([at, f"{floor:,.1f}", *beside, *(f"{ms / theirs:.2f}" for ms in ours), *[""] * (2 - len(ours))])
     head = ["", "floor, ms", "peft LoRA ÷ floor", "LoRA ÷ floor", "IncreLoRA ÷ floor"]
     return table([*head, "LoRA ÷ peft LoRA", "IncreLoRA ÷ peft LoRA"], rows)
 

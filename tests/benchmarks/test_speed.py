@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from benchmarks.speed import measure, targets
 from benchmarks.speed.measure import Setting, Times, calls, in_turn, ratio, saved_bytes, summary
@@ -42,6 +43,14 @@ def test_the_published_code_and_ours_end_with_the_same_budget() -> None:
     assert rank_summary(ends["IncreLoRA"].model).active == 12 * RANK
     published = sum(m.ranknum.item() for m in adapted(ends["IncreLoRA, published"].model).values())
     assert 12 * RANK <= published < 12 * RANK + 12  # it adds four ranks to three modules at a time, and may overshoot
+
+
+def test_a_comparison_leaves_the_threads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    in_turn(["floor"], TINY)
+    assert chosen == [1, 2]
 
 
 def test_settled_ranks_are_final_and_the_batch_is_the_one_asked_for() -> None:
