@@ -18,7 +18,7 @@ WITH_BNB := PYTHONPATH=.venv/quantised
 comma := ,
 empty :=
 space := $(empty) $(empty)
-CORE  := $(subst $(space),$(comma),$(addprefix src/increlora/,*.py deltas/* methods/* runtime/* runtime/pruning/*))
+CORE  := $(subst $(space),$(comma),$(addprefix src/increlora/,*.py decide/* ops/* deltas/* rules/* methods/* structural/*/* runtime/* runtime/pruning/*))
 
 .PHONY: help setup demo test conformance bench docs lint format clean
 .DEFAULT_GOAL := help

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 from planted import finished
 
-from increlora.cli.settings import TrainSettings
-from increlora.methods import METHODS
+from increlora.registry import METHODS
+from increlora.workbench.cli.settings import TrainSettings
 
 
 def main(

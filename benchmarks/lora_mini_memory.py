@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from increlora.deltas import Delta
-from increlora.methods import Lora, LoraMini, Site
+from increlora.methods import Lora, Site
+from increlora.structural.lora_mini.method import LoraMini
 
 TOKENS = 2048
 SHAPES = ((768, 8), (4096, 16))  # in = out, r

@@ -21,8 +21,8 @@ from typing import Annotated, Any
 import typer
 from planted import finished, read_state, spread
 
-from increlora.cli.settings import TrainSettings
-from increlora.runs import RunFolder
+from increlora.workbench.cli.settings import TrainSettings
+from increlora.workbench.runs import RunFolder
 
 POINTS = (30, 50, 70, 90)  # percent of the run
 RATES = "2.5e-3,5e-3,1e-2"

@@ -15,11 +15,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from increlora.cli.options import parse_options
-from increlora.cli.run import train
-from increlora.cli.settings import TrainSettings
-from increlora.runs import RunFolder
-from increlora.tasks.planted import planted_ranks
+from increlora.workbench.cli.options import parse_options
+from increlora.workbench.cli.run import train
+from increlora.workbench.cli.settings import TrainSettings
+from increlora.workbench.runs import RunFolder
+from increlora.workbench.tasks.planted import planted_ranks
 
 R, ALPHA = 2, 8
 PAPER_ADALORA = {"warmup_steps": 100, "interval_steps": 10, "settle_steps": 410, "lora_alpha": ALPHA}  # short run

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig,
 
 import increlora  # noqa: F401 (it makes our methods known to peft)
 from increlora.hosts.peft.layer import AdapterLayer
-from increlora.tasks.backbone import resolve_backbone
+from increlora.workbench.tasks.backbone import resolve_backbone
 
 HEAD = ["classifier"]  # of the adapter, not of the base
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from increlora import attach
-from increlora.allocation import Holding, Plan
-from increlora.cli.build import build
-from increlora.cli.settings import TrainSettings
-from increlora.scores import smooth
+from increlora.decide.allocation import Holding, Plan
+from increlora.decide.scores import smooth
+from increlora.workbench.cli.build import build
+from increlora.workbench.cli.settings import TrainSettings
 
 WINDOWS = (1, 2, 4, 8, 16, 32)
 

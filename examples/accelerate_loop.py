@@ -14,7 +14,7 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 
 from increlora import IncreLoraConfig, attach, rank_summary
-from increlora.tasks import DEFAULT_BACKBONE, load_classifier, load_task
+from increlora.workbench.tasks import DEFAULT_BACKBONE, load_classifier, load_task
 
 ACCUMULATION = 2
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from increlora import IncreLoraConfig, attach, rank_summary
-from increlora.tasks import DEFAULT_BACKBONE, load_classifier, load_task
+from increlora.workbench.tasks import DEFAULT_BACKBONE, load_classifier, load_task
 
 
 def main() -> None:

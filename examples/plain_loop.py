@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 
 from increlora import IncreLoraConfig, attach, rank_summary
-from increlora.tasks import DEFAULT_BACKBONE, load_classifier, load_task
+from increlora.workbench.tasks import DEFAULT_BACKBONE, load_classifier, load_task
 
 
 def main() -> None:

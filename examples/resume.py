@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from increlora import IncreLoraConfig, rank_summary
-from increlora.tasks import DEFAULT_BACKBONE, load_classifier, load_task
+from increlora.workbench.tasks import DEFAULT_BACKBONE, load_classifier, load_task
 
 
 class Interrupt(TrainerCallback):

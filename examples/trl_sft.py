@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from increlora import IncreLoraConfig, rank_summary
-from increlora.tasks import small_causal
-from increlora.tasks.stdlib_docs import load_pairs
+from increlora.workbench.tasks import small_causal
+from increlora.workbench.tasks.stdlib_docs import load_pairs
 
 
 def main() -> None:

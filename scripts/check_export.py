@@ -43,7 +43,7 @@ def logits(kind: str, folder: Path, base: str, scratch: Path) -> list[torch.Tens
 
 def main(run: Path) -> float:
     from increlora import export_lora, export_merged
-    from increlora.tasks.backbone import load_classifier, resolve_backbone
+    from increlora.workbench.tasks.backbone import load_classifier, resolve_backbone
 
     base = str(resolve_backbone())
     with tempfile.TemporaryDirectory() as name:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
+from increlora.decide.schedules import Run
 from increlora.methods import IncreLora
-from increlora.schedules import Run
 
 from .measure import Setting, Times, peak_memory, ratio
 

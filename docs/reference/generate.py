@@ -17,10 +17,10 @@ from typer.cli import get_docs_for_click
 
 import increlora
 from increlora import errors, probes
-from increlora.cli.app import app
-from increlora.cli.methods import SIGNS
-from increlora.cli.options import described
 from increlora.hosts.peft.config import CONFIGS, INSTEAD, SUPPORTED
+from increlora.workbench.cli.app import app
+from increlora.workbench.cli.methods import SIGNS
+from increlora.workbench.cli.options import described
 
 DOCS = Path(__file__).resolve().parents[1]
 # Set by us or by peft, never by the user.

@@ -10,12 +10,12 @@ Trainer(model=model, args=args, train_dataset=data).train()                     
 from typing import Any
 
 from .errors import IncreloraError
-from .hosts.allocation import allocation_to_lora_config
-from .hosts.engines import check_export
-from .hosts.export import export_lora
-from .hosts.merge import export_merged
+from .export.allocation import allocation_to_lora_config
+from .export.engines import check_export
+from .export.lora import export_lora
+from .export.merged import export_merged
+from .export.warm_start import warm_start
 from .hosts.peft import CONFIGS, attach, rank_summary
-from .hosts.warm_start import warm_start
 from .runtime import regularization_loss
 
 __version__ = "0.1.0"

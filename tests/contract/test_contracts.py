@@ -25,7 +25,7 @@ from increlora import (
     SoraConfig,
     attach,
     rank_summary,
-)  # fmt: skip
+)
 from increlora.deltas import BlockDelta, Status
 from increlora.errors import DriveError, ScheduleError
 from increlora.hosts.peft.layer import AdapterLayer

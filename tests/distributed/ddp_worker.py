@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from increlora.runtime.distributed import mean_over_processes
+from increlora.ops.parallel import mean_over_processes
 from tests.distributed.launch import report
 from tests.distributed.toy_run import batches_of, paper_config, run, toy_model
 

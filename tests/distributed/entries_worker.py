@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from increlora import PriloraConfig
 from increlora.deltas import LowRankDelta
 from increlora.methods import Prilora, Site
+from increlora.ops.parallel import full
 from increlora.runtime import controllers_of
-from increlora.runtime.distributed import full
 from increlora.runtime.pruning.inputs import InputNorms
 from tests.distributed.fsdp_worker import sharded
 from tests.distributed.launch import report

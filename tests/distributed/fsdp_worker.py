@@ -23,8 +23,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from increlora.hosts.peft.layer import AdapterLayer
+from increlora.ops.parallel import all_finite
 from increlora.runtime import controllers_of
-from increlora.runtime.distributed import all_finite
 from tests.distributed.launch import report
 from tests.distributed.llama import STEPS as LLAMA_STEPS
 from tests.distributed.llama import adapted_llama, logits, tokens

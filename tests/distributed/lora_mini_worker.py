@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from increlora import LoraMiniConfig
-from increlora.runtime.distributed import full
+from increlora.ops.parallel import full
 from tests.distributed.fsdp_worker import sharded
 from tests.distributed.launch import report
 from tests.distributed.pruning_worker import batches_of, optimizer_of, train

@@ -12,9 +12,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from increlora import LortaConfig
-from increlora.deltas import TensorBank
 from increlora.errors import DriveError
-from increlora.runtime.distributed import full
+from increlora.ops.parallel import full
+from increlora.structural.lorta.delta import TensorBank
 from tests.distributed.launch import report
 from tests.distributed.llama import llama, tokens
 
@@ -82,7 +82,7 @@ def refused(process: int) -> str:
 
 def unguarded(process: int) -> dict[str, Tensor] | str:
     """What it would end in."""
-    with patch("increlora.deltas.tensor.refuse_reentrant_checkpointing"):
+    with patch("increlora.structural.lorta.delta.refuse_reentrant_checkpointing"):
         try:
             return run("reentrant", process)
         except RuntimeError as error:

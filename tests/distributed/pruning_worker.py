@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from increlora import AdaLoraConfig, SoraConfig
+from increlora.ops.parallel import full
 from increlora.runtime import controllers_of
-from increlora.runtime.distributed import full
 from tests.distributed.fsdp_worker import sharded
 from tests.distributed.launch import report
 from tests.distributed.resuming import load, saving

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from increlora import MoraConfig
+from increlora.ops.parallel import full
 from increlora.runtime import controllers_of
-from increlora.runtime.distributed import full
 from tests.distributed.fsdp_worker import sharded
 from tests.distributed.launch import report
 from tests.distributed.pruning_worker import Batch, batches_of, optimizer_of

@@ -11,10 +11,10 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from increlora import IncreLoraConfig, attach, regularization_loss
-from increlora.allocation import Grant, Plan
+from increlora.decide.allocation import Grant, Plan
 from increlora.deltas import Status
+from increlora.ops.parallel import full, is_sharded, laid_out_like, local
 from increlora.runtime import Controller
-from increlora.runtime.distributed import full, is_sharded, laid_out_like, local
 from tests.reference.toy import toy_batches, toy_loss, toy_network
 
 STEPS, MODULES = 18, 6

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from increlora.cli.app import app
-from increlora.cli.options import parse_option
+from increlora.workbench.cli.app import app
+from increlora.workbench.cli.options import parse_option
 from tests.docs.blocks import PAGES, ROOT, commands, python_blocks, snippets
 from tests.docs.stand_ins import STAND_INS, language_model
 

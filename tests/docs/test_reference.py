@@ -11,9 +11,9 @@ import typer
 
 import increlora
 from increlora import errors, probes
-from increlora.cli.app import app
 from increlora.hosts.peft.config import CONFIGS
-from increlora.methods import METHODS
+from increlora.registry import METHODS
+from increlora.workbench.cli.app import app
 from tests.docs.blocks import ROOT
 
 

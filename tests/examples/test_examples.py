@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from increlora import rank_summary
-from increlora.tasks import stdlib_docs
+from increlora.workbench.tasks import stdlib_docs
 from tests.examples.tiny import save_bert
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

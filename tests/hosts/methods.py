@@ -13,7 +13,7 @@ from increlora import (
     PlainLoraConfig,
     PriloraConfig,
     SoraConfig,
-)  # fmt: skip
+)
 
 STEPS = 10
 TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "down_proj"]}

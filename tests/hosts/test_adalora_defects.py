@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from transformers import Trainer
 
 from increlora import AdaLoraConfig, rank_summary
-from increlora.penalties import orthogonality
+from increlora.decide.penalties import orthogonality
 from increlora.runtime import controllers_of
 from increlora.runtime.penalty import components
 from tests.hosts.bases import BUILDERS, Mlp, inputs_for, seeded

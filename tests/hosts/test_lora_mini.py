@@ -29,9 +29,9 @@ from increlora import (
     rank_summary,
     warm_start,
 )
-from increlora.deltas import FourFactorDelta
 from increlora.errors import CheckpointError, ConfigError
-from increlora.hosts.adapters import read_adapter
+from increlora.export.adapters import read_adapter
+from increlora.structural.lora_mini.delta import FourFactorDelta
 from tests.hosts.stock import assert_exports_compute_the_same
 from tests.hosts.test_melora import TARGETS
 from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits

@@ -35,8 +35,8 @@ from increlora import (
     rank_summary,
     warm_start,
 )
-from increlora.deltas import TensorBank, TensorDelta
 from increlora.errors import ConfigError, ExportError
+from increlora.structural.lorta.delta import TensorBank, TensorDelta
 from tests.hosts.stock import assert_exports_compute_the_same
 from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits, seeded
 from tests.hosts.training import deltas, train

@@ -10,12 +10,9 @@ import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from increlora import (
-    LortaConfig,
-    rank_summary,
-)
+from increlora import LortaConfig, rank_summary
 from increlora.errors import CheckpointError, ConfigError
-from increlora.hosts.adapters import read_adapter
+from increlora.export.adapters import read_adapter
 from tests.hosts.test_lorta import BUILDERS, KINDS, NAMES, adapted, bank, grouped, trained
 from tests.hosts.tiny import logits
 from tests.hosts.training import deltas, interrupted, train

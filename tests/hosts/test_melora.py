@@ -22,7 +22,7 @@ from increlora import (
     warm_start,
 )
 from increlora.errors import CheckpointError, ConfigError
-from increlora.hosts.adapters import read_adapter
+from increlora.export.adapters import read_adapter
 from tests.hosts.stock import assert_exports_compute_the_same
 from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits
 from tests.hosts.training import deltas, interrupted, train

@@ -22,9 +22,9 @@ from increlora import (
     rank_summary,
     warm_start,
 )
-from increlora.deltas import SquareDelta
 from increlora.errors import CheckpointError, ConfigError, ExportError
-from increlora.hosts.adapters import read_adapter
+from increlora.export.adapters import read_adapter
+from increlora.structural.mora.delta import SquareDelta
 from tests.hosts.stock import assert_exports_compute_the_same
 from tests.hosts.test_melora import TARGETS, close, stock
 from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits

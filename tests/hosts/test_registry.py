@@ -12,7 +12,7 @@ import increlora
 from increlora import PlainLoraConfig, export_lora
 from increlora.errors import CheckpointError
 from increlora.hosts.peft import CONFIGS
-from increlora.methods import METHODS
+from increlora.registry import METHODS
 from tests.hosts.tiny import Mlp, seeded
 
 

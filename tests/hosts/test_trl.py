@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from increlora import IncreLoraConfig, rank_summary
 from increlora.runtime import controllers_of
-from increlora.tasks.small import byte_tokenizer
+from increlora.workbench.tasks.small import byte_tokenizer
 from tests.hosts.bases import LLAMA, seeded
 from tests.hosts.tiny import grow
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from increlora import LortaConfig
-from increlora.deltas import TensorBank
+from increlora.structural.lorta.delta import TensorBank
 from tests.reference.attention import AttentionNet
 from tests.reference.naive_lorta import Factors, adapt
 from tests.reference.toy import toy_loss

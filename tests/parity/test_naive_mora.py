@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from increlora import MoraConfig
-from increlora.deltas.maps import shuffled
+from increlora.structural.mora.maps import shuffled
 from tests.parity.test_melora import STEPS, network, step_once
 from tests.reference.naive_mora import TYPES, linear_map
 

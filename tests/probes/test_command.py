@@ -8,10 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from increlora import probes
-from increlora.cli.app import app
-from increlora.methods import METHODS
 from increlora.probes.outcome import Outcome
 from increlora.probes.processes import PROBES as DISTRIBUTED
+from increlora.registry import METHODS
+from increlora.workbench.cli.app import app
 
 REFUSAL = "no mixed batch: use one adapter per batch"
 

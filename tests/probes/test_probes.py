@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from increlora import probes
 from increlora.deltas import BlockDelta
 from increlora.errors import ConfigError
-from increlora.hosts import export
+from increlora.export import lora as export
 from increlora.hosts.peft import checkpoint, model
 from increlora.hosts.peft.layer import AdapterLayer
-from increlora.methods import METHODS
 from increlora.probes import processes, weights
 from increlora.probes.outcome import Disagreement, NotProbed, Outcome, check, different, outcome_of, same
 from increlora.probes.subjects import check_driven, subject_of, train
+from increlora.registry import METHODS
 from tests.probes import sabotage
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from itertools import combinations, product
 
 from torch import Tensor
 
-from increlora.allocation import Holding
+from increlora.decide.allocation import Holding
 
 Matrix = list[list[float]]
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from increlora.cli.app import app
-from increlora.report import writing
-from increlora.report.figures import FIGURES
+from increlora.workbench.cli.app import app
+from increlora.workbench.report import writing
+from increlora.workbench.report.figures import FIGURES
 
 from .folders import write_run
 
@@ -59,7 +59,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, monkeypatch, words):
 
 
 def test_without_its_libraries_the_command_names_the_extra(tmp_path, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("increlora.report")]:
+    for name in [name for name in sys.modules if name.startswith("increlora.workbench.report")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "altair", None)
     result = call(write_run(tmp_path / "run"))

@@ -2,9 +2,9 @@
 
 import pytest
 
-from increlora.report import read_runs, write_report
-from increlora.report.figures import FIGURES
-from increlora.report.summary import SETTINGS
+from increlora.workbench.report import read_runs, write_report
+from increlora.workbench.report.figures import FIGURES
+from increlora.workbench.report.summary import SETTINGS
 
 from . import browser as browsing
 from .folders import STEPS, modules, write_run

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from increlora.errors import RunFolderError
-from increlora.report import read_runs
-from increlora.report.figures import FIGURES
-from increlora.report.reading import labels
-from increlora.report.summary import comparison_table, judged, live, measured, metric, seconds, tiles, used
-from increlora.report.tables import (
+from increlora.workbench.report import read_runs
+from increlora.workbench.report.figures import FIGURES
+from increlora.workbench.report.reading import labels
+from increlora.workbench.report.summary import comparison_table, judged, live, measured, metric, seconds, tiles, used
+from increlora.workbench.report.tables import (
     birth_rates,
     changes_by_events,
     column,

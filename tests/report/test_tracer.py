@@ -7,11 +7,11 @@ import torch
 from peft import get_peft_model
 
 from increlora import PlainLoraConfig
-from increlora.cli.tracer import Tracer, singular_values
 from increlora.deltas import Delta
-from increlora.report import read_runs, save_figures, writing
-from increlora.report.figures import FIGURES
-from increlora.runs import RunFolder
+from increlora.workbench.cli.tracer import Tracer, singular_values
+from increlora.workbench.report import read_runs, save_figures, writing
+from increlora.workbench.report.figures import FIGURES
+from increlora.workbench.runs import RunFolder
 from tests.hosts.loops import StopAt, adapted, assert_same, controller_of, state_of, tiny_gpt2, trainer_of
 
 SCHEDULE = {"warmup_steps": 4, "interval_steps": 3, "top_h": 3, "birth_warmup": 4}  # events end at 12 of 20 steps
@@ -96,8 +96,8 @@ def test_a_resumed_run_continues_its_files(traced, tmp_path):
 
 
 def test_long_runs_are_traced_at_some_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr("increlora.cli.tracer.TRACES", 4)
-    monkeypatch.setattr("increlora.cli.tracer.SPECTRA", 2)
+    monkeypatch.setattr("increlora.workbench.cli.tracer.TRACES", 4)
+    monkeypatch.setattr("increlora.workbench.cli.tracer.SPECTRA", 2)
     model = run(tmp_path, adapted(**SCHEDULE))
     events = {event.step + 1 for event in controller_of(model).events}
     assert [row["step"] for row in rows(tmp_path, "trace.jsonl")] == sorted({0, 5, 10, 15, 20} | events)

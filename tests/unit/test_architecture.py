@@ -1,7 +1,6 @@
 """Imports go one way, only hosts know the insides of peft, and files stay small. Read with `ast`; nothing is imported.
 
-integrations → cli, tasks, report, probes → hosts → runtime → methods → scores · schedules · selection · ramps ·
-penalties · deltas → budget · allocation → torch
+integrations → workbench → export → hosts → registry → structural · runtime → methods → rules → decide · deltas → ops
 """
 
 import ast
@@ -16,22 +15,27 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # A part imports from itself and from lower levels; never from another part of its own level.
 LEVELS = [
-    {"errors", "files", "seeding"},
-    {"budget", "allocation", "naming"},
-    {"scores", "schedules", "selection", "ramps", "penalties", "projections", "deltas", "kernels"},
+    {"errors", "files", "naming", "seeding"},
+    {"ops"},
+    {"decide", "deltas"},
+    {"rules"},
     {"methods"},
-    {"runtime"},
+    {"structural", "runtime"},
+    {"registry"},
     {"hosts"},
+    {"export"},
     {""},  # increlora/__init__.py: what users import
-    {"runs"},
-    {"tasks", "report", "probes"},
-    {"cli", "__main__"},
+    {"probes"},
+    {"workbench"},
     {"integrations"},  # at the top, so that nothing imports them: they need frameworks that users may not have
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
-CORE = {part for part in LEVEL if LEVEL[part] <= LEVEL["runtime"]}
+CORE = {part for part in LEVEL if LEVEL[part] <= LEVEL["registry"]}
 DOCUMENTED = {"peft.utils.hotswap.hotswap_adapter"}  # what users of peft import from within
 WORKBENCH = {part for part in LEVEL if LEVEL[part] > LEVEL[""]}
+# The rooms of the workbench, lowest first: the same rule holds between them.
+ROOMS = [{"runs"}, {"tasks", "report"}, {"cli"}]
+ROOM = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
 
 def module_name(path: Path) -> str:
@@ -58,6 +62,16 @@ def part_of(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+def room_of(module: str) -> str:
+    """Room of a module of the workbench: `increlora.workbench.cli.train` → `cli`."""
+    return module.split(".")[2] if module.count(".") > 1 else ""
+
+
+def same_room_or_lower(module: str, name: str) -> bool:
+    here, there = room_of(module), room_of(name)
+    return here == there or ROOM[there] < ROOM[here]
+
+
 def problems(source: str, module: str, *, package: bool = False) -> list[str]:
     """What a file imports against the rules."""
     part, found = part_of(module), []
@@ -68,6 +82,8 @@ def problems(source: str, module: str, *, package: bool = False) -> list[str]:
             target = target if target in LEVEL else ""  # `from increlora import attach`
             if target != part and LEVEL[target] >= LEVEL[part]:
                 found.append(f"{module} imports {name}: {part or 'the package'} may not know {target or 'the package'}")
+            elif target == part == "workbench" and not same_room_or_lower(module, name):
+                found.append(f"{module} imports {name}: {room_of(module)} may not know {room_of(name)}")
         elif top not in sys.stdlib_module_names and not allowed(name, module):
             found.append(f"{module} imports {name}: {top} is out of bounds here")
     return found
@@ -79,10 +95,12 @@ def allowed(name: str, module: str) -> bool:
     if top == "torch":
         return True
     if part in CORE:
-        return top == "triton" and part == "kernels"
+        return False
     if top == "peft" and part in WORKBENCH:
         return name.count(".") == 1 or name in DOCUMENTED
-    return part in WORKBENCH or (part == "hosts" and (top != "peft" or module != "increlora.hosts.transformers"))
+    return part in WORKBENCH | {"export"} or (
+        part == "hosts" and (top != "peft" or module != "increlora.hosts.transformers")
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
@@ -101,30 +119,47 @@ def test_files_stay_small(path: Path) -> None:
 
 def test_all_parts_were_found() -> None:
     found = {part_of(module_name(path)) for path in FILES}
-    assert found >= {"", "errors", "budget", "scores", "selection", "deltas", "methods", "runtime", "hosts", "tasks"}
+    assert found >= {
+        "",
+        "errors",
+        "decide",
+        "deltas",
+        "methods",
+        "runtime",
+        "structural",
+        "hosts",
+        "export",
+        "workbench",
+    }
 
 
 @pytest.mark.parametrize(("module", "source"), [
-    ("increlora.scores", "from .deltas import Delta"),  # same level
-    ("increlora.scores", "from .deltas.base import Delta"),
-    ("increlora.budget", "from . import selection"),
+    ("increlora.decide.scores", "from ..deltas import Delta"),  # same level
+    ("increlora.deltas.base", "from ..decide.budget import Budget"),
     ("increlora.deltas.base", "from ..methods import Method"),
+    ("increlora.ops.parallel", "from ..deltas import Delta"),
+    ("increlora.rules.grow", "from ..methods import Method"),
     ("increlora.methods.lora", "from ..runtime.controller import Controller"),
     ("increlora.methods.lora", "def f():\n    from increlora.runtime import Controller"),  # lazily is no excuse
+    ("increlora.methods.lora", "from ..structural.mora.delta import SquareDelta"),
+    ("increlora.runtime.taps", "from ..structural.mora.delta import SquareDelta"),
+    ("increlora.structural.mora.method", "from ...runtime import Controller"),
+    ("increlora.runtime.taps", "from ..registry import METHODS"),
     ("increlora.runtime.taps", "from ..hosts.peft import attach"),
     ("increlora.runtime.taps", "from increlora import attach"),
     ("increlora.runtime.taps", "import peft"),
     ("increlora.runtime.taps", "import numpy as np"),
-    ("increlora.selection", "import transformers"),
+    ("increlora.decide.selection", "import transformers"),
     ("increlora.hosts.transformers", "from peft import PeftModel"),
-    ("increlora.hosts.peft.layer", "from ...tasks import glue"),
-    ("increlora.hosts.peft.layer", "from ...cli.main import main"),
-    ("increlora.tasks.glue", "from ..report import html"),
-    ("increlora.tasks.glue", "from ..cli import main"),
-    ("increlora.tasks.glue", "from peft.tuners.lora import Linear"),  # peft's insides are the hosts' business
-    ("increlora", "from .cli import main"),
+    ("increlora.hosts.peft.layer", "from ...export.lora import export_lora"),
+    ("increlora.hosts.peft.layer", "from ...workbench.cli.main import main"),
+    ("increlora.export.lora", "from ..workbench.runs import RunFolder"),
+    ("increlora.workbench.tasks.glue", "from ..report import html"),
+    ("increlora.workbench.tasks.glue", "from ..cli import main"),
+    ("increlora.workbench.tasks.glue", "from peft.tuners.lora import Linear"),  # peft's insides are the hosts' business
+    ("increlora", "from .workbench.cli import main"),
     ("increlora", "from .integrations import axolotl"),
-    ("increlora.cli.train", "from ..integrations.settings import config_of"),
+    ("increlora.workbench.cli.train", "from ...integrations.settings import config_of"),
     ("increlora.integrations.axolotl", "from peft.tuners.lora import Linear"),
 ])  # fmt: skip
 def test_a_wrong_import_is_seen(module: str, source: str) -> None:
@@ -134,11 +169,12 @@ def test_a_wrong_import_is_seen(module: str, source: str) -> None:
 @pytest.mark.parametrize(("module", "package", "source"), [
     ("increlora.runtime", True, "from .controller import Controller\nfrom ..methods import Method"),
     ("increlora.methods", True, "from .base import Method"),
-    ("increlora.selection", False, "import math\nfrom .allocation import Grant\nfrom .budget import Budget"),
+    ("increlora.decide.selection", False, "import math\nfrom .allocation import Grant\nfrom .budget import Budget"),
+    ("increlora.structural.mora.delta", False, "from ...deltas import BlockDelta\nfrom .maps import Groups"),
     ("increlora.hosts.peft.model", False, "from peft.tuners import x\nfrom .. import transformers"),
-    ("increlora.hosts.export", False, "from peft import LoraConfig\nfrom safetensors import safe_open"),
-    ("increlora.cli.train", False, "from ..tasks import glue\nfrom .. import attach\nimport rich, transformers"),
-    ("increlora.cli.train", False, "from peft import get_peft_model\nfrom ..runs import Run"),
+    ("increlora.export.lora", False, "from peft import LoraConfig\nfrom safetensors import safe_open"),
+    ("increlora.workbench.cli.train", False, "from ..tasks import glue\nfrom ... import attach\nimport rich"),
+    ("increlora.workbench.cli.train", False, "from peft import get_peft_model\nfrom ..runs import Run"),
     ("increlora.integrations.axolotl", False, "from axolotl.integrations.base import BasePlugin\nimport increlora"),
 ])  # fmt: skip
 def test_a_right_import_is_not(module: str, package: bool, source: str) -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .beside import Pending
+from ..ops.fused_linear import Pending
 from .inputs import VECTORS, Inputs, Vectors
 
 

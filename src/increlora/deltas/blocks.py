@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..ops.fused_linear import Pending, computed
+from ..ops.parallel import ZeroGate, in_process_group
 from ..seeding import generator_of
 from .base import Delta, Status, check_shape
-from .beside import Pending, computed
 from .inputs import VECTORS, Inputs
-from .products import ZeroGate, in_process_group
 from .state import STATE_FORMAT, ModuleState, unpack, without_idle_statistics
 
 Init = Callable[[tuple[int, int], torch.Generator, int], Tensor]

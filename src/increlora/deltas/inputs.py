@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .beside import Pending, computed
-from .products import add_product, matched
+from ..ops.fused_linear import Pending, add_product, computed, matched
 
 
 class Inputs:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .beside import Pending
+from ..ops.fused_linear import Pending
 from .blocks import BlockDelta
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.fused_linear import Pending
 from .base import Status
-from .beside import Pending
 from .blocks import BlockDelta
 
 

@@ -12,9 +12,9 @@ Source: AdaLoRA (arXiv 2303.10512), algorithm 1, and its published code.   Diffe
 
 from functools import partial
 
-from ..budget import Budget, resolve
+from ..decide.budget import Budget, resolve
+from ..decide.selection import keep_published, keep_top
 from ..deltas import Status, TripletDelta
-from ..selection import keep_published, keep_top
 from .adalora_settings import AdaLoraSettings
 from .base import LOW_RANK_READS, Method, Site
 from .falling import cubic_of, first_rank

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from ..decide.schedules import Time
 from ..errors import BudgetError
-from ..schedules import Time
 from .checks import check_choices, check_counts, check_shares, check_weight
 from .falling import first_rank
 

@@ -7,11 +7,11 @@ from typing import Literal, Protocol, TypeVar
 
 import torch
 
-from ..allocation import Holding, Plan
-from ..budget import Budget
+from ..decide.allocation import Holding, Plan
+from ..decide.budget import Budget
+from ..decide.schedules import GrowthSteps, Run
 from ..deltas import Delta, Inputs, Patches, Stored, Tokens, Vectors
 from ..deltas.inputs import VECTORS
-from ..schedules import GrowthSteps, Run
 from .rules import EntryPruning, GateShrinking, PenaltyRule, RankPruning, Restarts, ScoreRule
 
 Value = TypeVar("Value", int, float)

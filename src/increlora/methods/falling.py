@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from ..schedules import CubicDecay, Run, in_steps
+from ..decide.schedules import CubicDecay, Run, in_steps
 
 
 def first_rank(average: float) -> int:

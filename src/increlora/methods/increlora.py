@@ -15,11 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..allocation import Holding, ranks_used
-from ..budget import Budget, block_sizes, default_capacity, resolve
+from ..decide.allocation import Holding, ranks_used
+from ..decide.budget import Budget, block_sizes, default_capacity, resolve
+from ..decide.schedules import GrowthSteps, Run, in_steps, linear_clock, ramp_clock
+from ..decide.selection import grow_published, grow_top
 from ..deltas import Init, Status, TripletDelta
-from ..schedules import GrowthSteps, Run, in_steps, linear_clock, ramp_clock
-from ..selection import grow_published, grow_top
 from .base import LOW_RANK_READS, Method, Site, matching
 from .increlora_settings import IncreLoraSettings, check_reachable
 from .initial import Shape, gaussian, lora_start, ones

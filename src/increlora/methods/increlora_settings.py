@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from ..decide.schedules import GrowthSteps, Time
 from ..errors import BudgetError, ConfigError, ScheduleError
-from ..schedules import GrowthSteps, Time
 from .checks import check_choices, check_counts, check_shares, check_weight
 
 

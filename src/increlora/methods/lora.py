@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from ..budget import Budget
+from ..decide.budget import Budget
 from ..deltas import LowRankDelta, Status
 from .base import LOW_RANK_READS, Method, Site, matching
 from .checks import check_counts, check_patterns, check_shares

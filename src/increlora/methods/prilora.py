@@ -14,11 +14,11 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from typing import Literal
 
-from ..budget import Budget, resolve
+from ..decide.budget import Budget, resolve
+from ..decide.projections import Group
+from ..decide.ramps import depths, first_of, ramp_ranks
+from ..decide.schedules import PruneSteps, Run, Time, in_steps
 from ..deltas import LowRankDelta, Status
-from ..projections import Group
-from ..ramps import depths, first_of, ramp_ranks
-from ..schedules import PruneSteps, Run, Time, in_steps
 from .base import LOW_RANK_READS, Method, Site
 from .checks import check_choices, check_counts, check_shares
 from .initial import lora_start

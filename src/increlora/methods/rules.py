@@ -6,11 +6,11 @@ from typing import Literal
 
 import torch
 
-from ..budget import Budget
-from ..penalties import PenaltyForm
-from ..projections import Group
-from ..schedules import CubicDecay, Levels, PruneSteps, RestartSteps, Run
-from ..scores import Norm
+from ..decide.budget import Budget
+from ..decide.penalties import PenaltyForm
+from ..decide.projections import Group
+from ..decide.schedules import CubicDecay, Levels, PruneSteps, RestartSteps, Run
+from ..decide.scores import Norm
 
 
 @dataclass(frozen=True)

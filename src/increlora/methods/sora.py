@@ -13,11 +13,11 @@ Differs: docs/methods/sora.md
 
 from functools import partial
 
-from ..budget import Budget, resolve
+from ..decide.budget import Budget, resolve
+from ..decide.projections import published_shrink, soft_threshold
+from ..decide.schedules import Levels, Run, in_steps
+from ..decide.selection import keep_top
 from ..deltas import Status, TripletDelta
-from ..projections import published_shrink, soft_threshold
-from ..schedules import Levels, Run, in_steps
-from ..selection import keep_top
 from .base import LOW_RANK_READS, Method, Site
 from .falling import cubic_of, first_rank
 from .initial import lora_start, normal, ones

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from ..decide.schedules import Time, rising
 from ..errors import BudgetError, ConfigError
-from ..schedules import Time, rising
 from .checks import check_choices, check_counts, check_shares, check_weight
 
 

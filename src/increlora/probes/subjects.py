@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..hosts.peft import CONFIGS
 from ..hosts.peft.config import names_of
 from ..hosts.peft.layer import AdapterLayer
-from ..methods import METHODS
+from ..registry import METHODS
 from ..runtime import controllers_of
 from .outcome import check
 

@@ -10,7 +10,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
 from ..errors import ExportError
-from ..hosts.export import export_lora, is_exact
+from ..export.lora import export_lora, is_exact
 from .outcome import Disagreement, check, different, same
 from .subjects import STEPS, Subject, deltas, layers, llama, output
 

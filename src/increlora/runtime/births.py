@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..decide.schedules import Run
 from ..deltas import BlockDelta, Status
 from ..methods.base import Clock
-from ..schedules import Run
 
 PROPORTIONAL = {"AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta"}
 

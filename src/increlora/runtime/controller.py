@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..allocation import Event, Holding, Kind
+from ..decide.allocation import Event, Holding, Kind
+from ..decide.schedules import GrowthSteps, Run
+from ..decide.scores import smooth
+from ..decide.selection import spent
 from ..deltas import BlockDelta, Status
 from ..methods import Method
-from ..schedules import GrowthSteps, Run
-from ..scores import smooth
-from ..selection import spent
+from ..ops.parallel import all_finite, mean_over_processes
 from . import amp, scoring
 from .births import BirthRates, unmoved
-from .distributed import all_finite, mean_over_processes
 from .health import Health
 from .ownership import check_optimizer
 from .penalty import add_penalty

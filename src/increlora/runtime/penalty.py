@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..decide.penalties import mean_size, mean_size_grad, orthogonality, orthogonality_grad
 from ..deltas import BlockDelta, Status
 from ..methods import PenaltyRule
-from ..penalties import mean_size, mean_size_grad, orthogonality, orthogonality_grad
-from .distributed import full, laid_out_like
+from ..ops.parallel import full, laid_out_like
 
 
 def components(deltas: Sequence[BlockDelta]) -> list[Tensor]:

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..allocation import Holding, parameters_used, ranks_used
-from ..budget import Budget
+from ..decide.allocation import Holding, parameters_used, ranks_used
+from ..decide.budget import Budget
+from ..decide.scores import signed_sensitivity
+from ..decide.selection import can_finish
 from ..deltas import BlockDelta
 from ..errors import BudgetError
 from ..methods import ScoreRule
-from ..scores import signed_sensitivity
-from ..selection import can_finish
-from .distributed import full
+from ..ops.parallel import full
 from .taps import Watcher
 
 

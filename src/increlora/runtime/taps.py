@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..decide.scores import Norm, delta_sensitivity
 from ..deltas import Delta
 from ..errors import DriveError
-from ..scores import Norm, delta_sensitivity
+from ..ops.parallel import full, is_sharded
 from . import compiled
-from .distributed import full, is_sharded
 
 if TYPE_CHECKING:
     from .controller import Controller

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from increlora import check_export, export_lora
 from tests.conformance.engines.vllm import RELEASES, RefusedError, is_here, loaded, rank_and_scale, reads
+from tests.export.test_engines import FOLDERS, Deltas, edited, in_peft, lora, read
 from tests.hosts.methods import METHODS, STEPS
-from tests.hosts.test_engines import FOLDERS, Deltas, edited, in_peft, lora, read
 from tests.hosts.tiny import BUILDERS
 from tests.hosts.training import train
 

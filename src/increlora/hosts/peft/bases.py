@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ...deltas import Inputs, Patches, Tokens, Vectors
 from ...errors import ConfigError
-from ...methods import METHODS, Method
+from ...methods import Method
+from ...registry import METHODS
 from .quantised import is_plain, is_quantised, stored_dtype
 
 KINDS: Mapping[type[Inputs], str] = {Vectors: "nn.Linear or Conv1D", Tokens: "nn.Embedding", Patches: "nn.Conv2d"}

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError
-from ...methods import METHODS
+from ...registry import METHODS
 from . import checkpoint
 from .card import update_card
 

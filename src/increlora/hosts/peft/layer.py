@@ -9,9 +9,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...deltas import Delta, Pending, Vectors, computed
+from ...deltas import Delta, Vectors
 from ...errors import ConfigError
+from ...ops.fused_linear import Pending, computed
 from .bases import read
+from .fused import pending
 from .mixed import check_mixed
 from .quantised import NOTHING_LOST, Before, Rounding, remember, rounding, working_dtype
 
@@ -77,10 +79,7 @@ class AdapterLayer(TunerLayer):
 
     def _pending(self, x: Tensor) -> Pending | None:
         """The base's output, to be computed together with the first ΔW x, where that is possible."""
-        base = self.base_layer
-        if type(base) not in LINEAR:
-            return None
-        return Pending.of(base, x, transposed=self.transposed)
+        return pending(self.base_layer, x, transposed=self.transposed) if type(self.base_layer) in LINEAR else None
 
     def _mixed(self, y: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         place = next((str(delta.name) for delta in self.lora_delta.values()), "a module whose adapters are deleted")

@@ -13,7 +13,7 @@ from ...deltas import BlockDelta, Delta, Stored
 from ...errors import ConfigError
 from ...methods import Site
 from ...runtime import Controller
-from ..heads import complete_config
+from ...structural.lorta.heads import complete_config
 from . import checkpoint, weighted
 from .bases import check_in_memory, check_matched, check_readable, is_all_linear, is_called, read
 from .layer import AdapterLayer, SharedFactors, TunerLayer, adapters_of, check_name, layer_over

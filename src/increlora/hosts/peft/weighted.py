@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...deltas import Delta
 from ...errors import ConfigError
-from ..truncate import truncated
+from ...ops.truncation import truncated
 from .config import CONFIGS
 from .layer import adapter_layers, check_name
 

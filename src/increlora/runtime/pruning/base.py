@@ -7,8 +7,8 @@ from typing import Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ...allocation import Kind
-from ...schedules import Run
+from ...decide.allocation import Kind
+from ...decide.schedules import Run
 
 
 @dataclass(frozen=True)

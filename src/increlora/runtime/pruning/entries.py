@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...decide.projections import nonzero_marks, zero_dropped, zero_least
+from ...decide.schedules import PruneSteps, Run
+from ...decide.scores import weighted_magnitude
 from ...deltas import BlockDelta
 from ...methods import EntryPruning
-from ...projections import nonzero_marks, zero_dropped, zero_least
-from ...schedules import PruneSteps, Run
-from ...scores import weighted_magnitude
-from ..distributed import full, laid_out_like, local
+from ...ops.parallel import full, laid_out_like, local
 from .base import Change
 from .inputs import InputNorms
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ...budget import Budget
+from ...decide.budget import Budget
+from ...decide.projections import shrink_together, zero_dropped
+from ...decide.schedules import CubicDecay, Levels, Run
 from ...deltas import BlockDelta
 from ...errors import BudgetError, CheckpointError
 from ...methods import GateShrinking
-from ...projections import shrink_together, zero_dropped
-from ...schedules import CubicDecay, Levels, Run
-from ..distributed import full, local
+from ...ops.parallel import full, local
 from .base import Change
 from .kept import KeptRanks, dtype_of, e_of
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...deltas import BlockDelta, Inputs, Vectors
-from ...deltas.products import in_process_group
 from ...errors import CheckpointError
+from ...ops.parallel import in_process_group
 from .kept import dtype_of
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...budget import Budget, falling
+from ...decide.budget import Budget, falling
+from ...decide.projections import zero_dropped
 from ...deltas import BlockDelta
 from ...errors import BudgetError
-from ...projections import zero_dropped
-from ..distributed import laid_out_like, local
+from ...ops.parallel import laid_out_like, local
 from .base import Change
 
 

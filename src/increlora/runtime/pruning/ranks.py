@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ...budget import Budget
+from ...decide.budget import Budget
+from ...decide.schedules import CubicDecay, Run
+from ...decide.scores import smooth_entries, triplet_scores
 from ...deltas import BlockDelta
 from ...errors import CheckpointError
 from ...methods import RankPruning
-from ...schedules import CubicDecay, Run
-from ...scores import smooth_entries, triplet_scores
-from ..distributed import full, mean_over_processes
+from ...ops.parallel import full, mean_over_processes
 from .base import Change
 from .kept import KeptRanks, dtype_of
 

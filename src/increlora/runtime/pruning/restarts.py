@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ...deltas import BlockDelta, SquareDelta
+from ...decide.schedules import RestartSteps, Run
+from ...deltas import BlockDelta
 from ...methods import Restarts
-from ...schedules import RestartSteps, Run
-from ..distributed import full
+from ...ops.parallel import full
+from ...structural.mora.delta import SquareDelta
 from .base import Change
 
 

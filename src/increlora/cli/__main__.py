@@ -1,6 +1,0 @@
-"""`python -m increlora.cli`: the same as the console script."""
-
-from . import main
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,71 @@
+"""How much: the budget in ranks or parameters, and how a module's capacity is cut into blocks."""
+
+from dataclasses import dataclass
+
+from ..errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be active at the end.
+
+    Attributes:
+        ranks: total ranks over all modules, or None if counted in parameters only.
+        parameters: upper bound on Σ rank · (in + out), the adapter parameters in LoRA form, or None.
+        exact: refuse a budget in ranks that the blocks cannot add up to (the published code overshoots instead).
+    With `ranks` the budget is met exactly. A bound beside it shapes *where* ranks may go, never how many.
+    """
+
+    ranks: int | None
+    parameters: int | None = None
+    exact: bool = True
+
+
+def resolve(
+    *, r: int, total_ranks: int | None, total_parameters: int | None, uniform_parameters: int, modules: int
+) -> Budget:
+    """Budget from the user's three ways to say it; the more specific one counts.
+
+    `r` (average rank per module) promises a drop-in for LoRA of rank r: r · modules ranks in total and at most LoRA's
+    parameters, `r · uniform_parameters` with uniform_parameters = Σ_modules (in + out).
+    """
+    if total_ranks is not None and total_parameters is not None:
+        raise BudgetError(f"total_ranks={total_ranks} and total_parameters={total_parameters}: give one of the two")
+    if total_parameters is not None:
+        return Budget(None, total_parameters)
+    if total_ranks is not None:
+        return Budget(total_ranks)
+    return Budget(r * modules, r * uniform_parameters)
+
+
+def block_sizes(*, start: int, grow_by: int, capacity: int, tails: int) -> list[int]:
+    """Ranks per block: `start`, then blocks of `grow_by`, then `tails` one-rank blocks that make budgets exact.
+
+        block_sizes(start=1, grow_by=4, capacity=12, tails=1) == [1, 4, 4, 1, 1]
+
+    The sum is exactly `capacity`: what does not fill a block of `grow_by` joins the one-rank tail.
+    """
+    if not 1 <= start <= capacity:
+        raise BudgetError(f"a start of {start} ranks does not fit a capacity of {capacity}: lower `init_r`")
+    free = capacity - start
+    full = max(0, free - tails) // grow_by
+    return [start] + [grow_by] * full + [1] * (free - full * grow_by)
+
+
+def default_capacity(r: int, in_features: int, out_features: int) -> int:
+    """max(8, 4 r), never more than a matrix of this shape can use."""
+    return min(max(8, 4 * r), in_features, out_features)
+
+
+def falling(start: Budget, end: Budget, ranks: int) -> Budget:
+    """The budget on the way from `start` to `end` when it pays for `ranks`: its parameter bound falls in proportion.
+
+        P = P_end + ⌊(P_start − P_end) (ranks − r_end)/(r_start − r_end)⌋
+
+    The cheapest choice of `ranks` ranks is convex in their number, so it fits at every step if it fits at the end.
+    """
+    assert start.ranks is not None and end.ranks is not None
+    if end.parameters is None or start.parameters is None or start.ranks == end.ranks:
+        return Budget(ranks, end.parameters, end.exact)
+    spread, span = start.parameters - end.parameters, start.ranks - end.ranks
+    return Budget(ranks, end.parameters + spread * (ranks - end.ranks) // span, end.exact)

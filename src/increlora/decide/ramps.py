@@ -1,0 +1,125 @@
+"""Ranks that change with depth: where a layer stands, what the ramp gives it, and whole numbers that add up exactly.
+
+    r(u) = mean + (last − first)(u − 1/2)        u = 0 at the first adapted layer, 1 at the last
+
+Exact arithmetic throughout: every process and machine finds the same ranks.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+from ..errors import BudgetError
+from ..naming import parts
+from .budget import Budget
+
+MIDDLE = Fraction(1, 2)
+SLOPES = 64  # where the whole slope is too expensive, multiples of its 64th are tried
+
+
+def depths(names: Sequence[str], *, restart: bool) -> list[Fraction]:
+    """Place u of every module's layer among the layers that occur, from 0 to 1.
+
+    Layers count by their number within a stack ("encoder.block", "decoder.block"). `restart`: each stack runs from 0
+    to 1; otherwise all of them together do, in the order in which they appear. Modules outside numbered layers, and a
+    layer on its own, stand in the middle.
+    """
+    stacks: dict[str, set[int]] = {}
+    places = []
+    for stack, layer, _ in map(parts, names):
+        places.append((stack, int(layer)) if stack else None)
+        if stack:
+            stacks.setdefault(stack, set()).add(int(layer))
+    ramps = [[(stack, layer) for layer in sorted(layers)] for stack, layers in stacks.items()]
+    if not restart:
+        ramps = [[place for ramp in ramps for place in ramp]]
+    found = {
+        place: Fraction(i, len(ramp) - 1) if len(ramp) > 1 else MIDDLE for ramp in ramps for i, place in enumerate(ramp)
+    }
+    return [MIDDLE if place is None else found[place] for place in places]
+
+
+def first_of(mean: Fraction, first: float | None) -> Fraction:
+    """Rank at the first layer: as given, or half the mean, at least 1.
+
+    Raises: BudgetError if it or its counterpart at the last layer is below 1."""
+    if first is None:
+        return max(Fraction(1), mean / 2)
+    if not 1 <= first <= 2 * mean - 1:
+        raise BudgetError(
+            f"first_r={first}: with {float(mean):g} ranks per module on average the last layer would get "
+            f"{float(2 * mean) - first:g}; give a rank from 1 to {float(2 * mean - 1):g}"
+        )
+    return Fraction(first)
+
+
+def ramp_ranks(
+    places: Sequence[Fraction], *, first: Fraction, budget: Budget, shapes: Sequence[tuple[int, int]]
+) -> list[int]:
+    """Whole ranks along the ramp that add up to `budget.ranks` and cost at most `budget.parameters`.
+
+    Where the whole slope costs too much (later layers are wider), it is flattened until it does not; flat, every
+    module has the mean. Modules at one place share their rank as far as the sum permits.
+
+    Args: places: u of each module, in model order.   first: rank at u = 0.   shapes: (in, out); a rank lies between 1
+        and the smaller of the two.
+    Returns: one rank per module.
+    Raises: BudgetError for a sum that cannot be met within these limits, or costs too much even when flat.
+    Source: PRILoRA, linear increase with depth.   Differs: the published rounding is not known; exact sum, limits and
+        bound are ours. 4 → 12 over 12 equal layers: 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11, 12.
+    """
+    assert budget.ranks is not None
+    limits = [min(shape) for shape in shapes]
+    if not len(places) <= budget.ranks <= sum(limits):
+        raise BudgetError(
+            f"the budget of {budget.ranks} ranks does not fit {len(places)} modules, which hold {len(places)} to "
+            f"{sum(limits)} (at least 1 each, at most what the shape can use): change `r` or `total_ranks`"
+        )
+    mean = Fraction(budget.ranks, len(places))
+    rise = 2 * (mean - first)
+
+    def sloped(slope: int) -> list[int]:
+        wanted = [mean + rise * (u - MIDDLE) * slope / SLOPES for u in places]
+        return nearest(wanted, limits=limits, total=budget.ranks or 0)
+
+    return steepest(sloped, budget, [sum(shape) for shape in shapes])
+
+
+def steepest(sloped: Callable[[int], list[int]], budget: Budget, costs: Sequence[int]) -> list[int]:
+    """`sloped(SLOPES)` if the budget's parameters allow it, else a flatter one, found by halving."""
+
+    def affordable(ranks: Sequence[int]) -> bool:
+        cost = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+        return budget.parameters is None or cost <= budget.parameters
+
+    if affordable(whole := sloped(SLOPES)):
+        return whole
+    if not affordable(sloped(0)):
+        raise BudgetError(
+            f"{budget.ranks} ranks cost more than {budget.parameters} parameters here, since some modules are too "
+            f"small for the average: lower `r`, or give the budget as `total_ranks`"
+        )
+    flat, steep = 0, SLOPES
+    while steep - flat > 1:
+        between = (flat + steep) // 2
+        flat, steep = (between, steep) if affordable(sloped(between)) else (flat, between)
+    return sloped(flat)
+
+
+def nearest(wanted: Sequence[Fraction], *, limits: Sequence[int], total: int) -> list[int]:
+    """Whole numbers from 1 to `limits` that add up to `total`: one by one, each goes where most is missing.
+
+    Rounding by largest remainder, if the wanted values add up to `total` and lie within the limits; else the same after
+    shifting all of them by one number. Ties go to the earlier.
+    """
+    counts = [1] * len(wanted)
+    waiting = [(1 - value, i) for i, value in enumerate(wanted) if limits[i] > 1]
+    heapq.heapify(waiting)
+    for _ in range(total - len(counts)):
+        above, i = waiting[0]
+        counts[i] += 1
+        if counts[i] < limits[i]:
+            heapq.heapreplace(waiting, (above + 1, i))
+        else:
+            heapq.heappop(waiting)
+    return counts

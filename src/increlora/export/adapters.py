@@ -1,0 +1,215 @@
+"""What an adapter amounts to, whoever wrote it: factors of each module, and the rest.
+
+Read are our own adapters, peft's LoRA and peft's AdaLoRA; each from a live model, from its folder, or from the run
+folder that holds it.
+"""
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..deltas import Delta, Inputs, Stored
+from ..deltas.inputs import VECTORS, from_json
+from ..errors import CheckpointError, ConfigError, ExportError
+from ..hosts.peft import checkpoint
+from ..hosts.peft.config import CONFIGS, check_folder
+from ..hosts.peft.drive import chosen_adapter
+from ..hosts.peft.layer import adapter_layers
+from ..hosts.peft.live import shared_parameters
+from ..hosts.peft.model import SHARED
+from ..methods import Site
+from ..naming import natural
+from .foreign import Found, adalora_factors, described, live_factors, lora_factors
+from .lora_format import PREFIX, read_config, read_shapes
+
+READERS = {"LORA": lora_factors, "ADALORA": adalora_factors}
+KNOWN = (*CONFIGS, *READERS)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an export needs to know.
+
+    Attributes:
+        kind: peft type.   config: ours, or a LoraConfig that says what the adapter belongs to.
+        factors: module → (A, B) with ΔW = B A, zero components left out.
+        ranks: module → rank in use: active rank of ours, components that are not zero of others.
+        parameters: how many these are, as `rank_summary` counts them.
+        limits: module → rank to which an export has to truncate it (`Delta.export_rank`); of the others it is exact.
+        inputs: module → what it reads; missing: vectors.   others: further tensors (`modules_to_save`) by module path.
+        every: names of all modules of the base model, None where only the adapter is known.
+    """
+
+    kind: str
+    config: Any
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    ranks: Mapping[str, int]
+    parameters: int
+    limits: Mapping[str, int]
+    inputs: Mapping[str, Inputs]
+    others: Mapping[str, Tensor]
+    every: frozenset[str] | None
+
+
+def read_adapter(source: nn.Module | str | os.PathLike[str], adapter_name: str | None = None) -> Adapter:
+    """The adapter of a live model, of its folder, or of a run folder.
+
+    Raises: ExportError if there is none by that name or of a kind we read, CheckpointError if a folder is damaged."""
+    if isinstance(source, nn.Module):
+        return from_model(source, adapter_name)
+    return from_folder(adapter_folder(Path(source)) / (adapter_name or ""))
+
+
+def check_elsewhere(path: Path) -> None:
+    """Raise ExportError for the folder that the process is in: its shell would be left in the one that is replaced."""
+    if path.resolve() == Path.cwd():
+        raise ExportError(f"{path} is the folder you are in, and would be replaced as a whole: name a new one in it")
+
+
+def adapter_folder(path: Path, part: str = "adapter") -> Path:
+    """The folder of an adapter: `path` itself, or `part` of the run folder `path`."""
+    if not (path / "run.json").is_file():
+        return path
+    if not (path / part).is_dir():
+        raise CheckpointError(f"{path} holds no {part}/: it is not finished; resume it, or give one of its checkpoints")
+    return path / part
+
+
+@torch.no_grad()
+def from_model(model: nn.Module, adapter_name: str | None) -> Adapter:
+    """The adapter of a live model. Raises ExportError if it has none by that name."""
+    name = foreign_adapter(model, adapter_name)
+    if name is not None:
+        config = model.peft_config[name]  # type: ignore[index]
+        found = live_factors(model, name, config)
+        return foreign(str(config.peft_type.value), config.to_dict(), found, base_names(model))
+    try:
+        name = chosen_adapter(model, adapter_name)
+    except ConfigError as error:
+        raise ExportError(f"nothing to export: {error}") from None
+    deltas = {n.removeprefix(PREFIX): layer.delta(name) for n, layer in adapter_layers(model, name).items()}
+    config = model.peft_config[name]  # type: ignore[index]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")  # as peft's own saving decides
+        rest = others(get_peft_model_state_dict(model, adapter_name=name))
+    return native(config, deltas, shared_parameters(model, name), rest, base_names(model))
+
+
+def foreign_adapter(model: nn.Module, adapter_name: str | None) -> str | None:
+    """Name of the adapter if it is one of peft's own that we read."""
+    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    active = [n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.active_adapters]
+    name = adapter_name or next(iter(active), None)
+    known = name is not None and name in configs and configs[name].peft_type in (PeftType.LORA, PeftType.ADALORA)
+    return name if known else None
+
+
+@torch.no_grad()
+def from_folder(path: Path) -> Adapter:
+    """The adapter in a folder; no model is built. Raises as `read_adapter`."""
+    raw = read_config(path)
+    kind = raw.get("peft_type")
+    if kind not in KNOWN:
+        raise ExportError(f"{path} holds an adapter of type {kind}, expected one of {', '.join(KNOWN)}")
+    read_shapes(path)
+    state = load_file(path / SAFETENSORS_WEIGHTS_NAME)
+    state = {key: state[key] for key in sorted(state, key=natural)}
+    if kind in READERS:
+        return foreign(kind, raw, READERS[kind](raw, state, str(path)), None)
+    check_folder(path)
+    config: Any = CONFIGS[kind].from_pretrained(str(path))  # type: ignore[attr-defined]
+    parts = checkpoint.split(state)
+    if not parts:
+        raise CheckpointError(f"{path / SAFETENSORS_WEIGHTS_NAME} holds no module of ours: it is damaged or foreign")
+    deltas, shared = rebuilt(config, parts)
+    return native(config, deltas, sum(p.numel() for p in shared.parameters()) if shared else 0, others(state), None)
+
+
+def native(
+    config: Any, deltas: Mapping[str, Delta], shared: int, rest: Mapping[str, Tensor], every: frozenset[str] | None
+) -> Adapter:
+    factors = {name: nonzero(*delta.factors()) for name, delta in deltas.items()}
+    ranks = {name: delta.rank for name, delta in deltas.items()}
+    parameters = shared + sum(delta.rank * delta.cost for delta in deltas.values())
+    limits = {name: delta.export_rank for name, delta in deltas.items() if delta.export_rank is not None}
+    inputs = {name: delta.inputs for name, delta in deltas.items()}
+    return Adapter(config.peft_type.value, config, factors, ranks, parameters, limits, inputs, rest, every)
+
+
+def foreign(kind: str, raw: Mapping[str, Any], found: Found, every: frozenset[str] | None) -> Adapter:
+    factors = {name: nonzero(*pair) for name, pair in found.factors.items()}
+    ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
+    parameters = sum(A.numel() + B.numel() for A, B in factors.values())
+    config: LoraConfig = described(raw)
+    return Adapter(kind, config, factors, ranks, parameters, {}, found.inputs, found.others, every)
+
+
+def others(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a state dict holds beside our parameters, without peft's prefix."""
+    ours = checkpoint.split(state)
+    named = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    return {key: value for key, value in named.items() if key.rpartition(".")[0] not in ours}
+
+
+def rebuilt(config: Any, parts: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, Delta], Stored | None]:
+    """The deltas of all modules, and what they share, as a checkpoint left them; no model is built."""
+    shapes = checked_shapes(config)
+    totals = len(shapes), sum(m + n for m, n in shapes.values())
+    peers = tuple((name, m, n) for name, (m, n) in shapes.items())
+    inputs = checked_inputs(config)
+    sites = [Site(name, m, n, *totals, peers=peers, inputs=inputs.get(name, VECTORS)) for name, m, n in peers]
+    try:
+        method = config.settings().method(*totals)
+        shared = method.make_shared(sites) if method.make_shared is not None else None
+        deltas = {site.name: method.make_delta(replace(site, shared=shared)) for site in sites}
+    except ConfigError as error:
+        raise CheckpointError(f"{error}: the adapter's config and weights do not belong together") from error
+    modules: dict[str, Stored] = {**({SHARED: shared} if shared is not None else {}), **deltas}
+    checkpoint.check_parts(modules, parts)
+    for name, part in parts.items():
+        checkpoint.load(modules[name], part)
+    return deltas, shared
+
+
+def checked_shapes(config: Any) -> dict[str, tuple[int, int]]:
+    """(in, out) of every module. Raises CheckpointError if the config does not say."""
+    shapes = config.shapes
+    if not isinstance(shapes, dict) or not shapes:
+        raise CheckpointError("adapter_config.json has no `shapes` of the modules: restore it from a copy")
+    for name, shape in shapes.items():
+        if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+            raise CheckpointError(f"adapter_config.json: shapes of {name}: {shape!r}, expected [in, out]")
+    return {name: (shapes[name][0], shapes[name][1]) for name in sorted(shapes, key=natural)}
+
+
+def checked_inputs(config: Any) -> dict[str, Inputs]:
+    """What the modules read that read no vectors. Raises CheckpointError if the config is damaged there."""
+    try:
+        return {name: from_json(found) for name, found in config.inputs.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"adapter_config.json: inputs ({error!r}): restore it from a copy") from error
+
+
+def nonzero(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, B) without the components that add exactly nothing: those with a zero row in A or a zero column in B."""
+    kept = (A != 0).any(dim=1) & (B != 0).any(dim=0)
+    return A[kept].cpu(), B[:, kept].cpu()
+
+
+def base_names(model: nn.Module) -> frozenset[str]:
+    """Module names of the model as it was before any adapter."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    named = dict(base.named_modules())
+    inside = tuple(f"{n}." for n, m in named.items() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper))
+    return frozenset(name for name in named if not name.startswith(inside))

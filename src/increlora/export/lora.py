@@ -1,0 +1,255 @@
+"""Export: what was trained leaves as a plain LoRA adapter with exactly the same function, without any decomposition.
+
+    uniform   one rank R for all modules (zero-padded), lora_alpha = R, no patterns: every engine loads it
+    pattern   each module its own rank, `rank_pattern` = `alpha_pattern`; modules without rank are left out; smaller
+
+Scale and e are folded into A and B, as the forward pass folds them; a component that adds exactly nothing is left out.
+`max_rank` approximates, and says by how much; so do modules whose ΔW has no low rank (MoRA's rotation and decoupling):
+they are truncated, or refused if more than `tolerance` would be lost.
+"""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..deltas import Patches
+from ..deltas.inputs import VECTORS
+from ..errors import ExportError
+from ..files import whole_folder
+from ..hosts.peft.drive import chosen_adapter
+from ..hosts.peft.layer import adapter_layers
+from ..ops.truncation import truncated
+from .adapters import Adapter, check_elsewhere, read_adapter
+from .engines import refused_beside
+from .lora_format import PREFIX, to_tensors
+from .targets import check_patterns, targets
+
+Layout = Literal["uniform", "pattern"]
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+TOLERANCE = 0.01  # what the truncation of a module without a low rank may lose, unless the user says
+MARK = "increlora"  # metadata key of our exports: a folder that bears it may be written over
+
+
+@dataclass(frozen=True)
+class Exported(os.PathLike[str]):
+    """What an export wrote; stands for its folder wherever a path is expected.
+
+    Attributes:
+        path: the folder.   layout: `uniform` or `pattern`.   ranks: module → rank of its ΔW, padding not counted.
+        errors: module → relative Frobenius error ‖ΔW' − ΔW‖/‖ΔW‖, for the modules that `max_rank` truncated.
+        parameters: numbers in A and B.   padding: how many of them are padding.   size: bytes of the weights file.
+    """
+
+    path: Path
+    layout: Layout
+    ranks: Mapping[str, int]
+    parameters: int
+    padding: int
+    size: int
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    __str__ = __fspath__
+
+
+def export_lora(
+    model_or_path: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    layout: Layout = "uniform",
+    *,
+    max_rank: int | None = None,
+    tolerance: float | None = None,
+    adapter_name: str | None = None,
+) -> Exported:
+    """Write a plain LoRA adapter that stock peft and the serving engines load, equal to the forward pass as it is now
+    (in mid-growth the reserve's share included).
+
+    Args:
+        model_or_path: model with an adapter, or a folder: written by its `save_pretrained`, or of a run. The adapter is
+            one of ours, peft's LoRA (to lay it out anew or truncate it; patterns and rsLoRA are folded in) or peft's
+            AdaLoRA (E is folded in, masked triplets are dropped).
+        out: folder to write; new, empty, or an earlier export, which is replaced.
+        layout: `uniform` or `pattern`, see above.
+        max_rank: truncate ΔW of each module to its max_rank ≥ 1 strongest components; None keeps all, but of modules
+            without a low rank as many as their matrix has.
+        tolerance: the most that a truncation may lose of a module, relative Frobenius error in [0, 1]; None: 0.01 for
+            modules without a low rank, and whatever `max_rank` costs for the others.
+        adapter_name: default the active adapter; of a folder: its subfolder.
+    Warns: UserWarning if it holds what an engine refuses whatever the model is (`modules_to_save`; for some engines
+        embeddings and convolutions): it names the engines.
+    Returns: what was written. Tensors keep their dtype; folded factors are rounded to it once. The folder appears in
+        one piece or not at all.
+    Raises: ExportError (no adapter that we read, unknown layout, more than low-rank, more lost than the tolerance, a
+        folder in the way), CheckpointError (damaged input).
+    """
+    done = write_lora(model_or_path, out, layout, max_rank=max_rank, tolerance=tolerance, adapter_name=adapter_name)
+    if refusals := refused_beside(done.path):
+        warnings.warn(
+            f"{', '.join(refusals)} will refuse {done}, which holds more than low-rank factors "
+            f"({next(iter(refusals.values()))}): for them, merge it by `export_merged`",
+            stacklevel=2,
+        )
+    return done
+
+
+def write_lora(
+    model_or_path: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    layout: Layout = "uniform",
+    *,
+    max_rank: int | None = None,
+    tolerance: float | None = None,
+    adapter_name: str | None = None,
+) -> Exported:
+    """The same without the warning: who calls it shows what `check_export` finds."""
+    out = Path(out)
+    if layout not in ("uniform", "pattern"):
+        raise ExportError(f"layout={layout!r}: choose 'uniform' or 'pattern'")
+    if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
+        raise ExportError(f"max_rank={max_rank!r}: give an int of at least 1")
+    if tolerance is not None and not 0 <= tolerance <= 1:
+        raise ExportError(f"tolerance={tolerance!r}: give a share of ΔW in [0, 1]")
+    check_out(out)
+    adapter = read_adapter(model_or_path, adapter_name)
+    check_convolutions(adapter)
+    factors, errors = limited(adapter, max_rank)
+    check_errors(errors, adapter, tolerance)
+    laid_out = padded if layout == "uniform" else ranked
+    written, config = laid_out(adapter, factors)
+    write(out, config, lora_tensors(written, adapter), layout)
+    total, used = numbers(written), numbers(factors)
+    size = (out / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+    return Exported(out, layout, ranks(factors), total, total - used, size, errors)
+
+
+def check_convolutions(adapter: Adapter) -> None:
+    """Raise ExportError for a convolution whose dilation or padding mode peft's LoRA would not follow."""
+    for name, inputs in adapter.inputs.items():
+        if isinstance(inputs, Patches) and (inputs.dilation != (1, 1) or inputs.mode != "zeros"):
+            raise ExportError(
+                f"{name}: LoRA's convolutions have no dilation and pad with zeros, this one has dilation="
+                f"{inputs.dilation} and padding_mode={inputs.mode!r}: merge the adapter into the model instead"
+            )
+
+
+def is_exact(model: nn.Module, adapter_name: str | None = None) -> bool:
+    """Does an adapter of ours leave as it is, without truncating any module?"""
+    name = chosen_adapter(model, adapter_name)
+    return all(layer.delta(name).export_rank is None for layer in adapter_layers(model, name).values())
+
+
+def limited(adapter: Adapter, max_rank: int | None) -> tuple[Factors, dict[str, float]]:
+    """Factors of at most as many ranks as they may have, and the error in each module that had more."""
+    factors, errors = dict(adapter.factors), {}
+    for name, (A, B) in adapter.factors.items():
+        limit = max_rank or adapter.limits.get(name)
+        if limit is not None and A.shape[0] > limit:
+            *pair, errors[name] = truncated(A, B, limit)
+            factors[name] = pair[0], pair[1]
+    return factors, errors
+
+
+def check_errors(errors: Mapping[str, float], adapter: Adapter, tolerance: float | None) -> None:
+    """Raise ExportError, naming the worst module, if more is lost than was agreed to."""
+    usual = {name: TOLERANCE if name in adapter.limits else 1.0 for name in errors}
+    allowed = usual if tolerance is None else dict.fromkeys(errors, tolerance)
+    beyond = [name for name, error in errors.items() if error > allowed[name]]
+    if not beyond:
+        return
+    worst = max(beyond, key=lambda name: errors[name])
+    full, accepted = adapter.factors[worst][0].shape[0], math.ceil(100 * errors[worst]) / 100
+    raise ExportError(
+        f"{len(beyond)} of {len(adapter.factors)} modules lose over {allowed[worst]:.1%} of their ΔW, {worst} "
+        f"{errors[worst]:.1%}: merge the adapter into the model (--merge), export it at a higher rank (exact at "
+        f"max_rank={full}, --max-rank {full}), or accept the loss (tolerance={accepted}, --tolerance {accepted})"
+    )
+
+
+def padded(adapter: Adapter, factors: Factors) -> tuple[Factors, LoraConfig]:
+    """The uniform layout: zeros fill every module up to the largest rank."""
+    top = max(1, *ranks(factors).values())
+    filled = {}
+    for name, (A, B) in factors.items():
+        missing = top - A.shape[0]
+        filled[name] = nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
+    return filled, lora_config(adapter, filled, top, {})
+
+
+def ranked(adapter: Adapter, factors: Factors) -> tuple[Factors, LoraConfig]:
+    """The pattern layout: every module with its own rank, those without left out."""
+    kept = {name: pair for name, pair in factors.items() if pair[0].shape[0]}
+    if not kept:
+        raise ExportError(
+            "layout='pattern': no module has any rank yet; train first, or use layout='uniform' (--layout uniform)"
+        )
+    check_patterns(ranks(kept))
+    return kept, lora_config(adapter, kept, max(ranks(kept).values()), ranks(kept))
+
+
+def ranks(factors: Factors) -> dict[str, int]:
+    return {name: A.shape[0] for name, (A, _) in factors.items()}
+
+
+def numbers(factors: Factors) -> int:
+    return sum(A.numel() + B.numel() for A, B in factors.values())
+
+
+def lora_config(adapter: Adapter, factors: Factors, rank: int, patterns: Mapping[str, int]) -> LoraConfig:
+    source = adapter.config
+    return LoraConfig(
+        r=rank, lora_alpha=rank, rank_pattern=dict(patterns), alpha_pattern=dict(patterns),
+        target_modules=targets(list(factors), adapter), modules_to_save=source.modules_to_save,
+        lora_dropout=source.lora_dropout, fan_in_fan_out=source.fan_in_fan_out, task_type=source.task_type,
+        auto_mapping=source.auto_mapping, base_model_name_or_path=source.base_model_name_or_path,
+        revision=source.revision, inference_mode=True,
+    )  # fmt: skip
+
+
+def lora_tensors(factors: Factors, adapter: Adapter) -> dict[str, Tensor]:
+    tensors = {f"{PREFIX}{name}": value for name, value in adapter.others.items()}
+    for name, (A, B) in factors.items():
+        tensors |= to_tensors(name, A, B, adapter.inputs.get(name, VECTORS))
+    return {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+
+
+def check_out(out: Path) -> None:
+    """Raise ExportError unless `out` is new, empty, or an earlier export of ours."""
+    check_elsewhere(out)
+    if out.is_dir() and (not any(out.iterdir()) or is_our_export(out)):
+        return
+    if out.exists():
+        raise ExportError(f"{out} exists and is no earlier export of increlora: choose another folder or remove it")
+
+
+def is_our_export(folder: Path) -> bool:
+    if {p.name for p in folder.iterdir()} != {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}:
+        return False
+    try:
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+            return MARK in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def write(out: Path, config: LoraConfig, tensors: dict[str, Tensor], layout: str) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", MARK: version("increlora"), "layout": layout}
+    fields = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    with whole_folder(out) as folder:
+        folder.mkdir()
+        (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata=metadata)

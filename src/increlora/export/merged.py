@@ -1,0 +1,160 @@
+"""The whole model with the adapter in its weights: W + B A. It needs neither peft nor us, and no server refuses it."""
+
+import copy
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import ExportError
+from ..files import whole_folder
+from ..hosts.peft.bases import read
+from ..hosts.peft.quantised import is_plain, is_quantised
+from .adapters import Adapter, check_elsewhere, read_adapter
+
+
+def export_merged(
+    model_or_path: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base: nn.Module | None = None,
+    tokenizer: Any = None,
+    adapter_name: str | None = None,
+) -> Path:
+    """Write the base model with ΔW added to its weights, by transformers' `save_pretrained`.
+
+    Args:
+        model_or_path: as for `export_lora`.
+        out: new or empty folder.
+        base: the model that the adapter belongs to, without it, unquantised; it is changed. Needed with a folder. A
+            live PeftModel is copied instead (it stays as it is, and there must be memory for both).
+        tokenizer: saved beside the model.
+        adapter_name: default the active adapter; of a folder: its subfolder.
+    Returns: `out`, which appears in one piece or not at all. Weights keep the base's dtype. Tied embeddings of which
+        the adapter changes one are written as two (`tie_word_embeddings=False`).
+    Raises: ExportError (no base, another model's adapter, a quantised base, tied weights that the adapter makes
+        different where only peft can keep them apart, a folder in the way), CheckpointError.
+    """
+    out = Path(out)
+    check_elsewhere(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ExportError(f"{out} exists: choose another folder or remove it")
+    adapter = read_adapter(model_or_path, adapter_name)
+    if base is None:
+        base = unwrapped(model_or_path)
+    if not isinstance(base, PreTrainedModel):
+        raise ExportError(f"base is a {type(base).__name__}: only transformers models can be written whole")
+    merge_into(base, adapter)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(out) as folder:
+        base.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return out
+
+
+def unwrapped(model_or_path: object) -> nn.Module:
+    """A copy of the base of a live model."""
+    if not isinstance(model_or_path, PeftModel):
+        raise ExportError("an adapter folder has no weights to merge into: give the model as `base=`")
+    model = copy.deepcopy(model_or_path)
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and layer.merged:
+            layer.unmerge()
+    return model.unload()
+
+
+@torch.no_grad()
+def merge_into(base: nn.Module, adapter: Adapter) -> None:
+    """Add every ΔW to its weight, and put the modules that were trained in full in their places; tied embeddings that
+    the adapter makes different are untied.
+
+    Raises ExportError, before anything is changed, if a tensor has no place of its shape, or a tie cannot be undone."""
+    values = merged_values(base, adapter)
+    untie(base, values)
+    state = base.state_dict(keep_vars=True)
+    for name, value in values.items():
+        state[name].copy_(value)
+
+
+def merged_values(base: nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The tensors that differ from the base's, by their names in it."""
+    state = base.state_dict(keep_vars=True)  # names without copies
+    packed = {f"{name}.weight" for name, module in base.named_modules() if is_quantised(module)}
+    # Beside an adapted head, peft saves the head itself, under the name it has inside the adapter.
+    values = {name.replace(".base_layer.", "."): value for name, value in adapter.others.items()}
+    for name, value in values.items():
+        check_shape(name, place(name, state, packed), value)
+    for module, (A, B) in adapter.factors.items():
+        name = f"{module}.weight"
+        weight = place(name, state, packed)
+        delta = B.float() @ A.float() if B.dtype != torch.float64 else B @ A
+        delta = read(base.get_submodule(module), module)[2].as_weight(delta)
+        check_shape(name, weight, delta)
+        start = values.get(name, weight).to(weight.device)
+        values[name] = (start + delta.to(weight.device)).to(weight.dtype)
+    return values
+
+
+def untie(base: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Give input and output embeddings a tensor each if they share one and their values would differ."""
+    ends, ties = embedding_names(base), tied_names(base)
+    if len(ends) == 2 and base.config.tie_word_embeddings and not any(ends <= set(tie) for tie in ties):
+        ties.append(sorted(ends))  # peft's unload leaves the trained one in its place, apart from the other
+    split = [tie for tie in ties if differ(tie, base.state_dict(), values)]
+    if not split:
+        return
+    if len(ties) > 1 or set(split[0]) != ends or base.config.is_encoder_decoder:
+        raise ExportError(
+            f"{' and '.join(split[0])} are one tensor in the base, and the adapter makes them different; this model "
+            f"cannot be written untied: serve the adapter with peft"
+        )
+    head = base.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.clone(), requires_grad=head.weight.requires_grad)
+    for config in (base.config, base.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def tied_names(base: nn.Module) -> list[list[str]]:
+    """Names of the tensors that share their memory with another."""
+    places: dict[int, list[str]] = {}
+    for name, tensor in base.state_dict().items():
+        places.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+    return [names for names in places.values() if len(names) > 1]
+
+
+def differ(tie: Sequence[str], state: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> bool:
+    """Would the names of a tie need several values?"""
+    if values.keys().isdisjoint(tie):
+        return False
+    first, *more = (values.get(name, state[name]).to(state[name]) for name in tie)
+    return not all(torch.equal(first, other) for other in more)
+
+
+def embedding_names(base: nn.Module) -> set[str]:
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    return {f"{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
+
+
+def place(name: str, state: Any, packed: Collection[str]) -> torch.Tensor:
+    """The base's tensor of this name. Raises ExportError if there is none, or none to which a number can be added."""
+    if name in packed or (name in state and not is_plain(state[name].dtype)):
+        raise ExportError(f"{name} is quantised in the base: give the same model unquantised")
+    if name not in state:
+        raise ExportError(f"{name} is not in the base; give the model that the adapter was trained on")
+    tensor: torch.Tensor = state[name]
+    return tensor
+
+
+def check_shape(name: str, here: torch.Tensor, there: torch.Tensor) -> None:
+    if here.shape != there.shape:
+        raise ExportError(
+            f"{name} is {tuple(here.shape)} in the base, {tuple(there.shape)} in the adapter; give the model that the "
+            f"adapter was trained on"
+        )

@@ -1,0 +1,1 @@
+"""Products and process helpers that everything else stands on."""

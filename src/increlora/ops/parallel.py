@@ -1,0 +1,89 @@
+"""Several processes: averages over them, parameters that are sharded (FSDP2's DTensor), idle ones in DDP's graph."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+try:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+except ImportError:  # a torch built without distributed support
+    DTensor = None  # type: ignore[assignment,misc]
+
+
+def in_process_group() -> bool:
+    """Has torch.distributed been initialised? Then every parameter must take part in every backward pass: DDP insists,
+    also in a group of one."""
+    return dist.is_available() and dist.is_initialized()
+
+
+TOGETHER = 256  # tensors that are copied into one to be looked at
+
+
+def batched(items: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
+    """The items, `size` at a time."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return DTensor is not None and isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor (a collective where it is sharded)."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as `like` is."""
+    if not is_sharded(like):
+        return tensor
+    return distribute_tensor(tensor.contiguous(), like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def mean_over_processes(scores: Tensor) -> Tensor:
+    """Entry-wise mean over the processes that have a finite score; NaN where none has. Identical on all of them."""
+    if not in_process_group():
+        return scores
+    finite = scores.isfinite()
+    sums = torch.stack([torch.where(finite, scores, 0.0), finite.to(scores.dtype)])
+    dist.all_reduce(sums)
+    return torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1), torch.nan)
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """0-dim bool: is every entry finite? Sharded gradients are judged together, so every process hears the same."""
+    if not tensors:
+        return torch.tensor(True)
+    parts = [local(t) for t in tensors]
+    if all(t.is_cpu for t in parts):  # where a call costs more than the few numbers it is about
+        rows = [torch.cat([t.reshape(-1) for t in some]) for some in batched(parts, TOGETHER)]
+        finite = torch.stack([row.isfinite().all() for row in rows]).all()
+    else:
+        norms = torch._foreach_norm(parts)
+        finite = torch.stack([n.to(norms[0].device) for n in norms]).isfinite().all()
+    if in_process_group() and is_sharded(tensors[0]):
+        flag = finite.to(torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        finite = flag.bool()
+    return finite
+
+
+class ZeroGate(torch.autograd.Function):
+    """Identity that makes idle parameters part of the graph with gradient zero; the runtime clears it before a step."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *still: Tensor) -> Tensor:
+        ctx.save_for_backward(*still)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (grad, *(torch.zeros_like(p) for p in ctx.saved_tensors))

@@ -1,0 +1,1 @@
+"""LoRA-Mini: a small trained pair between two frozen random factors."""

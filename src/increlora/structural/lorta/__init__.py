@@ -1,0 +1,1 @@
+"""LoRTA: one low-rank tensor for all attention projections of a model."""

@@ -1,0 +1,102 @@
+"""Where a linear map stands in attention, told from its name: in which attention block, as which of its projections.
+
+model.layers.3.self_attn.k_proj → ("model.layers.3.self_attn", "k")
+transformer.h.3.attn.c_attn     → ("transformer.h.3.attn", "qkv"): its outputs are those of q, then of k, then of v
+"""
+
+from collections.abc import Iterable, Mapping
+
+from ...errors import ConfigError
+
+ROLES = "qkvo"  # o: the projection behind the heads
+
+# Endings of names, q k v o. What tells a block from its neighbours is part of the ending: BERT's feed-forward has a
+# `dense`, too, and GPT-2's a `c_proj`.
+SEPARATE = (
+    "q_proj k_proj v_proj o_proj",  # Llama, Mistral, Qwen, Gemma, Phi-3's o, ViT, …
+    "q_proj k_proj v_proj self_attn.out_proj",  # OPT, BART, Whisper, CLIP
+    "q_proj k_proj v_proj encoder_attn.out_proj",
+    "q_proj k_proj v_proj attn.out_proj",  # GPT-J
+    "q_proj k_proj v_proj attention.out_proj",  # GPT-Neo, wav2vec 2.0
+    "q_proj k_proj v_proj self_attn.dense",  # Phi
+    "attention.self.query attention.self.key attention.self.value attention.output.dense",  # BERT, RoBERTa, ELECTRA
+    "crossattention.self.query crossattention.self.key crossattention.self.value crossattention.output.dense",
+    "attention.self.query_proj attention.self.key_proj attention.self.value_proj attention.output.dense",  # DeBERTa v2
+    "attention.query attention.key attention.value attention.dense",  # ALBERT
+    "attention.q_lin attention.k_lin attention.v_lin attention.out_lin",  # DistilBERT
+    "attention.attn.q attention.attn.k attention.attn.v attention.attn.o",  # MPNet
+    "SelfAttention.q SelfAttention.k SelfAttention.v SelfAttention.o",  # T5
+    "EncDecAttention.q EncDecAttention.k EncDecAttention.v EncDecAttention.o",
+)
+FUSED = (
+    "attn.c_attn attn.c_proj",  # GPT-2
+    "self_attn.qkv_proj o_proj",  # Phi-3
+    "attn.Wqkv attn.out_proj",  # MPT
+    "attn.Wqkv attn.Wo",  # ModernBERT
+)
+KNOWN = {ending: role for family in SEPARATE for ending, role in zip(family.split(), ROLES, strict=True)} | {
+    ending: roles for family in FUSED for ending, roles in zip(family.split(), ("qkv", "o"), strict=True)
+}
+# GPT-NeoX, BLOOM, Falcon; DeBERTa v1; CodeGen
+INTERLEAVED = ("query_key_value", "attention.self.in_proj", "attn.qkv_proj")
+
+
+def ends(name: str, ending: str) -> bool:
+    return f".{name}".endswith(f".{ending}")
+
+
+def find(name: str, own: Mapping[str, str]) -> tuple[str, str] | None:
+    """(attention block, its roles in the order of its outputs) of a module; None if the name says nothing.
+
+    own: ending → roles, looked at before the known ones. The longest ending counts."""
+    for known in (own, KNOWN):
+        ending = max((e for e in known if ends(name, e)), key=len, default=None)
+        if ending is not None:
+            return block(name, ending), known[ending]
+    return None
+
+
+def block(name: str, ending: str) -> str:
+    """The part of the name that stands for the attention block: up to the first word of an ending that has several
+    (`….attention`), without the ending where it is one word."""
+    first, _, more = ending.partition(".")
+    parent = name.removesuffix(ending).rstrip(".")
+    return ".".join(filter(None, (parent, first if more else "")))
+
+
+def place(name: str, own: Mapping[str, str]) -> tuple[str, str]:
+    """As `find`. Raises ConfigError where there is nothing to find, or no way to cut it into q, k and v."""
+    found = find(name, own)
+    if found is not None:
+        return found
+    last = name.rpartition(".")[2]
+    if interleaved(name):
+        raise ConfigError(
+            f"{name}: its outputs are q, k and v in turns, head by head, which are no slices of LoRTA's tensor: leave "
+            f"it out of `target_modules`; or, if they are stacked in this model, say so by matrices={{{last!r}: 'qkv'}}"
+        )
+    raise ConfigError(
+        f"{name}: not known as a projection of attention: say what it is by matrices={{{last!r}: 'q'}} (or 'k', 'v', "
+        f"'o'; 'qkv' for outputs stacked in this order), or leave it out of `target_modules`"
+    )
+
+
+def interleaved(name: str) -> bool:
+    """Is this known to be a fused projection that alternates between q, k and v?"""
+    return any(ends(name, ending) for ending in INTERLEAVED)
+
+
+def blocks(names: Iterable[str], own: Mapping[str, str]) -> list[str]:
+    """The attention blocks that these modules belong to, in their order."""
+    return list(dict.fromkeys(found[0] for name in names if (found := find(name, own)) is not None))
+
+
+def key_heads(roles: str, out_features: int, heads: int, head_dim: int) -> int | None:
+    """Heads of k and of v, given that q has `heads`; None if so many outputs are not made of whole heads."""
+    rest, odd = divmod(out_features, head_dim)
+    rest -= heads * roles.count("q")
+    others = len(roles.replace("q", ""))
+    if not others:
+        return heads if rest == odd == 0 else None
+    count, left = divmod(rest, others)
+    return count if odd == left == 0 < count and heads % count == 0 else None

@@ -1,0 +1,1 @@
+"""MELoRA: block-diagonal mini adapters."""

@@ -1,0 +1,1 @@
+"""MoRA and ReMoRA: one square matrix between two fixed maps."""

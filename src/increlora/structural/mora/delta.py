@@ -1,0 +1,239 @@
+"""MoRA's form: one square matrix between a map that shortens x and one that lengthens y.
+
+    ΔW = Σ_rounds D_i M_i C_i        M_i (R, R)   C_i: in → R, or c chunks of R   D_i: back, to out; C_i, D_i fixed
+
+    truncation   C keeps the first R inputs, D writes the first R outputs
+    sharing      C sums groups of inputs, D repeats over groups of outputs
+    decoupling   x is cut into chunks of R, M applied to each, the results lie end to end
+    rotation     the same, chunk b turned by b · θ first
+
+n = ⌈in/R⌉ chunks go in, m = ⌈out/R⌉ come out. If n < m they are repeated; if n > m those without a place are not
+computed (their inputs are dead), or added to chunk b mod m (`fold`). Only M of the last round is trained.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...deltas.base import check_shape
+from ...deltas.blocks import BlockDelta
+from ...errors import CheckpointError
+from ...ops.fused_linear import Pending, computed
+from .maps import Groups, Layout, Lengthen, Pairing, Rotate, Shorten, shuffled
+
+Operator = Literal["truncation", "sharing", "decoupling", "rotation"]
+PAST = "lora_past"
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which maps, for any shape.
+
+    Attributes:
+        operator, compress, expand, pairing: see above and `maps`.
+        wrap: where R does not divide `in`, the first inputs fill the gap at the end, and count twice.
+        fold: chunks without a place in the output are added to others.
+        shuffle: key of a random order of inputs and of outputs; empty: as they are.
+    """
+
+    operator: Operator = "sharing"
+    compress: Layout = "stride"
+    expand: Layout = "stride"
+    wrap: bool = True
+    pairing: Pairing = "half"
+    fold: bool = False
+    shuffle: str = ""
+
+    @property
+    def chunked(self) -> bool:
+        return self.operator in ("decoupling", "rotation")
+
+    def counts(self, in_features: int, out_features: int, side: int) -> tuple[int, int]:
+        """Chunks of the input that are used, and those that the matrix is applied to."""
+        n, m = -(-in_features // side), -(-out_features // side)
+        return (n if self.fold else min(n, m)), min(n, m)
+
+    def dead(self, in_features: int, out_features: int, side: int) -> int:
+        """Inputs that reach no output because their chunk has no place there."""
+        return max(0, in_features - self.counts(in_features, out_features, side)[0] * side) if self.chunked else 0
+
+    def misfit(self, in_features: int, side: int) -> str | None:
+        """Why a matrix of this side cannot be used, if so."""
+        if side < 1:
+            return "is empty: raise `r`, or leave the module out of `target_modules`"
+        if self.operator == "rotation" and side % 2:
+            return "cannot be turned in pairs: give an even `side`"
+        if self.wrap and self.padding(in_features, side) > in_features:
+            return "needs more than twice the inputs there are: lower `r`, or set pad='zero'"
+        return None
+
+    def padding(self, in_features: int, side: int) -> int:
+        """Inputs that are missing in the last chunk or row, where the form has such."""
+        strided = self.operator == "sharing" and self.compress == "stride"
+        return -in_features % side if self.chunked or strided else 0
+
+
+@dataclass(frozen=True)
+class SquareMaps:
+    """C and D of one form for one shape."""
+
+    form: Form
+    in_features: int
+    out_features: int
+    side: int
+
+    @property
+    def inner(self) -> Groups:
+        """Groups of inputs, chunks end to end."""
+        form, side = self.form, self.side
+        wrap = form.padding(self.in_features, side) if form.wrap else 0
+        if form.operator == "sharing":
+            return Groups(self.in_features, side, form.compress, wrap)
+        used = side * (form.counts(self.in_features, self.out_features, side)[0] if form.chunked else 1)
+        return Groups(min(self.in_features, used), used, wrap=wrap if used >= self.in_features else 0)
+
+    @property
+    def outer(self) -> Groups:
+        """Groups of outputs."""
+        form, side = self.form, self.side
+        if form.operator == "truncation":
+            return Groups(min(self.out_features, side), side)
+        chunks = form.counts(self.in_features, self.out_features, side)[1] if form.chunked else 1
+        return Groups(self.out_features, chunks * side, form.expand)
+
+    def shorten(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """C x: (…, in) → (…, R), or (…, chunks, R)."""
+        form = self.form
+        if form.shuffle:
+            x = x.index_select(-1, shuffled(f"{form.shuffle}/in", self.in_features, x.device))
+        z: Tensor = Shorten.apply(x, self.inner, dtype)
+        if not form.chunked:
+            return z
+        used, applied = form.counts(self.in_features, self.out_features, self.side)
+        if form.operator == "rotation":
+            z = Rotate.apply(z.unflatten(-1, (used, self.side)), form.pairing).flatten(-2)
+        if used > applied:
+            z = Shorten.apply(z, Groups(used * self.side, applied * self.side), z.dtype)
+        return z.unflatten(-1, (applied, self.side))
+
+    def add_lengthened(self, y: Tensor, h: Tensor) -> Tensor:
+        """y + D h."""
+        form = self.form
+        h = h.flatten(-2) if form.chunked else h
+        if not form.shuffle:
+            return Lengthen.apply(y, h, self.outer)
+        order = shuffled(f"{form.shuffle}/out", self.out_features, y.device)
+        added: Tensor = Lengthen.apply(torch.zeros_like(y), h, self.outer)
+        return y + added.index_select(-1, order)
+
+
+class SquareDelta(BlockDelta):
+    """ΔW = Σ D_i M_i C_i with one trained block of R "ranks", M; rounds with the same maps are computed as one.
+
+    Args:
+        form: number of a round → its form.   sizes: [R].   Further arguments as for `BlockDelta`; the scale is 1.
+    Attributes:
+        lora_past: (rounds, R, R), M at the end of each finished round, no longer trained; None before the first.
+    """
+
+    letters = ("M",)
+    lora_M0: nn.Parameter
+    lora_past: Tensor | None
+
+    def __init__(self, *args: Any, form: Callable[[int], Form], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.form = form
+        self.register_buffer(PAST, None)
+
+    def shape(self, letter: str, size: int) -> tuple[int, int]:
+        return size, size
+
+    @property
+    def side(self) -> int:
+        """R."""
+        return self.sizes[0]
+
+    @property
+    def cost(self) -> int:
+        return self.side
+
+    @property
+    def export_rank(self) -> int | None:
+        rounds = range(self.turns + 1)
+        return self.side * len(rounds) if any(self.form(i).chunked for i in rounds) else None
+
+    @property
+    def turns(self) -> int:
+        """Finished rounds."""
+        return 0 if self.lora_past is None else len(self.lora_past)
+
+    def resemble(self, twin: BlockDelta) -> None:
+        super().resemble(twin)
+        past = getattr(twin, PAST)
+        self.lora_past = None if past is None else past.clone()
+
+    @torch.no_grad()
+    def restart(self, learnt: Tensor) -> None:
+        """Begin a round: `learnt`, the whole of M, joins the past, and M is zero. ΔW stays what it is."""
+        past = [] if self.lora_past is None else [self.lora_past]
+        self.lora_past = torch.cat([*past, learnt.unsqueeze(0)])
+        self.lora_M0.zero_()
+
+    # -- computation ---------------------------------------------------------------------------------------------
+
+    def _terms(self, M: Tensor) -> list[tuple[SquareMaps, Tensor]]:
+        """(maps, matrix), rounds with the same maps added up."""
+        alike: dict[SquareMaps, list[Tensor]] = {}
+        for turn, matrix in enumerate([*(self.lora_past if self.lora_past is not None else ()), M]):
+            maps = SquareMaps(self.form(turn), self.in_features, self.out_features, self.side)
+            alike.setdefault(maps, []).append(matrix)
+        return [(maps, reduce(torch.add, matrices)) for maps, matrices in alike.items()]
+
+    def _operands(self) -> tuple[Tensor, Tensor]:
+        return self.lora_M0, self.lora_M0
+
+    def _add_product(self, y: Tensor | Pending, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else B.dtype
+        y = computed(y)
+        for maps, M in self._terms(B):
+            y = maps.add_lengthened(y, nn.functional.linear(maps.shorten(x, dtype), M))
+        return y
+
+    def weight(self) -> Tensor:
+        """As the forward pass applies it to the identity: with chunks far cheaper than the product of the factors."""
+        M = self.lora_M0
+        eye = torch.eye(self.in_features, dtype=M.dtype, device=M.device)
+        return self._add_product(eye.new_zeros(self.in_features, self.out_features), eye, M, M).t()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Each chunk of R on its own: A = C, B = D M."""
+        pairs = [self._pair(maps, M) for maps, M in self._terms(self.lora_M0)]
+        return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], dim=1)
+
+    def _pair(self, maps: SquareMaps, M: Tensor) -> tuple[Tensor, Tensor]:
+        A = maps.shorten(torch.eye(self.in_features, dtype=M.dtype, device=M.device), M.dtype)
+        columns = M.t()
+        if maps.form.chunked:
+            chunks = A.shape[-2]
+            columns = torch.block_diag(*[columns] * chunks).unflatten(-1, (chunks, -1))
+            A = A.flatten(-2)
+        return A.t(), maps.add_lengthened(M.new_zeros(len(columns), self.out_features), columns).t()
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def check(self, found: Mapping[str, Tensor]) -> None:
+        super().check(found)
+        side, turns = len(found["lora_M0"]), found[PAST].shape[:1] if PAST in found else ()
+        for turn in range(1 + sum(turns)):
+            if reason := self.form(turn).misfit(self.in_features, side):
+                raise CheckpointError(f"lora_M0: side {side} {reason}; the adapter is damaged or of another model")
+        if PAST in found:
+            check_shape(PAST, (*turns, side, side), found)
+
+    def fit(self, found: Mapping[str, Tensor], *, keep_dormant: bool) -> None:
+        super().fit(found, keep_dormant=keep_dormant)
+        self.lora_past = self.lora_M0.new_zeros(found[PAST].shape) if PAST in found else None

@@ -1,0 +1,1 @@
+"""Tasks, the command line, reports and run folders."""

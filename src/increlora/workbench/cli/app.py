@@ -1,0 +1,62 @@
+"""Commands, and errors as one sentence: exit code 2, no traceback."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from peft import NoMatchingPeftModuleError
+from typer.core import TyperGroup
+
+from ...errors import IncreloraError
+from ...naming import nearest
+from .check import check
+from .export import export
+from .inspect import inspect
+from .methods import methods
+from .report import report
+from .train import train
+
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # click's, of which newer releases of typer bring a copy
+
+
+class OneSentence(TyperGroup):
+    """A group whose expected errors are one sentence on stderr."""
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        try:
+            code = super().main(args, *more, **kwargs | {"standalone_mode": False})
+        except USAGE_ERROR as error:
+            code = complain(unknown_option(error) or error.format_message())
+        except (IncreloraError, NoMatchingPeftModuleError, OSError) as error:
+            code = complain(str(error))
+        if standalone_mode:
+            raise SystemExit(code)
+        return code
+
+
+def complain(message: str) -> int:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def unknown_option(error: Any) -> str | None:
+    """The sentence for an option that does not exist, naming the nearest one that does."""
+    if not hasattr(error, "possibilities") or error.ctx is None:
+        return None
+    parameters = error.ctx.command.get_params(error.ctx)  # --help among them
+    known = [name for parameter in parameters for name in parameter.opts if name.startswith("--")]
+    if not known:
+        return f"no option {error.option_name}"
+    return f"no option {error.option_name}; did you mean {nearest(error.option_name, known)}?"
+
+
+app = typer.Typer(cls=OneSentence, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def increlora() -> None:
+    """Low-rank adapters whose rank grows during fine-tuning, where it matters most."""
+
+
+for command in (train, report, export, check, inspect, methods):
+    app.command()(command)

@@ -1,0 +1,73 @@
+"""From settings to what is trained: the model with a fresh adapter, and the task."""
+
+import re
+import warnings
+from typing import Any
+
+from peft import get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...decide.schedules import Run
+from ...errors import ConfigError
+from ...runtime import controllers_of
+from ..tasks import Task, find_task, load_model, load_task
+from .settings import TrainSettings
+
+
+def build(settings: TrainSettings) -> tuple[Any, Task]:
+    """The task, read for the model's tokenizer, and the model with a fresh adapter."""
+    model, tokenizer = load_model(settings.task, settings.model, settings.seed)
+    task = load_task(settings.task, tokenizer, **vars(settings.task_options()))
+    return adapted(settings, model), task
+
+
+def adapted(settings: TrainSettings, model: nn.Module) -> Any:
+    """The model with the settings' adapter."""
+    if settings.head_dropout is not None:
+        set_head_dropout(model, settings.head_dropout)
+    kind = find_task(settings.task).task_type  # SEQ_CLS: the head is trained, too
+    config = settings.peft_config(target_modules(settings.target_modules, model), task_type=kind)
+    if settings.target_modules is None:
+        places = config.settings().method(1, 1).places
+        config.target_modules = {name for name in config.target_modules if places(name)}
+    with warnings.catch_warnings():  # peft 0.21 reads a property by the name it had before transformers 5.23
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(model, config)
+
+
+def target_modules(chosen: str | None, model: nn.Module) -> str | list[str]:
+    """What `--target-modules` means; by default every linear map of the trunk but a pooler's."""
+    if chosen is not None:
+        return chosen.split(",") if re.fullmatch(r"[\w.]+(,[\w.]+)*", chosen) else chosen
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and name.startswith(f"{model.base_model_prefix}.")
+        and "pooler" not in name.split(".")
+    ]
+
+
+def set_head_dropout(model: nn.Module, share: float) -> None:
+    """Set the dropout layers outside the trunk and its pooler. Raises ConfigError if there is none."""
+    found = [
+        module
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Dropout") and not name.startswith(f"{model.base_model_prefix}.")
+    ]
+    if not found:
+        raise ConfigError(f"--head-dropout {share}: {type(model).__name__} has no dropout before a head; leave it out")
+    for module in found:
+        for attribute in ("p", "drop_prob"):
+            if hasattr(module, attribute):
+                setattr(module, attribute, share)
+
+
+def check_schedule(model: nn.Module, steps: int) -> None:
+    """Ask every schedule for its events in a run of so many steps. Raises ScheduleError if one falls short."""
+    for controller in controllers_of(model):
+        if controller.method.events is not None and not controller.finished:
+            controller.method.events(Run(steps, len(controller.names)), controller.holdings(), 0)
+        if controller.pruner is not None:
+            controller.pruner.check(Run(steps, len(controller.names)))

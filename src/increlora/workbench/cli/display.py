@@ -1,0 +1,102 @@
+"""What a run shows: a live bar in a terminal, a line now and then elsewhere, and the result at the end."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ...naming import places, short
+
+LINES = 10  # of progress, where there is no terminal
+SHADES = ("grey11", "grey19", "grey30", "grey42", "grey54", "grey66", "grey78")  # the more rank, the lighter
+
+
+class Progression:
+    """Shows steps, loss and the live budget while used as a context."""
+
+    def __init__(self, console: Console, *, total: int, done: int, budget: int | None) -> None:
+        self.console, self.total, self.budget = console, total, budget
+        self.metric = ""
+        self.bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[news]}"),
+            TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self.task = self.bar.add_task("training", total=total, completed=done, news="")
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def step(self, row: Mapping[str, Any], metric: str) -> None:
+        """Show a row of metrics.jsonl."""
+        if metric in row:
+            self.metric = f"  {metric} {row[metric]:.3f}"
+        budget = f"/{self.budget}" if self.budget else ""
+        news = f"loss {row['loss']:.3f}  ranks {row['ranks']}{budget}{self.metric}"
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=row["step"], news=news)
+        elif row["step"] * LINES // self.total > (row["step"] - 1) * LINES // self.total:
+            self.console.print(f"step {row['step']}/{self.total}  {news}", highlight=False, soft_wrap=True)
+
+
+def show_result(console: Console, state: Mapping[str, Any], path: Path) -> None:
+    """Metric, time, memory and parameters of a finished run, where the rank went, and where the files are."""
+    metric, budget, memory = state["metric"], state["budget"], state["peak_memory_bytes"]
+    table = Table.grid(padding=(0, 2))
+    for name, after in sorted(state["metrics"]["after"].items(), key=lambda item: item[0] != metric["name"]):
+        best = f" (best {number(metric['best'])})" if name == metric["name"] else ""
+        baseline = state["metrics"]["baseline"].get(name)
+        floor = "" if baseline is None else f", {number(baseline)} without looking"
+        table.add_row(name, f"{number(state['metrics']['before'][name])} → {number(after)}{best}{floor}")
+    table.add_row("time", f"{state['seconds']['train']:.0f} s training, {state['seconds']['total']:.0f} s in all")
+    table.add_row("memory", "not measured" if memory is None else f"{memory / 2**20:,.0f} MiB at peak")
+    table.add_row("ranks", f"{budget['ranks_used']}" + of(budget["ranks_target"]))
+    table.add_row(
+        "parameters",
+        f"{budget['parameters_used']:,}{of(budget['parameters_target'])} at the end, "
+        f"{budget['parameters_average']:,.0f} on average, {budget['parameters_peak']:,} at peak",
+    )
+    console.print(table)
+    console.print(rank_map(state["ranks"]))
+    plain = "lora/ (plain LoRA), " if (path / "lora").is_dir() else ""
+    console.print(f"written to {path}: adapter/ (native), {plain}run.json", soft_wrap=True)
+    if not plain:
+        console.print(f"its ΔW has no low rank; for engines: increlora export {path} OUT --merge", soft_wrap=True)
+
+
+def number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
+
+
+def of(target: int | None) -> str:
+    return "" if target is None else f" of {target:,}"
+
+
+def rank_map(ranks: Mapping[str, int]) -> Table:
+    """Final ranks as a table layer × module type, shaded by rank; `·` where there is no such module."""
+    cells = {where: ranks[name] for name, where in places(ranks).items()}
+    layers = list(dict.fromkeys(layer for layer, _ in cells))
+    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    most = max(ranks.values(), default=0)
+    table = Table(title="rank per layer and module", title_justify="left")
+    table.add_column("layer", justify="right")
+    for label in short(kinds):
+        table.add_column(label.replace(".", "\n."), justify="right")
+    for layer in layers:
+        table.add_row(layer, *(shaded(cells.get((layer, kind)), most) for kind in kinds))
+    return table
+
+
+def shaded(rank: int | None, most: int) -> Text:
+    if rank is None:
+        return Text("·")
+    shade = rank * (len(SHADES) - 1) // max(1, most)
+    ink = "white" if shade < len(SHADES) / 2 else "black"
+    return Text(f" {rank} ", style=f"{ink} on {SHADES[shade]}")

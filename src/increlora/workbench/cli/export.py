@@ -1,0 +1,102 @@
+"""`increlora export`: a trained adapter as a plain LoRA folder, or merged into its base model."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ...errors import ConfigError, ExportError
+from ...export.adapters import Adapter, adapter_folder, check_elsewhere, read_adapter
+from ...export.engines import check_export
+from ...export.lora import Exported, write_lora
+from ...export.merged import export_merged
+from .check import verdicts
+
+HEADS = ("classifier", "score")
+
+
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run, or the folder of an adapter.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    layout: Annotated[
+        Literal["uniform", "pattern"] | None,
+        typer.Option(help="One rank for all modules, or each its own.", show_default="uniform"),
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Truncate each module to this rank.", show_default="no")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Most a truncated module may lose, as a share of its ΔW.", show_default="0.01 where ΔW has no low rank"
+        ),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the whole model with the adapter in it.")] = False,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="To merge into.", show_default="the adapter's own")
+    ] = None,
+) -> None:
+    """Write an adapter (ours, LoRA, or peft's AdaLoRA) as a plain LoRA adapter, and say which engines serve it."""
+    if merge and any(option is not None for option in (layout, max_rank, tolerance)):
+        raise ConfigError("--merge writes a whole model: leave out --layout, --max-rank and --tolerance")
+    if base is not None and not merge:
+        raise ConfigError("--base is the model to merge into: give --merge, too")
+    console = Console(highlight=False, markup=False)
+    if merge:
+        merged(source, out, base)
+        console.print(f"written to {out}: the merged model, for any engine", soft_wrap=True)
+        return
+    done = write_lora(source, out, layout or "uniform", max_rank=max_rank, tolerance=tolerance)
+    show(console, done)
+    console.print(verdicts(check_export(done)))
+
+
+def show(console: Console, done: Exported) -> None:
+    """Ranks, size, padding, and the error of each truncated module."""
+    ranks = list(done.ranks.values())
+    console.print(
+        f"written to {done.path} ({done.layout}): {sum(ranks)} ranks over {len(ranks)} modules, at most {max(ranks)}; "
+        f"{done.size:,} bytes, {done.parameters:,} parameters, {done.padding / max(1, done.parameters):.0%} padding",
+        soft_wrap=True,
+    )
+    if not done.errors:
+        return
+    table = Table(title="truncated modules", title_justify="left")
+    table.add_column("module", overflow="fold")
+    table.add_column("‖ΔW' − ΔW‖ / ‖ΔW‖", justify="right")
+    for name, error in sorted(done.errors.items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{error:.2e}")
+    console.print(table)
+
+
+def merged(source: Path, out: Path, name: str | None) -> None:
+    """Load the base model and merge the adapter into it."""
+    from transformers.utils import logging
+
+    from ..tasks import load_causal, load_classifier
+
+    check_elsewhere(out)  # before the base is loaded
+    logging.disable_progress_bar()
+    folder = adapter_folder(source)
+    adapter = read_adapter(folder)
+    name = name or adapter.config.base_model_name_or_path
+    if not name:
+        raise ExportError(f"{folder} does not say which model it belongs to: give --base")
+    kind = str(getattr(adapter.config.task_type, "value", adapter.config.task_type))
+    if kind == "SEQ_CLS":
+        model, tokenizer = load_classifier(name, labels(adapter, folder), seed=0)
+    elif kind == "CAUSAL_LM":
+        model, tokenizer = load_causal(name)
+    else:
+        raise ExportError(f"{folder} has task_type {kind}: merge it in Python, with export_merged(…, base=model)")
+    export_merged(folder, out, base=model, tokenizer=tokenizer)
+
+
+def labels(adapter: Adapter, folder: Path) -> int:
+    """Outputs of the trained head."""
+    heads: list[Any] = [
+        value for key, value in adapter.others.items() if key.split(".")[0] in HEADS and value.dim() == 2
+    ]
+    if not heads:
+        raise ExportError(f"{folder} holds no trained head: merge it in Python, with export_merged(…, base=model)")
+    return int(heads[-1].shape[0])

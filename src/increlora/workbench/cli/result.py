@@ -1,0 +1,169 @@
+"""Content of run.json: our keys, and beside them those of peft's method_comparison."""
+
+import os
+import platform
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...hosts.peft import rank_summary
+from ...runtime import controllers_of
+from ..runs import RunFolder
+from ..tasks import Task, model_name
+from .settings import TrainSettings
+
+PACKAGES = ("increlora", "torch", "peft", "transformers", "accelerate")
+PEFT_STATUS = {"finished": "success", "failed": "failed", "interrupted": "canceled", "running": "running"}
+
+
+def initial_state(settings: TrainSettings, model: Any, task: Task, path: Path) -> dict[str, Any]:
+    """run.json as the run begins: everything that is known, null for what is not."""
+    summary = rank_summary(model)
+    parameters = list(model.parameters())
+    peft_config = {k: sorted(v) if isinstance(v, set) else v for k, v in model.peft_config["default"].to_dict().items()}
+    return {
+        "status": "running",
+        "error": "",
+        "method": settings.method,
+        "adaptive": bool(controllers_of(model)),  # else there are no events
+        "task": task.name,
+        "source": task.source,
+        "seed": settings.seed,
+        "command": settings.command(path),
+        "metric": {
+            "name": task.metric,
+            "higher_is_better": task.higher_is_better,
+            "before": None,
+            "after": None,
+            "best": None,
+            "baseline": task.baseline.get(task.metric),
+        },
+        "metrics": {"before": None, "after": None, "baseline": dict(task.baseline)},
+        "budget": {
+            "ranks_target": summary.budget_ranks,
+            "ranks_used": summary.active,
+            "parameters_target": summary.budget_parameters,
+            "parameters_used": summary.parameters,
+            "parameters_peak": None,
+            "parameters_average": None,
+        },
+        "ranks": {m.module: m.active for m in summary.modules},
+        "seconds": {"train": None, "total": None},
+        "peak_memory_bytes": None,
+        "environment": environment(),
+        "run_info": {
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "total_time": None,
+            "experiment_name": f"{settings.method}/{path.name}",
+            "peft_branch": None,
+            "train_config": {"model_id": model_name(settings.task, settings.model), **asdict(settings)},
+            "peft_config": peft_config,
+            "error_msg": "",
+        },
+        "train_info": {
+            "status": PEFT_STATUS["running"],
+            "train_time": None,
+            "file_size": None,
+            "accelerator_memory_max": None,
+            "accelerator_memory_reserved_avg": None,
+            "accelerator_memory_reserved_99th": None,
+            "num_trainable_params": sum(p.numel() for p in parameters if p.requires_grad),
+            "num_total_params": sum(p.numel() for p in parameters),
+            "metrics": [],
+        },
+        "meta_info": {
+            "model_info": {"name": model_name(settings.task, settings.model), "sha": None, "created_at": None},
+            "dataset_info": {},
+            "package_info": package_info(),
+            "system_info": system_info(),
+            "pytorch_info": torch.__config__.show(),
+        },
+    }
+
+
+def finish(state: dict[str, Any], folder: RunFolder, model: nn.Module) -> None:
+    """Fill in what a finished run knows, out of its own files."""
+    rows = folder.rows("metrics.jsonl")
+    steps = [row for row in rows if row["step"] > 0]
+    summary, name = rank_summary(model), state["metric"]["name"]
+    measured = [row[name] for row in steps if name in row]
+    finite = [value for value in measured if value is not None]  # JSON's null: a diverged run
+    live = [row["parameters"] for row in steps]
+    best = max if state["metric"]["higher_is_better"] else min
+    state["metric"] |= {"before": rows[0][name], "after": measured[-1], "best": best(finite, default=None)}
+    names = [name for name in rows[0] if name != "step"]
+    state["metrics"] |= {"before": {n: rows[0][n] for n in names}, "after": {n: steps[-1][n] for n in names}}
+    state["budget"] |= {
+        "ranks_used": summary.active,
+        "parameters_used": summary.parameters,
+        "parameters_peak": max(live),
+        "parameters_average": sum(live) / len(live),
+    }
+    state["ranks"] = {m.module: m.active for m in summary.modules}
+    state["seconds"]["train"] = steps[-1]["seconds"]
+    state["peak_memory_bytes"] = peak_memory_bytes()
+    state["train_info"] |= {
+        "train_time": steps[-1]["seconds"],
+        "file_size": (folder.path / "adapter" / "adapter_model.safetensors").stat().st_size,
+        "accelerator_memory_max": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
+        "metrics": [
+            {"step": row["step"], f"valid {name}": row[name], "train loss": row["loss"], "elapsed time": row["seconds"]}
+            for row in steps
+            if name in row
+        ],
+    }
+
+
+def close(state: dict[str, Any], status: str, error: str, *, seconds: float) -> None:
+    """Say how the run ended, and add the time it took to that of earlier attempts."""
+    total = round((state["seconds"]["total"] or 0.0) + seconds, 3)
+    state |= {"status": status, "error": error}
+    state["seconds"]["total"] = state["run_info"]["total_time"] = total
+    state["train_info"]["status"], state["run_info"]["error_msg"] = PEFT_STATUS[status], error
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine; numbers compare only where these are known."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "platform": platform.platform(),
+    }
+
+
+def package_info() -> dict[str, str | None]:
+    """Versions under peft's names; null for what is not installed, and for commits."""
+    found: dict[str, str | None] = {}
+    for name in dict.fromkeys((*PACKAGES, "datasets", "bitsandbytes")):
+        try:
+            found[f"{name}-version"] = version(name)
+        except PackageNotFoundError:
+            found[f"{name}-version"] = None
+        found[f"{name}-commit-hash"] = None
+    return found
+
+
+def system_info() -> dict[str, str]:
+    names = ("system", "release", "version", "machine", "processor")
+    return {name: getattr(platform, name)() for name in names} | {"accelerator": environment()["device"]}
+
+
+def peak_memory_bytes() -> int | None:
+    """Most memory so far: of the accelerator if there is one, else of this process; None where it cannot be told."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

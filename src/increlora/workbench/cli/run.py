@@ -1,0 +1,170 @@
+"""One training run, from settings to a finished run folder."""
+
+import contextlib
+import math
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel, PrinterCallback
+
+from ...errors import CheckpointError
+from ...export.lora import is_exact, write_lora
+from ...files import whole_folder
+from ...hosts.peft.config import check_folder
+from ...runtime import controllers_of
+from ..runs import RunFolder, checkpoint_step
+from ..tasks import Task, model_name
+from .build import build, check_schedule
+from .display import Progression, show_result
+from .recorder import Recorder
+from .result import close, finish, initial_state
+from .settings import TrainSettings
+from .tracer import Tracer
+from .trainer import SampledTrainer, check_logger, training_arguments
+
+CHECKPOINTS = 4  # per run
+EVALUATION_BATCHES = 2  # training batches that are measured together: no gradients, so twice the examples fit
+CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+def train(settings: TrainSettings, folder: RunFolder, console: Console, *, resume: bool, overwrite: bool) -> None:
+    """Train, and leave a complete run folder; `resume` continues the run that is there.
+
+    Everything that can be refused is refused before the folder is touched.
+    Raises: IncreloraError, peft's and the file system's errors; run.json then says `failed`, and `interrupted` after
+    Ctrl-C.
+    """
+    began = time.perf_counter()
+    checkpoint = folder.checkpoint() if resume else None
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+    elif not resume:
+        folder.check_free(overwrite=overwrite)
+    check_logger(settings.report_to)
+    model, task = build(settings)
+    total = total_steps(settings, len(task.train))
+    check_schedule(model, total)
+    state = (folder.state() if resume else None) or initial_state(settings, model, task, folder.path)
+    open_folder(settings, folder, state, checkpoint, resume=resume, overwrite=overwrite)
+    with recorded(folder, state, began):
+        fit(settings, folder, model, task, console, checkpoint=checkpoint, total=total)
+        save(settings, folder, model)
+        finish(state, folder, model)
+    show_result(console, state, folder.path)
+
+
+def save(settings: TrainSettings, folder: RunFolder, model: Any) -> None:
+    """adapter/ and, where it is exact, lora/. They name the base model as the user did, not where it lies on this
+    machine."""
+    base = model.get_base_model()
+    if isinstance(base, PreTrainedModel):
+        name = model_name(settings.task, settings.model)
+        model.peft_config["default"].base_model_name_or_path = name
+        base.name_or_path = base.config._name_or_path = name  # the card's
+    with warnings.catch_warnings():
+        # by that name peft asks the hub whether the vocabulary was changed; here it never is
+        warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file", UserWarning)
+        with whole_folder(folder.path / "adapter") as adapter:
+            model.save_pretrained(adapter)
+        if is_exact(model):  # otherwise `show_result` says how it can leave
+            write_lora(model, folder.path / "lora")
+
+
+def total_steps(settings: TrainSettings, examples: int) -> int:
+    """Optimizer steps of a run over so many training examples."""
+    return math.ceil(settings.epochs * math.ceil(examples / settings.batch_size))
+
+
+# -- the folder ------------------------------------------------------------------------------------------------------
+
+
+def open_folder(
+    settings: TrainSettings, folder: RunFolder, state: dict[str, Any], checkpoint: Path | None, *, resume: bool,
+    overwrite: bool,
+) -> None:  # fmt: skip
+    """Begin the run's files, or cut them back to the checkpoint."""
+    if not resume:
+        folder.create(settings.toml(folder.path), state, overwrite=overwrite)
+        return
+    done = checkpoint_step(checkpoint) if checkpoint else 0
+    for name in ("metrics.jsonl", "trace.jsonl", "spectra.jsonl"):
+        folder.keep_rows(name, before=done + 1)  # counts steps done
+    folder.keep_rows("events.jsonl", before=done)  # names the step, from 0
+    state |= {"status": "running", "error": ""}
+    folder.write_state(state)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raise CheckpointError if a file of the checkpoint is missing or damaged, before anything is loaded."""
+    remedy = f"remove {path} to resume from the checkpoint before it"
+    for name in ("adapter_model.safetensors", *CHECKPOINT_FILES):
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name} is missing; {remedy}")
+    try:
+        check_folder(path)
+        for name in CHECKPOINT_FILES:
+            check_archive(path / name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; or {remedy}") from error
+
+
+def check_archive(path: Path) -> None:
+    """Raise CheckpointError if a file written by torch.save is not whole."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if bad := file.testzip():
+                raise zipfile.BadZipFile(f"bad checksum of {bad}")
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({error}); restore it from a copy") from error
+
+
+@contextlib.contextmanager
+def recorded(folder: RunFolder, state: dict[str, Any], began: float) -> Iterator[None]:
+    """Whatever happens inside, run.json says how it ended."""
+    status, message = "failed", ""
+    try:
+        yield
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except BaseException as error:
+        message = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        close(state, status, message, seconds=time.perf_counter() - began)
+        folder.write_state(state)
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def fit(
+    settings: TrainSettings, folder: RunFolder, model: Any, task: Task, console: Console, *, checkpoint: Path | None,
+    total: int,
+) -> None:  # fmt: skip
+    """Measure, train `total` steps (the rest of them after a checkpoint), measure in between and at the end."""
+    trainer = SampledTrainer(
+        model=model,
+        args=training_arguments(
+            settings, folder.path / "checkpoints", total=total, save_every=math.ceil(total / CHECKPOINTS)
+        ),
+        train_dataset=task.train,
+        data_collator=task.collate,
+    )
+    trainer.remove_callback(PrinterCallback)
+    together = EVALUATION_BATCHES * settings.batch_size
+    if not folder.rows("metrics.jsonl"):
+        folder.append("metrics.jsonl", {"step": 0, **task.evaluate(model, batch_size=together)})
+    done = checkpoint_step(checkpoint) if checkpoint else 0
+    budget = controllers_of(model)[0].method.budget.ranks if controllers_of(model) else None
+    every = math.ceil(total / settings.evaluations)
+    with Progression(console, total=total, done=done, budget=budget) as progress:
+        trainer.add_callback(Recorder(folder, task, progress, evaluate_every=every, batch_size=together))
+        trainer.add_callback(Tracer(folder))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -1,0 +1,193 @@
+"""Run folders as a report needs them: what can be read is shown, and what cannot is said."""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import RunFolderError
+from ..runs import FORMAT
+
+Row = dict[str, Any]
+OWN_COLUMNS = {"step", "loss", "learning_rate", "ranks", "parameters", "seconds"}  # of metrics.jsonl; others: metrics
+REMEDY = "give the folder that `increlora train --out` wrote"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder tells it.
+
+    Attributes:
+        label: the shortest end of the path that tells it from the other runs.   state: content of run.json.
+        metrics, events, trace, spectra: rows that could be read of the file of that name, by rising step; `step`
+            counts steps done, in events, too.
+        config: text of config.toml.   notes: what is missing, damaged or unfinished, a sentence each.
+    """
+
+    path: Path
+    label: str
+    state: Mapping[str, Any]
+    metrics: Sequence[Row]
+    events: Sequence[Row]
+    trace: Sequence[Row]
+    spectra: Sequence[Row]
+    config: str
+    notes: Sequence[str]
+
+    def get(self, *keys: str) -> Any:
+        """A value of run.json by its path; None where it is missing."""
+        value: Any = self.state
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    def number(self, *keys: str) -> float | None:
+        """The same if it is a finite number, else None."""
+        value = self.get(*keys)
+        return value if is_number(value) else None
+
+    @property
+    def steps(self) -> int:
+        """Steps done, as far as the files know."""
+        return max(
+            (rows[-1]["step"] for rows in (self.metrics, self.trace, self.events, self.spectra) if rows), default=0
+        )
+
+    @property
+    def metric_names(self) -> list[str]:
+        """Metrics in metrics.jsonl, the run's main one first."""
+        found = [name for row in self.metrics for name in row if name not in OWN_COLUMNS]
+        main = self.get("metric", "name")
+        return sorted(dict.fromkeys(found), key=lambda name: name != main)
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Raises RunFolderError for a folder without a run of ours."""
+    return [read_run(path, label) for path, label in zip(paths, labels(paths), strict=True)]
+
+
+def read_run(path: Path, label: str) -> Run:
+    notes: list[str] = []
+    state = read_state(path, notes)
+    expected = [name for name in READERS if name != "events" or state.get("adaptive", True)]
+    rows = {n: read_rows(path / f"{n}.jsonl", READERS[n], notes) if n in expected else [] for n in READERS}
+    notes += how_it_ended(state)
+    return Run(path, label, state, config=read_config(path / "config.toml", notes), notes=notes, **rows)
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """Folder names, with as many parents as it takes to tell the runs apart, and a number where nothing does."""
+    parts = [path.resolve().parts for path in paths]
+    count = 1
+    while count < max(map(len, parts)) and len({p[-count:] for p in parts}) < len(set(parts)):
+        count += 1
+    names = ["/".join(p[-count:]) for p in parts]
+    return [n if names.count(n) == 1 else f"{n} ({names[: i + 1].count(n)})" for i, n in enumerate(names)]
+
+
+# -- run.json and config.toml ----------------------------------------------------------------------------------------
+
+
+def read_state(path: Path, notes: list[str]) -> Mapping[str, Any]:
+    """run.json; empty, and noted, if it is damaged. Raises RunFolderError if this is no run folder of ours."""
+    if not path.is_dir():
+        raise RunFolderError(f"{path} is no folder; {REMEDY}")
+    try:
+        found = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunFolderError(f"{path} holds no run (run.json is missing); {REMEDY}") from None
+    except (ValueError, RecursionError) as error:
+        if not (path / "metrics.jsonl").is_file():
+            raise RunFolderError(f"{path}/run.json cannot be read ({error}); {REMEDY}") from error
+        notes.append(f"run.json is damaged ({error}): settings and results of the run are not shown.")
+        return {}
+    written = found.get("format") if isinstance(found, dict) else None
+    if not str(written).startswith("increlora-run/"):
+        raise RunFolderError(f"{path}/run.json was not written by increlora; {REMEDY}")
+    if written != FORMAT:
+        raise RunFolderError(f"{path} has format {written}, this version reads {FORMAT}; upgrade")
+    return found
+
+
+def how_it_ended(state: Mapping[str, Any]) -> list[str]:
+    ends = {
+        "running": "The run had not finished when this report was made: it shows the steps until then.",
+        "interrupted": "The run was interrupted: this report shows the steps until then.",
+        "failed": f"The run failed: {state.get('error') or 'no reason is recorded'}",
+    }
+    status = str(state.get("status", "finished"))
+    return [ends[status]] if status in ends else []
+
+
+def read_config(path: Path, notes: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        notes.append("config.toml is missing: the settings of the run are not shown.")
+        return ""
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path, read: Callable[[Row], Row], notes: list[str]) -> list[Row]:
+    """Rows of a .jsonl file by rising step; lines that are torn or not as expected are left out, and counted."""
+    if not path.is_file():
+        notes.append(f"{path.name} is missing: the figures made from it are left out or less detailed.")
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    rows, bad = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(read(json.loads(line)))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+            bad.append(number)
+    if bad:
+        which = f"line {bad[0]}" if len(bad) == 1 else f"{len(bad)} lines, the first is line {bad[0]}"
+        notes.append(f"{path.name} is damaged ({which} of {len(lines)}): what can be read is shown.")
+    return sorted(rows, key=lambda row: row["step"])
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"expected a count, found {value!r}")
+    return value
+
+
+def number_or_none(value: Any) -> float | None:
+    return value if is_number(value) else None
+
+
+def metrics_row(row: Row) -> Row:
+    return {"step": count(row["step"])} | {k: v for k, v in row.items() if k != "step" and is_number(v)}
+
+
+def event_row(row: Row) -> Row:
+    """Files name the step of an event from 0; after it, one step more is done."""
+    return {
+        "step": count(row["step"]) + 1, "kind": str(row["kind"]), "module": str(row["module"]),
+        "ranks": int(row["ranks"]), "rank": count(row["rank"]), "importance": number_or_none(row.get("importance")),
+    }  # fmt: skip
+
+
+def trace_row(row: Row) -> Row:
+    modules = {
+        name: {"rank": count(m["rank"]), "importance": number_or_none(m.get("importance"))}
+        for name, m in row["modules"].items()
+    }
+    factors = {int(born): v for born, v in row.get("lr_factor", {}).items() if is_number(v)}
+    return {"step": count(row["step"]), "modules": modules, "lr_factor": factors}
+
+
+def spectra_row(row: Row) -> Row:
+    modules = {name: [v for v in values if is_number(v)] for name, values in row["modules"].items()}
+    return {"step": count(row["step"]), "modules": modules}
+
+
+READERS = {"metrics": metrics_row, "events": event_row, "trace": trace_row, "spectra": spectra_row}

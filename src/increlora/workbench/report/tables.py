@@ -1,0 +1,200 @@
+"""From the rows of a run to the rows of its figures: small tables with plain column names."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+from typing import Any, TypeVar
+
+from ...naming import place, short
+from .reading import Row, Run, is_number
+
+POINTS = 600  # of a curve: more than a screen can tell apart
+VALUES = 20_000  # of the figures with a curve per module
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the modules of a run stand: (layer, module type) by name, and the layers and types in model order."""
+
+    cells: Mapping[str, tuple[str, str]]
+    layers: Sequence[str]
+    types: Sequence[str]
+
+
+def grid(names: Iterable[str]) -> Grid:
+    """Types are named as shortly as is unambiguous; two modules never share a cell (an encoder's and a decoder's)."""
+    places = {name: place(name) for name in names}
+    shared = Counter(places.values())
+    for name, (layer, kind) in places.items():
+        if shared[layer, kind] > 1:
+            places[name] = (layer, name.replace(f".{layer}.", ".", 1))
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    label = dict(zip(kinds, short(kinds), strict=True))
+    layers = dict.fromkeys(layer for layer, _ in places.values())
+    cells = {name: (layer, label[kind]) for name, (layer, kind) in places.items()}
+    return Grid(
+        cells, sorted(layers, key=lambda x: (not x.isdigit(), int(x) if x.isdigit() else 0)), list(label.values())
+    )
+
+
+# -- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def final_ranks(run: Run) -> dict[str, int]:
+    """Rank of every module at the last step known."""
+    return {name: changes[-1][1] for name, changes in rank_changes(run).items()}
+
+
+def rank_changes(run: Run) -> dict[str, list[tuple[int, int]]]:
+    """(step, rank from then on) per module: from the trace, or from the events where a run has none."""
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for row in run.trace:
+        for name, module in row["modules"].items():
+            found[name].append((row["step"], module["rank"]))
+    return {name: changes_only(values) for name, values in found.items()} or changes_by_events(run)
+
+
+def changes_by_events(run: Run) -> dict[str, list[tuple[int, int]]]:
+    """An event says how many ranks it gave and how many there are: together, what there was before."""
+    ranks = run.get("ranks")
+    found = {
+        name: [(0, int(rank))]
+        for name, rank in (ranks if isinstance(ranks, Mapping) else {}).items()
+        if is_number(rank)
+    }
+    moved: set[str] = set()
+    for row in [row for row in run.events if row["ranks"]]:
+        if row["module"] not in moved:
+            found[row["module"]] = [(0, row["rank"] - row["ranks"])]
+        moved.add(row["module"])
+        found[row["module"]].append((row["step"], row["rank"]))
+    return found
+
+
+def changes_only(values: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """The first value and those that differ from the one before."""
+    return [pair for i, pair in enumerate(values) if i == 0 or pair[1] != values[i - 1][1]]
+
+
+def rank_cells(run: Run) -> list[Row]:
+    """A row per module and rank it had: {"layer", "type", "rank", "since", "until"}, true for since ≤ step < until."""
+    changes = rank_changes(run)
+    where, rows = grid(changes).cells, []
+    for name, values in changes.items():
+        ends = [step for step, _ in values[1:]] + [run.steps + 1]
+        for (since, rank), until in zip(values, ends, strict=True):
+            rows.append({"layer": where[name][0], "type": where[name][1], "rank": rank, "since": since, "until": until})
+    return rows
+
+
+def growth(run: Run) -> list[Row]:
+    """Mean rank per module type at every step where one changed, and at the end: {"step", "type", "rank"}."""
+    changes = rank_changes(run)
+    where = grid(changes).cells
+    by_type: dict[str, list[list[tuple[int, int]]]] = defaultdict(list)
+    for name, values in changes.items():
+        by_type[where[name][1]].append(values)
+    rows = []
+    for kind, histories in by_type.items():
+        steps = sorted({step for values in histories for step, _ in values} | {run.steps})
+        rows += [{"step": s, "type": kind, "rank": round(fmean(at(v, s) for v in histories), 3)} for s in steps]
+    return rows
+
+
+def at(values: Sequence[tuple[int, int]], step: int) -> int:
+    """The value that held at a step."""
+    return next((value for since, value in reversed(values) if since <= step), values[0][1])
+
+
+def spent_at(run: Run) -> int | None:
+    """Step after which the budget was spent; None if it never grew or is not spent."""
+    ends = [row["step"] for row in run.events if row["kind"] == "finish"]
+    return ends[0] if ends else None
+
+
+# -- curves ----------------------------------------------------------------------------------------------------------
+
+
+def column(run: Run, name: str) -> list[Row]:
+    """{"step", "value"} of one column of metrics.jsonl, thinned."""
+    return thin([{"step": row["step"], "value": row[name]} for row in run.metrics if name in row], POINTS)
+
+
+def smoothed(rows: Sequence[Row]) -> list[Row]:
+    """Mean of the values around each, over a twentieth of the curve."""
+    half = max(1, len(rows) // 40)
+    values = [row["value"] for row in rows]
+    return [row | {"value": fmean(values[max(0, i - half) : i + half + 1])} for i, row in enumerate(rows)]
+
+
+def stairs(run: Run, name: str) -> list[Row]:
+    """The same for a column that changes seldom: its changes, and the end."""
+    rows = [(row["step"], row[name]) for row in run.metrics if name in row]
+    return [{"step": s, "value": v} for s, v in changes_only(rows) + rows[-1:]]
+
+
+def thin(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many of them, evenly spaced, the last included."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+# -- scores, births, spectra -----------------------------------------------------------------------------------------
+
+
+def importances(run: Run) -> list[Row]:
+    """A row per module: {"layer", "type", "step": […], "importance": […]}, until the budget was spent."""
+    end = spent_at(run) or run.steps
+    rows = [row for row in run.trace if row["step"] <= end]
+    where = grid(rank_changes(run)).cells
+    found = []
+    for name, (layer, kind) in where.items():
+        points = [(row["step"], row["modules"].get(name, {}).get("importance")) for row in rows]
+        points = thin([(s, v) for s, v in points if v and v > 0], max(2, VALUES // len(where)))
+        if points:
+            steps, values = zip(*points, strict=True)
+            found.append({"layer": layer, "type": kind, "step": steps, "importance": values})
+    return found
+
+
+def grants(run: Run) -> list[Row]:
+    """A row per grant, shaped like those of `importances`: {"step": [s], "importance": [I], "ranks", "rank", …}."""
+    where = grid(rank_changes(run)).cells
+    return [
+        {"layer": where[row["module"]][0], "type": where[row["module"]][1], "ranks": row["ranks"], "rank": row["rank"],
+         "step": [row["step"]], "importance": [row["importance"]]}
+        for row in run.events
+        if row["kind"] == "birth" and row["module"] in where and row["importance"]
+    ]  # fmt: skip
+
+
+def birth_rates(run: Run) -> list[Row]:
+    """{"born", "step", "factor"}: learning-rate factor of the tensors born after step `born`, until none changes."""
+    rows = [
+        {"born": born, "step": row["step"], "factor": factor}
+        for row in run.trace
+        for born, factor in row["lr_factor"].items()
+    ]
+    last = {row["born"]: row["factor"] for row in rows}
+    settled = max((row["step"] for row in rows if row["factor"] != last[row["born"]]), default=0)
+    return [row for row in rows if row["step"] <= settled + max(2, settled // 10)]
+
+
+def spectra(run: Run) -> list[Row]:
+    """{"layer", "type", "since", "until", "index": […], "sigma": […]}: singular values of ΔW above rounding errors."""
+    values = sum(len(sigma) for row in run.spectra[-1:] for sigma in row["modules"].values())
+    taken = thin(run.spectra, max(2, VALUES // max(1, values)))
+    where = grid([name for row in taken for name in row["modules"]]).cells
+    rows = []
+    for row, after in pairwise([*taken, {"step": run.steps + 1}]):
+        for name, sigma in row["modules"].items():
+            kept = [v for v in sigma if v > 1e-6 * max(sigma)]
+            rows.append(
+                {"layer": where[name][0], "type": where[name][1], "since": row["step"],
+                 "until": after["step"], "index": list(range(1, len(kept) + 1)), "sigma": kept}
+            )  # fmt: skip
+    return rows

@@ -1,0 +1,125 @@
+"""Charts as files: inside one HTML page, or as PNG and SVG."""
+
+import base64
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import vl_convert
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ...files import write_text
+from .charts import Chart
+from .comparison import Comparison, compared
+from .figures import FIGURES, Figure
+from .reading import Run
+from .summary import comparison_table, facts, made_with, module_rows, tiles
+from .tables import spent_at
+
+PRINT_INK = "#1c2024"
+FONT = "system-ui, sans-serif"  # Vega measures text to place it: no `inherit`
+PIXELS = 2  # per CSS pixel in PNG files
+
+
+def write_report(runs: Sequence[Run], out: Path, *, command: str) -> None:
+    """One self-contained page on these runs; it asks nothing of the network and runs no script but its own."""
+    several = [(figure, figure.draw(runs)) for figure in compared(runs)] if len(runs) > 1 else []
+    charts: dict[str, Any] = {}
+    page = {
+        "title": runs[0].label if len(runs) == 1 else f"{len(runs)} runs",
+        "table": comparison_table(runs) if len(runs) > 1 else None,
+        "compared": [placed(f"all-{figure.name}", figure, drawn, charts) for figure, drawn in several],
+        "runs": [section(run, f"run{i}", charts) for i, run in enumerate(runs)],
+        "made": made_with(command),
+        "charts": charts,
+    }
+    write_text(out, rendered(page))
+
+
+def save_figures(runs: Sequence[Run], folder: Path, *, kind: str) -> list[Path]:
+    """Every figure as a file of this kind (`png` or `svg`), in a folder per run if there are several."""
+    written = []
+    for i, run in enumerate(runs):
+        place = folder if len(runs) == 1 else folder / f"{i + 1}-{run.path.resolve().name}"
+        place.mkdir(parents=True, exist_ok=True)
+        for figure in FIGURES:
+            if (drawn := figure.draw(run)) is not None:
+                written.append(place / f"{figure.name}.{kind}")
+                save(drawn, written[-1])
+    return written
+
+
+def save(chart: Chart, path: Path) -> None:
+    spec = themed(chart, ink=PRINT_INK, background="white")
+    if path.suffix == ".svg":
+        path.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
+    else:
+        path.write_bytes(vl_convert.vegalite_to_png(spec, scale=PIXELS))
+
+
+def themed(chart: Chart, *, ink: str, background: str) -> dict[str, Any]:
+    """The Vega-Lite spec of a chart; in a page the ink is the text colour of wherever it stands."""
+    lines = {"domainColor": ink, "domainOpacity": 0.35, "tickColor": ink, "tickOpacity": 0.35,
+             "gridColor": ink, "gridOpacity": 0.1}  # fmt: skip
+    text = {"labelColor": ink, "titleColor": ink, "titleFontWeight": "normal", "labelFontSize": 11, "titleFontSize": 12}
+    return (
+        chart.configure(background=background, font=FONT)
+        .configure_axis(**lines, **text)
+        .configure_legend(**text)
+        .configure_header(labelColor=ink, labelFontSize=12, labelAnchor="start")
+        .configure_view(stroke=None)
+        .to_dict()
+    )
+
+
+# -- the page --------------------------------------------------------------------------------------------------------
+
+
+def section(run: Run, key: str, charts: dict[str, Any]) -> Mapping[str, Any]:
+    """What the template shows of one run; its charts are added to `charts`."""
+    return {
+        "run": run,
+        "key": key,
+        "status": str(run.get("status") or "unknown"),
+        "tiles": tiles(run),
+        "figures": [placed(f"{key}-{f.name}", f, f.draw(run), charts) | mark(f, run) for f in FIGURES],
+        "modules": module_rows(run),
+        "facts": facts(run),
+    }
+
+
+def mark(figure: Figure, run: Run) -> dict[str, Any]:
+    return {"marked": figure.marked and spent_at(run) is not None}
+
+
+def placed(key: str, figure: Figure | Comparison, drawn: Chart | None, charts: dict[str, Any]) -> dict[str, Any]:
+    if drawn is not None:
+        charts[key] = themed(drawn, ink="currentColor", background="transparent")
+    return {"key": key, "title": figure.title, "caption": figure.caption, "missing": drawn is None, "marked": False}
+
+
+@functools.cache
+def vega() -> str:
+    """Vega, Vega-Lite and vega-embed as one script; takes seconds to make."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+
+
+def rendered(page: Mapping[str, Any]) -> str:
+    """The template filled in. Jinja escapes every value; scripts are admitted by their hash alone."""
+    own = resources.files(__package__)
+    scripts = [vega(), own.joinpath("page.js").read_text(encoding="utf-8")]
+    hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
+    environment = Environment(
+        loader=PackageLoader(str(__package__), "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("page.html").render(
+        page,
+        style=Markup(own.joinpath("page.css").read_text(encoding="utf-8")),
+        scripts=[Markup(script) for script in scripts],
+        policy="default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src "
+        + " ".join(f"'sha256-{h}'" for h in hashes),
+    )

@@ -1,0 +1,138 @@
+"""Run folders: what a run leaves on disk, written so that no crash leaves half a file, and read back.
+
+    run/  config.toml  run.json  metrics.jsonl  events.jsonl  adapter/  lora/  checkpoints/
+
+Files and folders appear whole (`files.py`). The two .jsonl files grow line by line while a run
+goes on and are cut back to its checkpoint when it is resumed; a torn last line is not read.
+"""
+
+import contextlib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import RunFolderError
+from ..files import remove, write_text
+
+FORMAT = "increlora-run/1"
+FILES = (
+    "config.toml", "metrics.jsonl", "events.jsonl", "trace.jsonl", "spectra.jsonl", "adapter", "lora", "checkpoints",
+    "report.html", "run.json",
+)  # fmt: skip
+UNFINISHED = ("running", "interrupted", "failed")
+
+
+class RunFolder:
+    """A run on disk. Nothing is created before `create`, and nothing but a run's own files is ever deleted."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def state(self) -> dict[str, Any] | None:
+        """Content of run.json; None if there is none. Raises RunFolderError if it is not one of ours."""
+        try:
+            found = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise RunFolderError(f"{self.path}/run.json cannot be read ({error}); give another --out") from error
+        if not isinstance(found, dict) or not str(found.get("format", "")).startswith("increlora-run/"):
+            raise RunFolderError(f"{self.path}/run.json was not written by increlora; give another --out")
+        if found["format"] != FORMAT:
+            raise RunFolderError(f"{self.path} has format {found['format']}, this version reads {FORMAT}; upgrade")
+        return found
+
+    # -- a new run -----------------------------------------------------------------------------------------------
+
+    def check_free(self, *, overwrite: bool) -> None:
+        """May a new run start here? Raises RunFolderError if a run, or anything foreign, is in the way."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError(f"{self.path} is a file; give another --out")
+        state = self.state()
+        if state is None and self.path.is_dir() and any(self.path.iterdir()):
+            raise RunFolderError(f"{self.path} holds files but no run of increlora; give another --out")
+        if state is not None and not overwrite:
+            resume = "continue it with --resume, " if state["status"] in UNFINISHED else ""
+            raise RunFolderError(
+                f"{self.path} already holds a run ({state['status']}); "
+                f"{resume}replace it with --overwrite, or give another --out"
+            )
+
+    def create(self, config: str, state: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Start a run: remove the files of the one before (where allowed), write run.json and config.toml."""
+        self.check_free(overwrite=overwrite)
+        for name in FILES:
+            remove(self.path / name)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write_state(state)
+        write_text(self.path / "config.toml", config)
+
+    # -- going on ------------------------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        """Settings of the run that is here. Raises RunFolderError if there is no run, or no run to continue."""
+        state = self.state()
+        if state is None:
+            raise RunFolderError(f"{self.path} holds no run to resume; leave out --resume to start one")
+        if state["status"] not in UNFINISHED:
+            raise RunFolderError(f"{self.path} is {state['status']}: nothing is left to resume; give another --out")
+        try:
+            return tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(
+                f"{self.path}/config.toml cannot be read ({error}); start anew with --overwrite"
+            ) from error
+
+    def checkpoint(self) -> Path | None:
+        """The latest complete checkpoint: its state file is the last one written."""
+        for folder in sorted(self.path.glob("checkpoints/checkpoint-*"), key=checkpoint_step, reverse=True):
+            with contextlib.suppress(OSError, ValueError):
+                json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+                return folder
+        return None
+
+    def keep_rows(self, name: str, *, before: int) -> None:
+        """Cut a .jsonl file back to the rows with step < `before`."""
+        kept = [row for row in self.rows(name) if row["step"] < before]
+        write_text(self.path / name, "".join(map(_line, kept)))
+
+    # -- reading and writing -------------------------------------------------------------------------------------
+
+    def write_state(self, state: Mapping[str, Any]) -> None:
+        write_text(self.path / "run.json", json.dumps(finite({"format": FORMAT, **state}), indent=2) + "\n")
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Add a row to a .jsonl file."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Rows of a .jsonl file, without a torn last line; none if it is not there."""
+        try:
+            text = (self.path / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Optimizer steps done at a checkpoint, from its name."""
+    found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(found[1]) if found else -1
+
+
+def finite(value: Any) -> Any:
+    """The value as JSON can say it: null for NaN and infinities."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(finite(row)) + "\n"

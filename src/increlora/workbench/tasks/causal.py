@@ -1,0 +1,56 @@
+"""What the tasks of causal language models share: where a text begins and ends, padding, and the loss."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from increlora.workbench.tasks.base import Batches
+
+IGNORED = -100  # a label that asks nothing, in torch and transformers
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that this tokenizer puts before every text, if it is one that does."""
+    first = tokenizer("").input_ids[:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def ending(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end token, if there is one."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text alone, without opening and ending, however long."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+
+
+def right_padding(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+    """Pads input_ids, attention_mask and labels behind the text, whatever side the tokenizer prefers.
+
+    Padding in front would shift learned positions; behind, a causal model does not see it."""
+    padding = copy.copy(tokenizer)
+    padding.padding_side = "right"
+    return DataCollatorForSeq2Seq(padding, label_pad_token_id=IGNORED)
+
+
+def causal_loss(model: nn.Module, batches: Batches) -> dict[str, float]:
+    """Mean negative log-likelihood in nats over all predicted tokens of all batches, and its exponential.
+
+        eval_loss = −1/n · Σ log p(token | tokens before it)        perplexity = exp(eval_loss)
+
+    n counts the labels that are not −100, so a short text weighs less than a long one, and padding nothing."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for batch in batches:
+        labels = batch.pop("labels")[:, 1:].flatten()
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total += F.cross_entropy(logits, labels, reduction="none").cpu().double().sum()
+        count += int((labels != IGNORED).sum())
+    return {"eval_loss": float(total / count), "perplexity": float((total / count).exp())}

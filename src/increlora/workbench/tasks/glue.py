@@ -1,0 +1,188 @@
+"""Tasks `glue/…`: the nine GLUE classification and regression tasks, judged by GLUE's own metrics.
+
+Columns and label numbers are those of `nyu-mll/glue` on the hub. Test labels are hidden, so `validation` judges."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from increlora.errors import TaskError
+from increlora.workbench.tasks.base import VALIDATION_SEED, Batches, Example, Task, TaskOptions, encoded_rows
+from increlora.workbench.tasks.files import Rows, digest, first_line, names, read_rows, split_files
+
+HUB_NAME = "nyu-mll/glue"
+MAX_SCORE = 5.0  # of stsb
+MISMATCHED = "mismatched"  # mnli's second validation set: other genres than in training
+
+
+@dataclass(frozen=True)
+class Glue:
+    """A task's published facts.
+
+    Attributes:
+        columns: of text, one or two.
+        labels: names by number; none where the label is a score from 0 to 5.
+        train_size, validation_size: rows of the official splits (mnli: validation_matched).
+        metrics: what GLUE reports; the first judges a run."""
+
+    columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    train_size: int
+    validation_size: int
+    metrics: tuple[str, ...] = ("accuracy",)
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.labels) or 1
+
+    def score(self, labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+        """The metrics of predictions (n,) against labels (n,)."""
+        from increlora.workbench.tasks.glue_metrics import scores
+
+        return scores(self.metrics, labels, predicted)
+
+    def baseline(self, labels: np.ndarray) -> dict[str, float]:
+        """The best that one answer for all reaches, by metric: the majority's accuracy, the F1 of always 1, or 0."""
+        answers = [self.score(labels, np.full_like(labels, answer)) for answer in range(self.num_labels)]
+        return {name: max(answer[name] for answer in answers) for name in self.metrics}
+
+
+PAIR, ENTAILMENT = ("sentence1", "sentence2"), ("entailment", "not_entailment")
+GLUE: dict[str, Glue] = {
+    "rte": Glue(PAIR, ENTAILMENT, 2_490, 277),
+    "mrpc": Glue(PAIR, ("not_equivalent", "equivalent"), 3_668, 408, ("accuracy", "f1")),
+    "cola": Glue(("sentence",), ("unacceptable", "acceptable"), 8_551, 1_043, ("matthews_correlation",)),
+    "stsb": Glue(PAIR, (), 5_749, 1_500, ("pearson", "spearmanr")),
+    "wnli": Glue(PAIR, ("not_entailment", "entailment"), 635, 71),
+    "sst2": Glue(("sentence",), ("negative", "positive"), 67_349, 872),
+    "qnli": Glue(("question", "sentence"), ENTAILMENT, 104_743, 5_463),
+    "qqp": Glue(("question1", "question2"), ("not_duplicate", "duplicate"), 363_846, 40_430, ("accuracy", "f1")),
+    "mnli": Glue(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), 392_702, 9_815),
+}
+
+
+def glue_task(name: str, tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
+    """The task, tokenized; `options.data` is its folder or the one around it, None for the hub.
+
+    mnli is judged on `validation_matched`; where `validation_mismatched` is there, its numbers stand beside.
+    Raises: TaskError if files, columns or labels are missing or foreign."""
+    glue = GLUE[name]
+    splits, source = _from_hub(name) if options.data is None else _from_folder(name, options.data)
+    for rows in splits.values():
+        _check(rows, glue, f"glue/{name}")
+    encode = partial(_encode, tokenizer=tokenizer, glue=glue, max_length=options.max_length)
+    validation = encode(splits["validation"].sample(options.max_eval_samples, VALIDATION_SEED))
+    labels = np.array([example["labels"] for example in validation])
+    if MISMATCHED in splits:
+        other = encode(splits[MISMATCHED].sample(options.max_eval_samples, VALIDATION_SEED))
+        validation = [{**e, MISMATCHED: 0} for e in validation] + [{**e, MISMATCHED: 1} for e in other]
+    return Task(
+        name=f"glue/{name}",
+        metric=glue.metrics[0],
+        source=source,
+        train=encode(splits["train"].sample(options.max_train_samples, options.seed)),
+        validation=validation,
+        collate=DataCollatorWithPadding(tokenizer),
+        measure=partial(_measure, glue),
+        baseline=glue.baseline(labels),
+    )
+
+
+def glue_train_size(name: str, data: Path | None) -> int:
+    """Number of training examples: the official one, or that of the files in `data`; no tokenizer is needed."""
+    if data is None:
+        return GLUE[name].train_size
+    rows = _from_folder(name, data)[0]["train"]
+    _check(rows, GLUE[name], f"glue/{name}")
+    return len(rows.table)
+
+
+def _measure(glue: Glue, model: nn.Module, batches: Batches) -> dict[str, float]:
+    columns = torch.cat([_answers(model, batch) for batch in batches]).numpy()
+    labels, predicted, other = columns.T
+    numbers = glue.score(labels[other == 0], predicted[other == 0])
+    if other.any():
+        beside = glue.score(labels[other == 1], predicted[other == 1])
+        numbers |= {f"{name}_{MISMATCHED}": value for name, value in beside.items()}
+    return numbers
+
+
+def _answers(model: nn.Module, batch: BatchEncoding) -> torch.Tensor:
+    """Label, prediction, and whether the example is of the second validation set: (n, 3) in float64."""
+    labels = batch.pop("labels")
+    other = batch.pop(MISMATCHED, torch.zeros_like(labels))
+    logits = model(**batch).logits
+    predicted = logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
+    return torch.stack([column.cpu().double() for column in (labels, predicted, other)], dim=1)
+
+
+def _encode(rows: Rows, *, tokenizer: PreTrainedTokenizerBase, glue: Glue, max_length: int) -> list[Example]:
+    texts = [rows.column(column) for column in glue.columns]
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+    return encoded_rows(encoded, rows.column("label"))
+
+
+# -- where the rows come from ------------------------------------------------------------------------------------------
+
+
+def _from_folder(name: str, folder: Path) -> tuple[dict[str, Rows], str]:
+    expected = f"glue/{name} reads train.parquet and validation.parquet of a folder {name}"
+    if not folder.is_dir():
+        raise TaskError(f"--data {folder} is a file but {expected}; name that folder or the one around it")
+    folder = folder / name if (folder / name).is_dir() else folder
+    files = split_files(folder)
+    validation = files.get("validation", [])
+    other = [path for path in validation if name == "mnli" and MISMATCHED in path.name]
+    chosen = {"train": files["train"], "validation": [path for path in validation if path not in other]}
+    if not chosen["validation"]:
+        raise TaskError(f"{folder} has no validation file beside {names(files['train'])}; {expected}")
+    if other:
+        chosen[MISMATCHED] = other
+    every = [path for paths in chosen.values() for path in paths]
+    return {split: read_rows(paths) for split, paths in chosen.items()}, f"{names(every)}, {digest(every)}"
+
+
+def _from_hub(name: str) -> tuple[dict[str, Rows], str]:
+    try:
+        from datasets import load_dataset  # an extra of ours, and not needed for local files
+
+        found = load_dataset(HUB_NAME, name)
+    except Exception as error:  # not installed, no network and offline mode share no base class
+        raise TaskError(
+            f"glue/{name}: {HUB_NAME} cannot be had from the hub ({type(error).__name__}: {first_line(error)}); "
+            f"name the folder that holds {name}/train.parquet and {name}/validation.parquet by --data"
+        ) from error
+    called = {"validation_matched": "validation", "validation_mismatched": MISMATCHED}
+    splits = {called.get(split, split): split for split in found if not split.startswith("test")}
+    rows = {
+        own: Rows(f"{HUB_NAME} {name} {split}", found[split].with_format("arrow")[:]) for own, split in splits.items()
+    }
+    return rows, f"{HUB_NAME} on the hub"
+
+
+def _check(rows: Rows, glue: Glue, what: str) -> None:
+    rows.require((*glue.columns, "label"), what)
+    for column in glue.columns:
+        rows.require_text(column)
+        rows.refuse_nulls(column)
+    rows.refuse_nulls("label")
+    _check_labels(rows, glue, what)
+
+
+def _check_labels(rows: Rows, glue: Glue, what: str) -> None:
+    column = rows.table["label"]
+    expected = "0 to 5" if not glue.labels else ", ".join(f"{n} {name}" for n, name in enumerate(glue.labels))
+    if not (pa.types.is_integer(column.type) or (pa.types.is_floating(column.type) and not glue.labels)):
+        raise TaskError(f"{rows.origin}: labels are {column.type} but {what} has the numbers {expected}; convert them")
+    labels = column.to_numpy()
+    known = np.isin(labels, range(len(glue.labels))) if glue.labels else (labels >= 0) & (labels <= MAX_SCORE)
+    if not known.all():
+        row = int(np.argmin(known))
+        hint = "a test set's labels are hidden: name another file" if labels[row] == -1 else "remove or mend it"
+        raise TaskError(f"{rows.origin}: label {labels[row]} at row {row} but {what} has {expected}; {hint}")

@@ -1,0 +1,89 @@
+"""Task `lm`: causal language modelling on any text.
+
+Each row of a table is a document, and so is a text file. Documents follow one another, each behind the tokenizer's
+beginning-of-text token where it uses one, else before its end token, cut into blocks of `max_length` tokens:
+
+    <s> Once upon a time … the end . <s> One day , a girl …        one stream
+    [        block        ][        block        ][ last ]         the first token of a block is not predicted"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+
+from transformers import PreTrainedTokenizerBase
+
+from increlora.errors import TaskError
+from increlora.workbench.tasks.base import VALIDATION_SEED, Example, Task, TaskOptions
+from increlora.workbench.tasks.causal import causal_loss, ending, opening, right_padding, token_ids
+from increlora.workbench.tasks.files import HELD_OUT, Rows, draw, held_out, read_splits, text_columns
+
+# Tokenizers slow down on very long texts (10 MB: 35 s and 1.8 GB): pieces end at a line's end where one is near.
+PIECE = re.compile(r"(?s).{1,10000}(?:(?<=\n)|\Z)|.{10000}")
+PIECES_AT_ONCE = 128
+
+
+def lm_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
+    """The task, tokenized. Its limits count blocks: the training text's first ones (the rest is not even tokenized),
+    and a fixed sample of all validation blocks.
+
+    Raises: TaskError without `options.data`, without one column of text, or if the text is too short."""
+    if options.data is None:
+        raise TaskError("task lm trains on a text of yours: name a file or folder by --data")
+    splits = read_splits(options.data)
+    documents = _documents(splits.train)
+    text, other = _cut(documents) if splits.validation is None else (documents, _documents(splits.validation))
+    train = list(islice(blocks(tokens(tokenizer, text), options.max_length), options.max_train_samples))
+    validation = list(blocks(tokens(tokenizer, other), options.max_length))
+    if not (train and validation):
+        raise TaskError(f"--data {options.data}: too short to train on one part and measure on another; add text")
+    return Task(
+        name="lm",
+        metric="perplexity",
+        source=splits.source,
+        train=train,
+        validation=[validation[i] for i in draw(len(validation), options.max_eval_samples, VALIDATION_SEED)],
+        collate=right_padding(tokenizer),
+        measure=causal_loss,
+        higher_is_better=False,
+    )
+
+
+def tokens(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[int]:
+    """The stream: every document behind the opening token or, where there is none, before the end token."""
+    before = opening(tokenizer)
+    after = [] if before else ending(tokenizer)
+    pieces = chain.from_iterable(map(_pieces, documents))
+    while group := list(islice(pieces, PIECES_AT_ONCE)):
+        found = token_ids(tokenizer, [piece for piece, _, _ in group])
+        for (_, first, last), ids in zip(group, found, strict=True):
+            yield from chain(before if first else (), ids, after if last else ())
+
+
+def blocks(stream: Iterator[int], size: int) -> Iterator[Example]:
+    """The stream in blocks of `size` tokens; the last one is shorter, or left out if it predicts nothing."""
+    cut = iter(lambda: list(islice(stream, size)), [])
+    return ({"input_ids": block, "labels": block} for block in cut if len(block) > 1)
+
+
+def _documents(rows: Rows) -> list[str]:
+    columns = text_columns(rows.table)
+    column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
+    if column is None:
+        there = ", ".join(columns) or "none"
+        raise TaskError(f"{rows.origin}: its columns of text are {there}; lm reads the one called 'text': rename it")
+    rows.refuse_nulls(column)
+    return [text for text in rows.column(column) if text.strip()]
+
+
+def _cut(documents: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Hold out the last documents or, where they are few, the end of each."""
+    if len(documents) >= HELD_OUT:
+        return held_out(documents)
+    parts = [held_out(document) for document in documents]
+    return [train for train, _ in parts], [validation for _, validation in parts]
+
+
+def _pieces(document: str) -> Iterator[tuple[str, bool, bool]]:
+    """Each piece, and whether it is the document's first or last."""
+    for piece in PIECE.finditer(document):
+        yield piece[0], piece.start() == 0, piece.end() == len(document)

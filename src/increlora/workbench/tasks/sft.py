@@ -1,0 +1,118 @@
+"""Task `sft`: instruction pairs, with the loss on the response.
+
+    columns                         prompt
+    prompt, response|completion     prompt
+    instruction, output [, input]   instruction, blank line, input            (Alpaca)
+    question, answer                question                                  (GSM8K)
+
+The model reads the prompt through the tokenizer's chat template or, without one, followed by a blank line; then the
+response and its end. A response is never cut: the prompt loses its beginning to make room, and a pair whose response
+alone is too long is left out, as is one without prompt or response. The record says how many."""
+
+from collections import Counter
+from itertools import takewhile
+
+from transformers import PreTrainedTokenizerBase
+
+from increlora.errors import TaskError
+from increlora.workbench.tasks.base import VALIDATION_SEED, Example, Task, TaskOptions
+from increlora.workbench.tasks.causal import IGNORED, causal_loss, ending, opening, right_padding, token_ids
+from increlora.workbench.tasks.files import Rows, read_splits
+
+LAYOUTS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
+CONTEXT = "input"  # Alpaca's third column, often empty
+BLANK_LINE = "\n\n"
+
+Pair = tuple[str, str]  # prompt and response
+
+
+def sft_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
+    """The task, tokenized; its limits count rows, before some are left out.
+
+    Raises: TaskError without `options.data`, without known columns, or if no pair fits into `options.max_length`."""
+    if options.data is None:
+        raise TaskError("task sft trains on pairs of yours: name a file or folder by --data")
+    splits, notes = read_splits(options.data), Counter[str]()
+    train, validation = splits.rows()
+    chosen = (
+        train.sample(options.max_train_samples, options.seed),
+        validation.sample(options.max_eval_samples, VALIDATION_SEED),
+    )
+    examples = [_examples(tokenizer, rows, options.max_length, notes) for rows in chosen]
+    return Task(
+        name="sft",
+        metric="eval_loss",
+        source=", ".join([splits.source, *(f"{count} {note}" for note, count in notes.items() if count)]),
+        train=examples[0],
+        validation=examples[1],
+        collate=right_padding(tokenizer),
+        measure=causal_loss,
+        higher_is_better=False,
+    )
+
+
+def _examples(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, notes: Counter[str]) -> list[Example]:
+    """The pairs that fit, tokenized; `notes` counts what is left out or cut."""
+    pairs = _pairs(rows)
+    whole = [(prompt, response) for prompt, response in pairs if prompt.strip() and response.strip()]
+    notes["rows without prompt or response left out"] += len(pairs) - len(whole)
+    examples = []
+    for start, prompt, response in _tokenized(tokenizer, whole):
+        excess = max(0, len(start) + len(prompt) + len(response) - max_length)
+        if excess >= len(prompt):
+            notes[f"responses longer than {max_length} tokens left out"] += 1
+            continue
+        notes["prompts cut"] += excess > 0
+        asked = start + prompt[excess:]
+        examples.append({"input_ids": asked + response, "labels": [IGNORED] * len(asked) + response})
+    if not examples:
+        raise TaskError(
+            f"{rows.origin}: of {len(pairs)} rows, {len(pairs) - len(whole)} lack prompt or response and "
+            f"{len(whole)} do not fit into {max_length} tokens, so none is left; fill them or raise --max-length"
+        )
+    return examples
+
+
+def _pairs(rows: Rows) -> list[Pair]:
+    """Prompts and responses as they are in the table; a null reads as an empty text."""
+    layout = next((pair for pair in LAYOUTS if set(pair) <= set(rows.table.column_names)), None)
+    if layout is None:
+        there, known = ", ".join(rows.table.column_names), " or ".join(" + ".join(pair) for pair in LAYOUTS)
+        raise TaskError(f"{rows.origin} has the columns {there}; sft reads {known}: rename two")
+    prompts, responses = (_texts(rows, column) for column in layout)
+    if layout[0] == "instruction" and CONTEXT in rows.table.column_names:
+        prompts = [
+            prompt + BLANK_LINE + context if context.strip() else prompt
+            for prompt, context in zip(prompts, _texts(rows, CONTEXT), strict=True)
+        ]
+    return list(zip(prompts, responses, strict=True))
+
+
+def _texts(rows: Rows, column: str) -> list[str]:
+    rows.require_text(column)
+    return [text or "" for text in rows.column(column)]
+
+
+def _tokenized(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> list[tuple[list[int], list[int], list[int]]]:
+    """Per pair: what is never cut, the prompt, the response with its end.
+
+    Prompt and response are tokenized each alone, as in generation, where the prompt is there first."""
+    if tokenizer.chat_template:
+        start, end, pairs = [], [], [_chat(tokenizer, *pair) for pair in pairs]
+    else:
+        start, end = opening(tokenizer), ending(tokenizer)
+        pairs = [(prompt + BLANK_LINE, response) for prompt, response in pairs]
+    prompts = token_ids(tokenizer, [prompt for prompt, _ in pairs])
+    responses = token_ids(tokenizer, [response for _, response in pairs])
+    return [(start, prompt, response + end) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> Pair:
+    """The pair as the template writes it: what generation starts from, and all that follows."""
+    asked = [{"role": "user", "content": prompt}]
+    answered = [*asked, {"role": "assistant", "content": response}]
+    before = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    both = tokenizer.apply_chat_template(answered, tokenize=False)
+    # All of `before`, unless the template makes generation begin with a thought that answers do not keep.
+    cut = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(before, both, strict=False)))
+    return both[:cut], both[cut:]
