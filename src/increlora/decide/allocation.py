@@ -1,10 +1,10 @@
 """Decisions as data: what a module holds, and the events that change it. Nothing here touches a tensor."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-Kind = Literal["birth", "retirement", "consolidation", "saturation", "restart", "finish"]
+Kind = Literal["birth", "retirement", "reserve", "saturation", "restart", "finish"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,16 @@ class Event:
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
+
+
+def granted(holdings: Sequence[Holding], plan: Plan) -> list[Holding]:
+    """What the modules hold after a plan was carried out."""
+    after = list(holdings)
+    for grant in plan.grants:
+        old = after[grant.module]
+        free = tuple(size for i, size in enumerate(old.free) if i not in grant.blocks)
+        after[grant.module] = replace(old, rank=old.rank + grant.ranks, free=free)
+    return after
 
 
 def ranks_used(holdings: Sequence[Holding]) -> int:

@@ -225,6 +225,10 @@ class RestartSteps:
         """Is there a restart after this 0-based step?"""
         return (step + 1) % self.interval == 0 and (self.total is None or step + 1 < self.total)
 
+    def over(self, step: int) -> bool:
+        """Is there none after this 0-based step, nor later?"""
+        return self.total is not None and (self.total - 1) // self.interval * self.interval <= step
+
 
 def linear_clock(step: int, created: int, *, warmup: int, total: int) -> float:
     """Published learning-rate factor of a tensor created in step `created` (−1: with the model), in units of the peak.

@@ -21,15 +21,19 @@ class Status(IntEnum):
 
 
 class Observer(Protocol):
-    """What the runtime installs on a delta: told of every use in training (`wants`), it may ask to see it (`tap`:
-    identity on the layer's output; `see_input`: identity on A, for the input before dropout), and it keeps the module's
-    clocks and scores."""
+    """What the runtime installs on a delta while a run is driven.
 
-    def wants(self) -> bool: ...
-    def see_input(self, A: Tensor, x: Tensor) -> Tensor: ...
-    def tap(self, delta: "Delta", y: Tensor, x: Tensor) -> Tensor: ...
-    def state(self) -> list[float]: ...
-    def load_state(self, values: list[float]) -> None: ...
+    wants_gradients: told of every use in training; does it want to see the gradient of the output?
+    tap_input: identity on A that sees the input x, before dropout.   tap_output: identity on the layer's output y that
+    sees x and ∂L/∂y.   step: optimizer steps so far.   loaded: a checkpoint of step `step` was loaded.
+    """
+
+    def wants_gradients(self) -> bool: ...
+    def tap_input(self, A: Tensor, x: Tensor) -> Tensor: ...
+    def tap_output(self, y: Tensor, x: Tensor) -> Tensor: ...
+    @property
+    def step(self) -> int: ...
+    def loaded(self, step: int) -> None: ...
 
 
 class Stored(nn.Module):
@@ -77,8 +81,7 @@ class Delta(Stored):
         name: full name of the module it belongs to.   inputs: what the module reads: vectors, tokens, patches.
         observer: set by the runtime while a run is driven, else None.
         reserve_learns: blocks in reserve are part of the forward pass; otherwise they only wait.
-        remembered: clocks and scores read from a checkpoint (step, sensitivity, uncertainty), until an observer
-            takes them over.
+        steps: optimizer steps that the run behind a loaded checkpoint had taken; an observer knows better.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class Delta(Stored):
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.observer: Observer | None = None
         self.reserve_learns = True
-        self.remembered: list[float] = [0.0, 0.0, 0.0]
+        self.steps = 0
 
     @property
     def rank(self) -> int:

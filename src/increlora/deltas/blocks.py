@@ -25,13 +25,18 @@ Init = Callable[[tuple[int, int], torch.Generator, int], Tensor]
 STATE = "lora_state"
 
 
-class Now(NamedTuple):
-    """What follows from the state of the blocks: those that are computed, the active rank, names of idle parameters."""
+class Derived(NamedTuple):
+    """What follows from the state of the blocks.
+
+    Attributes:
+        state: what it was derived from.   live: blocks that are computed.   rank: active rank.
+        frozen: names of the parameters that must not move.
+    """
 
     state: object
     live: list[int]
     rank: int
-    still: list[str]
+    frozen: list[str]
 
 
 class BlockDelta(Delta):
@@ -46,7 +51,7 @@ class BlockDelta(Delta):
     Attributes:
         kept: of each rank, whether it counts, where ranks are pruned; else empty.   settled: this will not change.
         closed: of each rank, whether it is left out of the forward pass; empty: none is. Its e is zero for good.
-        statistics: what pruning has to remember, flat; filled by the runtime, and only while training.
+        statistics: what each rule has to remember, flat; only while training.
     """
 
     letters: tuple[str, ...] = ()
@@ -69,14 +74,14 @@ class BlockDelta(Delta):
         self.init, self.scale_of, self.seed = init, scale, seed
         self.sizes: list[int] = []
         self._names: list[list[tuple[str, str]]] = []  # of the parameters of every block, by letter
-        self._found: Now | None = None
+        self._derived: Derived | None = None
         self.status: list[Status] = []
         self.born: list[int] = []  # step after which the block became active; -1: with the model
         self.reserved: list[int] = []  # step after which it entered the reserve, else as `born`
         self.kept: list[bool] = []
         self.settled = False
         self.closed: list[bool] = []
-        self.statistics = torch.zeros(0)
+        self.statistics: list[Tensor] = []
         for size in sizes:
             self._append_block(size, dtype or torch.get_default_dtype())
 
@@ -120,34 +125,36 @@ class BlockDelta(Delta):
     @property
     def live(self) -> list[int]:
         """Blocks that are computed: active, and the reserve if it learns."""
-        return self._now().live
+        return self._current().live
+
+    @property
+    def free(self) -> list[int]:
+        """Blocks that may still become active, in the order of birth."""
+        return self.indices(Status.RESERVE, Status.DORMANT)
 
     @property
     def rank(self) -> int:
-        return self._now().rank
+        return self._current().rank
 
-    def _now(self) -> "Now":
-        """Every use of the module asks; it is found again when something has changed. A graph that is being compiled
-        keeps nothing: it would be compiled again for what it has kept."""
+    def _current(self) -> Derived:
+        """Every use of the module asks, so it is derived anew only when something has changed. A graph that is being
+        compiled keeps nothing: it would be compiled again for what it has kept."""
         if torch.compiler.is_compiling():
-            return self._find(None)
+            return self._derive(None)
         state = tuple(self.status), tuple(self.sizes), tuple(self.kept), tuple(self.closed), self.reserve_learns
-        if self._found is None or self._found.state != state:
-            self._found = self._find(state)
-        return self._found
+        if self._derived is None or self._derived.state != state:
+            self._derived = self._derive(state)
+        return self._derived
 
-    def _find(self, state: object) -> "Now":
+    def _derive(self, state: object) -> Derived:
         active = self.indices(Status.ACTIVE)
         live = self.indices(Status.ACTIVE, Status.RESERVE) if self.reserve_learns else active
         if self.closed and all(self.closed):
             live = []
-        return Now(state, live, sum(self.sizes[i] for i in active) - self.kept.count(False), self._still(live))
-
-    def _still(self, live: Sequence[int]) -> list[str]:
-        idle = [name for i, names in enumerate(self._names) if i not in live for _, name in names]
-        return idle + [
-            name for i in live if self.status[i] == Status.RESERVE for letter, name in self._names[i] if letter == "E"
-        ]
+        frozen = [name for i, names in enumerate(self._names) if i not in live for _, name in names]
+        reserve = [i for i in live if self.status[i] == Status.RESERVE]
+        frozen += [name for i in reserve for letter, name in self._names[i] if letter == "E"]
+        return Derived(state, live, sum(self.sizes[i] for i in active) - self.kept.count(False), frozen)
 
     @property
     def reserve(self) -> int:
@@ -162,19 +169,25 @@ class BlockDelta(Delta):
         """s for the current active rank."""
         return self.scale_of(self.rank)
 
-    def resemble(self, twin: "BlockDelta") -> None:
-        """Take over what of `twin` is no parameter and decides what is computed."""
-        self.status, self.settled = list(twin.status), twin.settled
-        self.kept, self.closed = list(twin.kept), list(twin.closed)
+    def copy_state_from(self, other: "BlockDelta") -> None:
+        """Take over what of `other` is no parameter and decides what is computed."""
+        self.status, self.settled = list(other.status), other.settled
+        self.kept, self.closed = list(other.kept), list(other.closed)
 
-    def still(self) -> list[nn.Parameter]:
+    def frozen_parameters(self) -> list[nn.Parameter]:
         """Parameters that must not move now: all of dormant and retired blocks, e of the reserve."""
         own: Any = self._parameters
-        return [own[name] for name in self._now().still if name in own]
+        return [own[name] for name in self._current().frozen if name in own]
 
-    def held(self) -> list[nn.Parameter]:
+    def block_parameters(self) -> list[nn.Parameter]:
         """Parameters of all blocks."""
         return [p for p in self._parameters.values() if p is not None]
+
+    def reserve_statistics(self, slot: int, size: int, dtype: torch.dtype) -> None:
+        """Have `size` numbers for the rule at place `slot`, zeros unless there are so many already."""
+        self.statistics += [torch.zeros(0)] * (slot + 1 - len(self.statistics))
+        if len(self.statistics[slot]) != size:
+            self.statistics[slot] = torch.zeros(size, dtype=dtype)
 
     # -- computation ---------------------------------------------------------------------------------------------
 
@@ -185,12 +198,12 @@ class BlockDelta(Delta):
         A, B = self._operands()
         B = self._gate(B)
         observer = self.observer if B.requires_grad and torch.is_grad_enabled() else None
-        wanted = observer is not None and observer.wants()
+        wanted = observer is not None and observer.wants_gradients()
         if observer is not None:
-            A = observer.see_input(A, x)
+            A = observer.tap_input(A, x)
         x = self.inputs.dropped(x, self.dropout)
         y = self._add_product(y, x, A, B)  # the same arithmetic, observed or not: resuming must not change a bit
-        return observer.tap(self, y, x) if observer is not None and wanted else y
+        return observer.tap_output(y, x) if observer is not None and wanted else y
 
     def _operands(self) -> tuple[Tensor, Tensor]:
         """What `_add_product` multiplies x with; a delta with structure has a cheaper form of it than its factors."""
@@ -203,8 +216,8 @@ class BlockDelta(Delta):
         """`value`, with every idle parameter made part of the graph where a process group may insist on it."""
         if not (torch.is_grad_enabled() and in_process_group()):
             return value
-        still = [p for p in self.still() if p.requires_grad]
-        return ZeroGate.apply(value, *still) if still else value
+        idle = [p for p in self.frozen_parameters() if p.requires_grad]
+        return ZeroGate.apply(value, *idle) if idle else value
 
     # -- checkpoints: parameters of active and reserve blocks, and the state; tensors say everything -------------------
 
@@ -238,7 +251,7 @@ class BlockDelta(Delta):
             )
         try:
             state = unpack(found[STATE])
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, OverflowError) as error:
             raise CheckpointError(f"{STATE} ({error}): the adapter file is damaged") from error
         if self.kept and not state.kept:
             raise CheckpointError(f"{STATE} does not say which ranks count: it belongs to another method")
@@ -275,10 +288,10 @@ class BlockDelta(Delta):
     def get_extra_state(self) -> Tensor:
         """All that a resumed run needs beside the parameters, see `state`. It travels inside the state dict, so any way
         of saving a model saves it."""
-        own = self.observer.state() if self.observer is not None else self.remembered
+        steps = self.observer.step if self.observer is not None else self.steps
         status = [int(s) for s in self.status]
-        pruned = self.kept, self.settled, self.statistics, self.closed
-        return ModuleState(own, status, self.born, self.reserved, *pruned).pack()
+        pruned = self.kept, self.settled, self.closed
+        return ModuleState(steps, status, self.born, self.reserved, *pruned, self.statistics).pack()
 
     def set_extra_state(self, state: Tensor) -> None:
         found = unpack(state)
@@ -286,9 +299,9 @@ class BlockDelta(Delta):
         self.status = [Status(s) for s in found.status] + [Status.DORMANT] * spare
         self.born, self.reserved = found.born + [-1] * spare, found.reserved + [-1] * spare
         self.kept, self.settled, self.closed = found.kept, found.settled, found.closed
-        if len(self.statistics):  # somebody trains here
-            given = found.statistics.to(self.statistics, copy=True)
-            self.statistics = given if len(given) else torch.zeros_like(self.statistics)
-        self.remembered = found.own
+        for slot, own in enumerate(self.statistics):  # there are some while somebody trains here
+            given = found.statistics[slot] if slot < len(found.statistics) else own[:0]
+            self.statistics[slot] = given.to(own, copy=True) if len(given) else torch.zeros_like(own)
+        self.steps = found.step
         if self.observer is not None:
-            self.observer.load_state(found.own)
+            self.observer.loaded(found.step)

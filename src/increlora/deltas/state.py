@@ -1,78 +1,114 @@
-"""What a resumed run needs of one module beside its parameters, as one vector that travels in the state dict.
+"""What a resumed run needs of one module beside its parameters, as one float64 vector that travels in the state dict.
 
-    1, step, sensitivity, uncertainty, status…, born…, reserved…                             where nothing is pruned
-    2, step, sensitivity, uncertainty, n, status…, born…, reserved…, settled, k, kept…, statistics…     where pruning is
+    3, step, n, status…, born…, reserved…, settled, k, flags…, m, (length, values…)…
 
-All float64: float32 statistics lose nothing. n blocks, k ranks (0 where whole ranks are not pruned); kept is 1 for a
-rank that counts, 0 for one that does not, −1 for one that is not even computed any more.
+n blocks, k ranks (0 where whole ranks are not pruned), m rules. The flag of a rank: 1 it counts, 0 it does not, −1 it
+is not even computed any more. float64 holds float32 statistics without loss.
+Formats 1 and 2, of earlier versions, are read: they had the averages of growth at a fixed place, and one rule at most.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-BLOCKS, PRUNED = 1, 2  # formats
-STATE_FORMAT = PRUNED  # the newest that is read
+STATE_FORMAT = 3
 
 
 @dataclass
 class ModuleState:
-    """One module.   own: step, sensitivity, uncertainty.   status, born, reserved: of each block.
+    """One module.
 
-    kept: of each rank, whether it counts; empty where ranks are not pruned.   settled: that will not change any more.
-    closed: of each rank, whether it is out of the forward pass; empty where none is.
-    statistics: what pruning has to remember, as a flat tensor; empty where that is nothing.
+    Attributes:
+        step: optimizer steps of the run so far.   status, born, reserved: of each block.
+        kept: of each rank, whether it counts; empty where ranks are not pruned.   settled: that is final.
+        closed: of each rank, whether it is out of the forward pass; empty where none is.
+        statistics: what each rule remembers, flat.
     """
 
-    own: list[float]
+    step: int
     status: list[int]
     born: list[int]
     reserved: list[int]
     kept: list[bool] = field(default_factory=list)
     settled: bool = False
-    statistics: Tensor = field(default_factory=lambda: torch.zeros(0))
     closed: list[bool] = field(default_factory=list)
+    statistics: list[Tensor] = field(default_factory=list)
 
     def pack(self) -> Tensor:
-        """The vector, float64, on the CPU."""
-        blocks = [*self.status, *self.born, *self.reserved]
-        if not self.kept and not len(self.statistics):
-            return vector([BLOCKS, *self.own, *blocks])
+        """The vector, on the CPU."""
         closed = self.closed or [False] * len(self.kept)
         flags = [float(k) - float(c) for k, c in zip(self.kept, closed, strict=True)]
-        head = [PRUNED, *self.own, len(self.status), *blocks, self.settled, len(flags), *flags]
-        return torch.cat([vector(head), self.statistics.detach().to("cpu", torch.float64)])
+        blocks = [*self.status, *self.born, *self.reserved]
+        parts = [vector([STATE_FORMAT, self.step, len(self.status), *blocks, self.settled, len(flags), *flags,
+                         len(self.statistics)])]  # fmt: skip
+        for values in self.statistics:
+            parts += [vector([len(values)]), values.detach().to("cpu", torch.float64)]
+        return torch.cat(parts)
+
+
+class Reader:
+    """Takes numbers from the front of a vector. Raises ValueError where there are not so many."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.place = values, 0
+
+    def take(self, count: int) -> Tensor:
+        part = self.values[self.place : self.place + count]
+        if count < 0 or len(part) != count:
+            raise ValueError(f"{len(self.values)} entries")
+        self.place += count
+        return part
+
+    def whole(self, count: int) -> list[int]:
+        return [int(value) for value in self.take(count).tolist()]
+
+    def one(self) -> int:
+        return self.whole(1)[0]
+
+    @property
+    def left(self) -> int:
+        return len(self.values) - self.place
+
+    def end(self) -> None:
+        """Raise ValueError if anything is left."""
+        if self.left:
+            raise ValueError(f"{len(self.values)} entries")
 
 
 def unpack(state: Tensor) -> ModuleState:
     """The state out of its vector. Raises ValueError if it is not a whole one."""
-    if int(state[0]) == BLOCKS:
-        own, blocks, rest = state[1:4].tolist(), state[4:].tolist(), state[:0]
-        count = len(blocks) // 3
-    else:
-        own, count = state[1:4].tolist(), int(state[4])
-        blocks, rest = state[5 : 5 + 3 * count].tolist(), state[5 + 3 * count :]
-    if len(own) != 3 or len(blocks) != 3 * count or count == 0:
-        raise ValueError(f"{len(state)} entries")
-    status, born, reserved = ([int(v) for v in blocks[i * count : (i + 1) * count]] for i in range(3))
-    if not len(rest):
-        return ModuleState(own, status, born, reserved)
-    ranks = int(rest[1])
-    flags = rest[2 : 2 + ranks].tolist()
-    if len(flags) != ranks:
-        raise ValueError(f"{len(flags)} of {ranks} ranks")
-    kept, closed = [v > 0 for v in flags], [v < 0 for v in flags]
-    return ModuleState(
-        own, status, born, reserved, kept, bool(rest[0]), rest[2 + ranks :], closed if any(closed) else []
-    )
+    reader = Reader(state)
+    version, step = reader.whole(2)
+    growth = [] if version == STATE_FORMAT else [reader.take(2)]  # sensitivity, uncertainty
+    count = reader.left // 3 if version == 1 else reader.one()
+    status, born, reserved = (reader.whole(count) for _ in range(3))
+    if count == 0:
+        raise ValueError("no blocks")
+    if version == 1:
+        reader.end()
+        return ModuleState(step, status, born, reserved, statistics=[values for values in growth if values.any()])
+    settled, flags = bool(reader.one()), reader.whole(reader.one())
+    kept, closed = [flag > 0 for flag in flags], [flag < 0 for flag in flags]
+    statistics = list(read_statistics(reader)) if version == STATE_FORMAT else [reader.take(reader.left)]
+    reader.end()
+    return ModuleState(step, status, born, reserved, kept, settled, closed if any(closed) else [], statistics)
+
+
+def read_statistics(reader: Reader) -> Iterator[Tensor]:
+    for _ in range(reader.one()):
+        yield reader.take(reader.one())
 
 
 def without_idle_statistics(state: Tensor) -> Tensor:
     """The vector as it is worth writing to a file: statistics only while they can still change something."""
     found = unpack(state)
-    return state[: len(state) - len(found.statistics)] if found.settled else state
+    if found.settled:
+        found.statistics = [values[:0] for values in found.statistics]
+        return found.pack()
+    return state
 
 
-def vector(values: list[float]) -> Tensor:
+def vector(values: Sequence[float]) -> Tensor:
     return torch.tensor([float(v) for v in values], dtype=torch.float64)

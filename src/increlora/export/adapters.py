@@ -7,7 +7,7 @@ folder that holds it.
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..deltas import Delta, Inputs, Stored
+from ..decide.budget import Budget
+from ..deltas import Inputs, Stored
 from ..deltas.inputs import VECTORS, from_json
 from ..errors import CheckpointError, ConfigError, ExportError
 from ..hosts.peft import checkpoint
 from ..hosts.peft.config import CONFIGS, check_folder
-from ..hosts.peft.drive import chosen_adapter
-from ..hosts.peft.layer import adapter_layers
-from ..hosts.peft.live import shared_parameters
+from ..hosts.peft.handle import Handle, Place
+from ..hosts.peft.layer import chosen_adapter, handle_of
 from ..hosts.peft.model import SHARED
-from ..methods import Site
 from ..naming import natural
 from .foreign import Found, adalora_factors, described, live_factors, lora_factors
 from .lora_format import PREFIX, read_config, read_shapes
@@ -49,6 +48,7 @@ class Adapter:
         limits: module → rank to which an export has to truncate it (`Delta.export_rank`); of the others it is exact.
         inputs: module → what it reads; missing: vectors.   others: further tensors (`modules_to_save`) by module path.
         every: names of all modules of the base model, None where only the adapter is known.
+        budget: of ours; others have none.
     """
 
     kind: str
@@ -60,6 +60,7 @@ class Adapter:
     inputs: Mapping[str, Inputs]
     others: Mapping[str, Tensor]
     every: frozenset[str] | None
+    budget: Budget = field(default_factory=lambda: Budget(None))
 
 
 def read_adapter(source: nn.Module | str | os.PathLike[str], adapter_name: str | None = None) -> Adapter:
@@ -96,14 +97,13 @@ def from_model(model: nn.Module, adapter_name: str | None) -> Adapter:
         return foreign(str(config.peft_type.value), config.to_dict(), found, base_names(model))
     try:
         name = chosen_adapter(model, adapter_name)
+        handle = handle_of(model, name)
     except ConfigError as error:
         raise ExportError(f"nothing to export: {error}") from None
-    deltas = {n.removeprefix(PREFIX): layer.delta(name) for n, layer in adapter_layers(model, name).items()}
-    config = model.peft_config[name]  # type: ignore[index]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")  # as peft's own saving decides
         rest = others(get_peft_model_state_dict(model, adapter_name=name))
-    return native(config, deltas, shared_parameters(model, name), rest, base_names(model))
+    return native(handle, rest, base_names(model))
 
 
 def foreign_adapter(model: nn.Module, adapter_name: str | None) -> str | None:
@@ -132,19 +132,18 @@ def from_folder(path: Path) -> Adapter:
     parts = checkpoint.split(state)
     if not parts:
         raise CheckpointError(f"{path / SAFETENSORS_WEIGHTS_NAME} holds no module of ours: it is damaged or foreign")
-    deltas, shared = rebuilt(config, parts)
-    return native(config, deltas, sum(p.numel() for p in shared.parameters()) if shared else 0, others(state), None)
+    return native(rebuilt(config, parts), others(state), None)
 
 
-def native(
-    config: Any, deltas: Mapping[str, Delta], shared: int, rest: Mapping[str, Tensor], every: frozenset[str] | None
-) -> Adapter:
+def native(handle: Handle, rest: Mapping[str, Tensor], every: frozenset[str] | None) -> Adapter:
+    deltas, config = handle.deltas, handle.config
     factors = {name: nonzero(*delta.factors()) for name, delta in deltas.items()}
     ranks = {name: delta.rank for name, delta in deltas.items()}
-    parameters = shared + sum(delta.rank * delta.cost for delta in deltas.values())
     limits = {name: delta.export_rank for name, delta in deltas.items() if delta.export_rank is not None}
     inputs = {name: delta.inputs for name, delta in deltas.items()}
-    return Adapter(config.peft_type.value, config, factors, ranks, parameters, limits, inputs, rest, every)
+    return Adapter(
+        config.peft_type.value, config, factors, ranks, handle.parameters, limits, inputs, rest, every, handle.budget
+    )
 
 
 def foreign(kind: str, raw: Mapping[str, Any], found: Found, every: frozenset[str] | None) -> Adapter:
@@ -162,24 +161,20 @@ def others(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in named.items() if key.rpartition(".")[0] not in ours}
 
 
-def rebuilt(config: Any, parts: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, Delta], Stored | None]:
-    """The deltas of all modules, and what they share, as a checkpoint left them; no model is built."""
-    shapes = checked_shapes(config)
-    totals = len(shapes), sum(m + n for m, n in shapes.values())
-    peers = tuple((name, m, n) for name, (m, n) in shapes.items())
+def rebuilt(config: Any, parts: Mapping[str, Mapping[str, Tensor]]) -> Handle:
+    """The adapter as a checkpoint left it; no model is built."""
     inputs = checked_inputs(config)
-    sites = [Site(name, m, n, *totals, peers=peers, inputs=inputs.get(name, VECTORS)) for name, m, n in peers]
+    places = [Place(name, m, n, inputs.get(name, VECTORS)) for name, (m, n) in checked_shapes(config).items()]
     try:
-        method = config.settings().method(*totals)
-        shared = method.make_shared(sites) if method.make_shared is not None else None
-        deltas = {site.name: method.make_delta(replace(site, shared=shared)) for site in sites}
+        handle = Handle(config, places)
     except ConfigError as error:
         raise CheckpointError(f"{error}: the adapter's config and weights do not belong together") from error
-    modules: dict[str, Stored] = {**({SHARED: shared} if shared is not None else {}), **deltas}
+    shared = {SHARED: handle.shared} if handle.shared is not None else {}
+    modules: dict[str, Stored] = {**shared, **handle.deltas}
     checkpoint.check_parts(modules, parts)
     for name, part in parts.items():
         checkpoint.load(modules[name], part)
-    return deltas, shared
+    return handle
 
 
 def checked_shapes(config: Any) -> dict[str, tuple[int, int]]:

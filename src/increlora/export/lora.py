@@ -28,8 +28,7 @@ from ..deltas import Patches
 from ..deltas.inputs import VECTORS
 from ..errors import ExportError
 from ..files import whole_folder
-from ..hosts.peft.drive import chosen_adapter
-from ..hosts.peft.layer import adapter_layers
+from ..hosts.peft.layer import adapter_layers, chosen_adapter
 from ..ops.truncation import truncated
 from .adapters import Adapter, check_elsewhere, read_adapter
 from .engines import refused_beside

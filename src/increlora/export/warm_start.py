@@ -11,12 +11,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..decide.allocation import Holding
+from ..decide.feasibility import check_growth
 from ..deltas import BlockDelta, LowRankDelta, Status, Tokens, TripletDelta
 from ..errors import ConfigError, DriveError
-from ..hosts.peft.drive import chosen_adapter
-from ..hosts.peft.layer import adapter_layers
-from ..runtime import controllers_of
-from ..runtime.scoring import check_budget
+from ..hosts.peft.layer import adapter_layers, chosen_adapter, handle_of
 from .adapters import Adapter, read_adapter
 from .lora_format import PREFIX
 
@@ -45,22 +43,20 @@ def warm_start(
         (training has begun), CheckpointError, ExportError (source). The model is then unchanged.
     """
     name = chosen_adapter(model, adapter_name)
+    handle = handle_of(model, name)
     deltas = low_rank(model, name)
     given = read_adapter(source)
     check_fresh(deltas)
     check_shapes(given, deltas)
     counts = {n: blocks_for(n, delta, given.factors[n][0].shape[0] if n in given.factors else 0)
               for n, delta in deltas.items()}  # fmt: skip
-    costs = [d.in_features + d.out_features for d in deltas.values()]
-    method = model.peft_config[name].settings().method(len(deltas), sum(costs))  # type: ignore[index]
-    check_budget([holding(n, delta, counts[n]) for n, delta in deltas.items()], method.budget)
+    check_growth([holding(n, delta, counts[n]) for n, delta in deltas.items()], handle.budget)
     saved = saved_tensors(model, name, given)
     for n, delta in deltas.items():
         fill(delta, counts[n], given.factors.get(n))
     for tensor, value in saved:
         tensor.copy_(value)
-    for controller in controllers_of(model):
-        controller.on_change()
+    handle.describe()
 
 
 def low_rank(model: nn.Module, adapter: str) -> dict[str, BlockDelta]:
@@ -77,7 +73,7 @@ def low_rank(model: nn.Module, adapter: str) -> dict[str, BlockDelta]:
 
 def check_fresh(deltas: Deltas) -> None:
     for name, delta in deltas.items():
-        steps = delta.observer.state()[0] if delta.observer is not None else delta.remembered[0]
+        steps = delta.observer.step if delta.observer is not None else delta.steps
         if steps or delta.indices(Status.ACTIVE) != [0]:
             raise DriveError(f"{name} has been trained already: call warm_start on a fresh adapter, before training")
 

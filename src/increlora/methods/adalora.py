@@ -15,11 +15,11 @@ from functools import partial
 from ..decide.budget import Budget, resolve
 from ..decide.selection import keep_published, keep_top
 from ..deltas import Status, TripletDelta
+from ..rules import Keep
 from .adalora_settings import AdaLoraSettings
-from .base import LOW_RANK_READS, Method, Site
+from .base import Method, Penalty, Site
 from .falling import cubic_of, first_rank
 from .initial import gaussian, lora_start, ones, zeros
-from .rules import PenaltyRule, RankPruning
 from .scaling import fixed, scale_of
 
 
@@ -40,12 +40,11 @@ class AdaLora(AdaLoraSettings):
             name="adalora",
             make_delta=partial(self._delta, mean_rank=mean_rank),
             budget=budget,
-            prune=RankPruning(schedule, keep, self.observe, self.beta, self.beta_uncertainty),
-            penalty=PenaltyRule(self.orthogonality, self.orthogonality_form, self.penalty_place)
+            rules=(Keep(schedule, keep, self.observe, self.beta, self.beta_uncertainty),),
+            penalty=Penalty(self.orthogonality, self.orthogonality_form, self.penalty_place)
             if self.orthogonality
             else None,
             total_steps=self.total_steps,
-            reads=LOW_RANK_READS,
         )
 
     def _delta(self, site: Site, *, mean_rank: float) -> TripletDelta:

@@ -5,12 +5,13 @@ from typing import Any, Literal, Self
 
 from ..decide.schedules import Time
 from ..errors import BudgetError
+from .base import Settings
 from .checks import check_choices, check_counts, check_shares, check_weight
 from .falling import first_rank
 
 
 @dataclass(frozen=True)
-class AdaLoraSettings:
+class AdaLoraSettings(Settings):
     """Every option of AdaLoRA. Counts are at least 1; times are steps (int) or shares of the run (float in [0, 1]).
 
     Budget, one of

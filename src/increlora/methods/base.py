@@ -1,20 +1,23 @@
-"""A method as data: which delta, which score, which schedule, which allocator. The runtime does the rest."""
+"""A method as data: which delta, and which rules say what happens to it during a run."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
+from torch import nn
 
-from ..decide.allocation import Holding, Plan
+from ..decide.allocation import Holding
 from ..decide.budget import Budget
-from ..decide.schedules import GrowthSteps, Run
+from ..decide.penalties import PenaltyForm
+from ..decide.schedules import Run
 from ..deltas import Delta, Inputs, Patches, Stored, Tokens, Vectors
 from ..deltas.inputs import VECTORS
-from .rules import EntryPruning, GateShrinking, PenaltyRule, RankPruning, Restarts, ScoreRule
+from ..rules import Rule
 
 Value = TypeVar("Value", int, float)
+LOW_RANK_READS: tuple[type[Inputs], ...] = (Vectors, Tokens, Patches)  # whatever a low-rank product can meet
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Site:
     over all sites of the model.
 
     peers: (name, in, out) of every site in model order, for methods that look at a module's place among them.
-    shared: what `Method.make_shared` made, where the method has such.   inputs: what the module reads."""
+    shared: what `Settings.make_shared` made, where the method has such.   inputs: what the module reads."""
 
     name: str
     in_features: int
@@ -45,12 +48,13 @@ class Clock(Protocol):
     def __call__(self, step: int, created: int, run: Run) -> tuple[float, float | None]: ...
 
 
-LOW_RANK_READS: tuple[type[Inputs], ...] = (Vectors, Tokens, Patches)  # whatever a low-rank product can meet
+@dataclass(frozen=True)
+class Penalty:
+    """Orthogonality of the components, or size of the gates (`l1`); `place` says whether gradient clipping sees it."""
 
-
-def anywhere(name: str) -> bool:
-    """Most methods can adapt any linear map."""
-    return True
+    weight: float
+    form: PenaltyForm = "trainer"
+    place: Literal["after_clipping", "before_clipping"] = "after_clipping"
 
 
 @dataclass(frozen=True)
@@ -58,39 +62,56 @@ class Method:
     """Everything the runtime needs to know about a method. None: the method has no such part.
 
     Attributes:
-        make_delta: site → delta.
-        make_shared: sites (without it) → the parameters that all deltas of an adapter share; the model owns them.
-        places: can the method adapt a module of this name? "all-linear" means those that it can.
-        reads: the kinds of input that its deltas can meet.
-        budget: what may be active at the end.
-        score, events, allocate: who deserves rank, when it is handed out (run, holdings, first step → steps), to whom.
-        reserve: the block next in line of every module is `trained` before it is born, or held `frozen` (it counts in
-            the penalty alone), or there is `none`.
-        on_finish: what happens to the reserve when the budget is spent: `retire` it, or keep training it with e = 0.
-        penalty, clock: regulariser, and learning rate of newborn tensors.
-        prune: what is done to the parameters after the host's step.
+        make_delta: site → delta.   budget: what may be active at the end.
+        rules: what happens to ranks and parameters during a run, in this order.
+        penalty: regulariser.   clock: learning rate of newborn tensors.
+        total_steps: optimizer steps of the run, as the settings say.
     """
 
     name: str
     make_delta: Callable[[Site], Delta]
     budget: Budget
-    score: ScoreRule | None = None
-    events: Callable[[Run, Sequence[Holding], int], GrowthSteps] | None = None
-    allocate: Callable[[Sequence[float], Sequence[Holding]], Plan] | None = None
-    reserve: Literal["trained", "frozen", "none"] = "none"
-    on_finish: Literal["retire", "keep"] = "retire"
-    penalty: PenaltyRule | None = None
+    rules: tuple[Rule, ...] = ()
+    penalty: Penalty | None = None
     clock: Clock | None = None
-    prune: RankPruning | GateShrinking | EntryPruning | Restarts | None = None
     total_steps: int | None = None
-    make_shared: Callable[[Sequence[Site]], Stored] | None = None
-    places: Callable[[str], bool] = anywhere
-    reads: tuple[type[Inputs], ...] = (Vectors,)
 
     @property
     def adaptive(self) -> bool:
         """Does this method need the runtime to drive it?"""
-        return self.allocate is not None or self.penalty is not None or self.prune is not None
+        return bool(self.rules) or self.penalty is not None
+
+    def check(self, holdings: Sequence[Holding]) -> None:
+        """Raise BudgetError if the budget cannot be met from a fresh start with these holdings."""
+        for rule in self.rules:
+            rule.check(holdings, self.budget)
+
+
+class Settings:
+    """Base of every method's settings: how they become a method, and what a host asks before it adapts a model.
+
+    reads: the kinds of input that the method's deltas can meet.
+    """
+
+    reads: ClassVar[tuple[type[Inputs], ...]] = LOW_RANK_READS
+
+    def method(self, sites: int, uniform_parameters: int) -> Method:
+        """The method for a model with `sites` adapted modules and Σ (in + out) = `uniform_parameters`."""
+        raise NotImplementedError
+
+    # -- what only methods with another form of ΔW have to say: see `structural` ---------------------------------------
+
+    def places(self, name: str) -> bool:
+        """Can the method adapt a linear module of this name? "all-linear" means those that it can."""
+        return True
+
+    def completed(self, model: nn.Module, targets: Iterable[str]) -> dict[str, Any]:
+        """Options that the model itself answers, of those that were left out."""
+        return {}
+
+    def make_shared(self, sites: Sequence[Site]) -> Stored | None:
+        """The parameters that all deltas of an adapter share; the model owns them."""
+        return None
 
 
 def matching(patterns: Mapping[str, Value], name: str) -> Value | None:

@@ -20,10 +20,10 @@ from ..decide.budget import Budget, block_sizes, default_capacity, resolve
 from ..decide.schedules import GrowthSteps, Run, in_steps, linear_clock, ramp_clock
 from ..decide.selection import grow_published, grow_top
 from ..deltas import Init, Status, TripletDelta
-from .base import LOW_RANK_READS, Method, Site, matching
+from ..rules import Grow, Score
+from .base import Method, Penalty, Site, matching
 from .increlora_settings import IncreLoraSettings, check_reachable
 from .initial import Shape, gaussian, lora_start, ones
-from .rules import PenaltyRule, ScoreRule
 from .scaling import scale_of
 
 RESERVE_E = 1e-5  # e of a block that learns in reserve
@@ -47,20 +47,21 @@ class IncreLora(IncreLoraSettings):
             name="increlora",
             make_delta=partial(self._delta, mean_rank=mean_rank, top_h=top_h),
             budget=budget,
-            score=ScoreRule(
-                self.score, self.score_norm, self.beta, self.beta_uncertainty, self.score_window,
-                self.score_accumulation,
-            ),
-            events=partial(self._events, top_h=top_h, budget=budget),
-            allocate=partial(grow, top_h=top_h, budget=budget),
-            reserve=self.reserve,
-            on_finish=self.finish,
-            penalty=PenaltyRule(self.orthogonality, self.orthogonality_form, self.penalty_place)
+            rules=(Grow(
+                schedule=partial(self._events, top_h=top_h, budget=budget),
+                allocate=partial(grow, top_h=top_h, budget=budget),
+                score=Score(
+                    self.score, self.score_norm, self.beta, self.beta_uncertainty, self.score_window,
+                    self.score_accumulation,
+                ),
+                reserve=self.reserve,
+                on_finish=self.finish,
+            ),),
+            penalty=Penalty(self.orthogonality, self.orthogonality_form, self.penalty_place)
             if self.orthogonality
             else None,
             clock=self._clock,
             total_steps=self.total_steps,
-            reads=LOW_RANK_READS,
         )  # fmt: skip
 
     def _delta(self, site: Site, *, mean_rank: float, top_h: int) -> TripletDelta:

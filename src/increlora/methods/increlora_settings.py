@@ -8,11 +8,12 @@ from typing import Any, Literal, Self
 
 from ..decide.schedules import GrowthSteps, Time
 from ..errors import BudgetError, ConfigError, ScheduleError
+from .base import Settings
 from .checks import check_choices, check_counts, check_shares, check_weight
 
 
 @dataclass(frozen=True)
-class IncreLoraSettings:
+class IncreLoraSettings(Settings):
     """Every option of IncreLoRA. Counts are at least 1; times are steps (int) or shares of the run (float in [0, 1]).
 
     Budget, one of

@@ -11,14 +11,14 @@ from functools import partial
 
 from ..decide.budget import Budget
 from ..deltas import LowRankDelta, Status
-from .base import LOW_RANK_READS, Method, Site, matching
+from .base import Method, Settings, Site, matching
 from .checks import check_counts, check_patterns, check_shares
 from .initial import lora_start
 from .scaling import fixed, scale_of
 
 
 @dataclass(frozen=True)
-class Lora:
+class Lora(Settings):
     """Settings of LoRA, named as in peft.
 
     Attributes:
@@ -44,7 +44,7 @@ class Lora:
 
     def method(self, sites: int, uniform_parameters: int) -> Method:
         uniform = Budget(self.r * sites, self.r * uniform_parameters)
-        return Method("lora", self._delta, Budget(None) if self.rank_pattern else uniform, reads=LOW_RANK_READS)
+        return Method("lora", self._delta, Budget(None) if self.rank_pattern else uniform)
 
     def _delta(self, site: Site) -> LowRankDelta:
         rank = matching(self.rank_pattern, site.name) or self.r

@@ -19,17 +19,17 @@ from ..decide.projections import Group
 from ..decide.ramps import depths, first_of, ramp_ranks
 from ..decide.schedules import PruneSteps, Run, Time, in_steps
 from ..deltas import LowRankDelta, Status
-from .base import LOW_RANK_READS, Method, Site
+from ..rules import Entries
+from .base import Method, Settings, Site
 from .checks import check_choices, check_counts, check_shares
 from .initial import lora_start
-from .rules import EntryPruning
 from .scaling import scale_of
 
 Peers = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True)
-class Prilora:
+class Prilora(Settings):
     """Every option of PRILoRA. Counts are at least 1; times are steps (int) or shares of the run (float in [0, 1]).
 
     Budget, one of
@@ -88,16 +88,13 @@ class Prilora:
         )  # fmt: skip
         mean = Fraction(budget.ranks or 0, sites)
         first = first_of(mean, self.first_r)
-        rule = EntryPruning(
-            self._schedule, self.prune_share, self.group, self.beta, self.statistic_interval, self.regrow
-        )
+        rule = Entries(self._schedule, self.prune_share, self.group, self.beta, self.statistic_interval, self.regrow)
         return Method(
             name="prilora",
             make_delta=partial(self._delta, first=first, budget=budget, mean=mean),
             budget=budget,
-            prune=rule if self.prune_share else None,
+            rules=(rule,) if self.prune_share else (),
             total_steps=self.total_steps,
-            reads=LOW_RANK_READS,
         )
 
     def _delta(self, site: Site, *, first: Fraction, budget: Budget, mean: Fraction) -> LowRankDelta:

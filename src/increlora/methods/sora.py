@@ -18,10 +18,10 @@ from ..decide.projections import published_shrink, soft_threshold
 from ..decide.schedules import Levels, Run, in_steps
 from ..decide.selection import keep_top
 from ..deltas import Status, TripletDelta
-from .base import LOW_RANK_READS, Method, Site
+from ..rules import Shrink
+from .base import Method, Penalty, Site
 from .falling import cubic_of, first_rank
 from .initial import lora_start, normal, ones
-from .rules import GateShrinking, PenaltyRule
 from .scaling import fixed, scale_of
 from .sora_settings import SoraSettings
 
@@ -40,17 +40,18 @@ class Sora(SoraSettings):
             name="sora",
             make_delta=partial(self._delta, mean_rank=(budget.ranks or 0) / sites),
             budget=budget,
-            prune=GateShrinking(
-                {"exact": soft_threshold, "published": published_shrink}[self.operator],
-                partial(cubic_of, self),
-                self._levels if self.threshold is not None else None,
-                keep_top,
-                by_rate=self.threshold_unit == "learning_rate",
-                close_after=self.close_after,
+            rules=(
+                Shrink(
+                    {"exact": soft_threshold, "published": published_shrink}[self.operator],
+                    partial(cubic_of, self),
+                    self._levels if self.threshold is not None else None,
+                    keep_top,
+                    by_rate=self.threshold_unit == "learning_rate",
+                    close_after=self.close_after,
+                ),
             ),
-            penalty=PenaltyRule(self.gate_penalty, "l1", self.penalty_place) if self.gate_penalty else None,
+            penalty=Penalty(self.gate_penalty, "l1", self.penalty_place) if self.gate_penalty else None,
             total_steps=self.total_steps,
-            reads=LOW_RANK_READS,
         )
 
     def _delta(self, site: Site, *, mean_rank: float) -> TripletDelta:

@@ -5,11 +5,12 @@ from typing import Any, Literal, Self
 
 from ..decide.schedules import Time, rising
 from ..errors import BudgetError, ConfigError
+from .base import Settings
 from .checks import check_choices, check_counts, check_shares, check_weight
 
 
 @dataclass(frozen=True)
-class SoraSettings:
+class SoraSettings(Settings):
     """Every option of SoRA. Counts are at least 1; times are steps (int) or shares of the run (float in [0, 1]).
 
     Budget

@@ -80,8 +80,8 @@ class ZeroGate(torch.autograd.Function):
     """Identity that makes idle parameters part of the graph with gradient zero; the runtime clears it before a step."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, *still: Tensor) -> Tensor:
-        ctx.save_for_backward(*still)
+    def forward(ctx: Any, y: Tensor, *idle: Tensor) -> Tensor:
+        ctx.save_for_backward(*idle)
         return y.view_as(y)
 
     @staticmethod

@@ -25,31 +25,29 @@ def register(watcher: "Watcher") -> int:
     return number
 
 
-@torch.library.custom_op("increlora::tap", mutates_args=())
-def tap(y: Tensor, x: Tensor, watcher: int) -> Tensor:
-    """y; in the backward pass the watcher is told of x and ∂L/∂y."""
+@torch.library.custom_op("increlora::tap_output", mutates_args=())
+def tap_output(y: Tensor, x: Tensor, watcher: int) -> Tensor:
+    """y; in the backward pass the watcher sees x and ∂L/∂y."""
     return y.clone()
 
 
-@torch.library.custom_op("increlora::tell", mutates_args=())
-def tell(grad: Tensor, x: Tensor, watcher: int) -> Tensor:
+@torch.library.custom_op("increlora::see_gradients", mutates_args=())
+def see_gradients(grad: Tensor, x: Tensor, watcher: int) -> Tensor:
     """∂L/∂y, once the watcher has seen it."""
-    found = _watchers[watcher]
-    if found.controller.tapping:  # a graph has the tap in it for as long as scores may be due
-        found.collect(found.controller.deltas[found.index], x.detach(), grad.detach())
+    _watchers[watcher].see_gradients(x.detach(), grad.detach())
     return grad.clone()
 
 
-@torch.library.custom_op("increlora::see", mutates_args=())
-def see(A: Tensor, x: Tensor, watcher: int) -> Tensor:
-    """A; in the backward pass the watcher is told of x."""
+@torch.library.custom_op("increlora::tap_input", mutates_args=())
+def tap_input(A: Tensor, x: Tensor, watcher: int) -> Tensor:
+    """A; in the backward pass the watcher sees x."""
     return A.clone()
 
 
-@torch.library.custom_op("increlora::tell_input", mutates_args=())
-def tell_input(grad: Tensor, x: Tensor, watcher: int) -> Tensor:
+@torch.library.custom_op("increlora::see_inputs", mutates_args=())
+def see_inputs(grad: Tensor, x: Tensor, watcher: int) -> Tensor:
     """∂L/∂A, once the watcher has seen x."""
-    _watchers[watcher].collect_input(x.detach())
+    _watchers[watcher].see_inputs(x.detach())
     return grad.clone()
 
 
@@ -62,15 +60,15 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
     ctx.watcher = inputs[2]
 
 
-def _told(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return tell(grad, ctx.saved_tensors[0], ctx.watcher), None, None
+def _output_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return see_gradients(grad, ctx.saved_tensors[0], ctx.watcher), None, None
 
 
-def _told_input(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return tell_input(grad, ctx.saved_tensors[0], ctx.watcher), None, None
+def _input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return see_inputs(grad, ctx.saved_tensors[0], ctx.watcher), None, None
 
 
-for operation in (tap, tell, see, tell_input):
+for operation in (tap_output, see_gradients, tap_input, see_inputs):
     operation.register_fake(_like_the_first)
-tap.register_autograd(_told, setup_context=_keep)
-see.register_autograd(_told_input, setup_context=_keep)
+tap_output.register_autograd(_output_backward, setup_context=_keep)
+tap_input.register_autograd(_input_backward, setup_context=_keep)

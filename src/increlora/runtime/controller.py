@@ -1,31 +1,30 @@
-"""The one object with side effects: it follows an optimizer by two hooks and changes block states, never parameters'
-shapes, groups or the loss.
+"""The one object with side effects: it follows an optimizer by two hooks and calls the rules; parameters' shapes, their
+groups and the loss stay what they are.
 
-    before the step   overflow, or no backward of ours? leave · scores · penalty · silence idle blocks
+    before the step   overflow, or no backward pass of ours? leave · clear gradients of frozen parameters · rules
+                      observe · health · penalty · birth rates · rules
     the step          the host's optimizer, untouched
-    after the step    birth learning rates · pruning · moving averages · due? scores → plan → apply → events
+    after the step    birth rates · rules → changes → events
 """
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ..decide.allocation import Event, Holding, Kind
-from ..decide.schedules import GrowthSteps, Run
-from ..decide.scores import smooth
-from ..decide.selection import spent
-from ..deltas import BlockDelta, Status
+from ..decide.schedules import Run
+from ..deltas import BlockDelta
+from ..errors import ConfigError
 from ..methods import Method
-from ..ops.parallel import all_finite, mean_over_processes
-from . import amp, scoring
+from ..ops.parallel import all_finite
+from ..rules import Change, Expected, Forecast, Rule, Runner, Step, holding_of
+from . import amp
 from .births import BirthRates, unmoved
 from .health import Health
 from .ownership import check_optimizer
 from .penalty import add_penalty
-from .pruning import Pruner, pruner_of
 from .records import record
 from .taps import Watcher
 
@@ -34,10 +33,9 @@ class Controller:
     """Drives the adaptive blocks of one adapter; made by the host when the adapter is injected.
 
     Attributes:
-        names, deltas: adapted modules in model order.   events: what happened so far.
-        records: one entry per step while `recording` (see `records.record`).
+        names, deltas: adapted modules in model order.   rules: the method's rules at work, in its order.
+        events: what happened so far.   records: one entry per step while `recording` (see `records.record`).
         step: optimizer steps of this run so far.   run: its length and number of modules, once known.
-        sensitivity, uncertainty: moving averages of the scores, shape (modules,).
     """
 
     def __init__(
@@ -49,32 +47,22 @@ class Controller:
         self.events: list[Event] = []
         self.records: list[dict[str, object]] = []
         self.recording = False
-        self.step, self.restored_step = 0, 0
+        self.step = self.restored_step = max(map(steps_of, self.deltas))
         self.expected_steps: int | None = None
         self.expected_start: int | None = None
         self.run = Run(method.total_steps, len(self.names))
-        self.growth: GrowthSteps | None = None
         self.births: BirthRates | None = None
-        self.pruner = pruner_of(method, deltas)
         self.health = Health()
         self.used = False  # a forward pass of ours since the last step
         self.penalty_given = False  # the penalty's gradient of this step is already there
         self.stepping = False  # between the two hooks of a step
         self.trainer_step: int | None = None
-        self.tapping = True  # before the first step: to count backward passes
-        self.watching = True  # the same, or a score may still be due: what compiled graphs go by
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._former: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        dtype = torch.float64 if self.parameter(0).dtype == torch.float64 else torch.float32
-        self.sensitivity = torch.zeros(len(self.names), dtype=dtype)
-        self.uncertainty = torch.zeros(len(self.names), dtype=dtype)
+        self.rules: list[Runner] = [bound(rule, deltas, method, slot) for slot, rule in enumerate(method.rules)]
         self.watchers = [Watcher(self, i) for i in range(len(self.names))]
         for delta, watcher in zip(self.deltas, self.watchers, strict=True):
-            watcher.load_state(delta.remembered if delta.observer is None else delta.observer.state())  # a copy's
             delta.observer = watcher
-        fresh = method.allocate is not None and all(d.indices(Status.ACTIVE) == [0] for d in self.deltas)
-        if fresh or not self.finished:  # a start above the budget counts as finished, and is an error all the same
-            scoring.check_budget(self.holdings(), method.budget)
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -85,30 +73,38 @@ class Controller:
 
     @property
     def finished(self) -> bool:
-        """Is the budget spent?"""
-        return self.method.allocate is None or spent(self.holdings(), self.method.budget)
+        """Is nothing left to decide? The budget is then met."""
+        return all(rule.done for rule in self.rules)
 
     def parameter(self, index: int) -> nn.Parameter:
         return next(iter(self.deltas[index].block(0).values()))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for delta in self.deltas:
-            yield from delta.held()
+            yield from delta.block_parameters()
 
     def holdings(self) -> list[Holding]:
         """What every module holds, as allocators see it."""
-        return [
-            Holding(name, d.rank, tuple(d.sizes[i] for i in self._free(d)), d.in_features + d.out_features)
-            for name, d in zip(self.names, self.deltas, strict=True)
-        ]
-
-    def _free(self, delta: BlockDelta) -> list[int]:
-        return delta.indices(Status.RESERVE, Status.DORMANT)
+        return [holding_of(name, delta) for name, delta in zip(self.names, self.deltas, strict=True)]
 
     @property
     def ranks(self) -> dict[str, int]:
         """Active rank per module."""
         return {name: delta.rank for name, delta in zip(self.names, self.deltas, strict=True)}
+
+    def importance(self) -> list[float] | None:
+        """Importance of every module now; None for a method that knows none."""
+        return next((found for rule in self.rules if (found := rule.importance()) is not None), None)
+
+    def forecast(self, steps: int) -> Forecast:
+        """What the rules will do in a run of so many steps. Raises ScheduleError if a schedule does not fit it."""
+        run, holdings, exact = Run(steps, len(self.names)), tuple(self.holdings()), True
+        events: list[Expected] = []
+        for rule in self.rules:
+            expected = rule.forecast(holdings, run)
+            events += expected.events
+            holdings, exact = expected.holdings, exact and expected.exact
+        return Forecast(tuple(sorted(events, key=lambda event: event.step)), holdings, exact)
 
     # -- attaching -----------------------------------------------------------------------------------------------
 
@@ -127,13 +123,9 @@ class Controller:
         total = total_steps or self.expected_steps or (self.run.steps if again else None) or self.method.total_steps
         start = self._first_step(optimizer, total)
         run = Run(total, len(self.names))
-        growth = None
-        if self.method.events is not None and not self.finished:
-            growth = self.method.events(run, self.holdings(), start)
-        if self.pruner is not None:
-            self.pruner.start(run, first=start)
-            self.on_change()
-        self.growth, self.run, self.step = growth, run, start
+        for rule in self.rules:
+            rule.start(run, start)
+        self.run, self.step = run, start
         self.births = BirthRates(self.method.clock, run, optimizer) if self.method.clock else None
         if start == 0:
             self._forget_births()
@@ -145,7 +137,7 @@ class Controller:
         self.restored_step, self.stepping = 0, False
         self.health = self.health if again else Health()
         self.recording = self.recording or record
-        self.tapping, self.watching = self._score_due(), growth is not None
+        self.on_change()
         return self
 
     def _first_step(self, optimizer: Optimizer, total: int | None) -> int:
@@ -165,6 +157,15 @@ class Controller:
     def follows(self, optimizer: Optimizer) -> bool:
         return self._optimizer is not None and self._optimizer() is optimizer
 
+    def loaded(self, step: int) -> None:
+        """A checkpoint was loaded; the run goes on from there at the next step."""
+        self.step = self.restored_step = step
+        for rule in self.rules:
+            rule.restored()
+        if self.driven:
+            self.expected_steps, self._optimizer = self.expected_steps or self.run.steps, None
+        self.on_change()
+
     # -- one optimizer step --------------------------------------------------------------------------------------
 
     def begin_step(self, number: int) -> None:
@@ -180,19 +181,23 @@ class Controller:
         if amp.overflowed(optimizer):
             self._clear()
             return False
-        self._silence()
+        for delta in self.deltas:
+            for p in delta.frozen_parameters():
+                p.grad = None
         finite = all_finite([grad for p in self.parameters() if (grad := p.grad) is not None])
-        self._scores = self._collect(finite, optimizer)
+        step = Step(self.step, optimizer, finite, amp.gradient_scale(optimizer), amp.loss_scale)
+        for rule in self.rules:
+            rule.observe(step)
         if not self.health.judge(finite, self.names[0]):
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     p.grad = None  # nothing moves in this step: clipping and the loss spread NaN to all parameters
         elif self.method.penalty and not self.penalty_given:
-            add_penalty(self.deltas, self.method.penalty, scale=amp.gradient_scale(optimizer))
+            add_penalty(self.deltas, self.method.penalty, scale=step.gradient_scale)
         if self.births is not None:
             self.births.remember(self.deltas, self.step)
-        if self.pruner is not None:
-            self.pruner.before_step(self.step, optimizer, scale=amp.gradient_scale(optimizer))
+        for rule in self.rules:
+            rule.before_step(step)
         self.stepping = True
         return True
 
@@ -200,142 +205,46 @@ class Controller:
         """Second hook: the optimizer has moved our parameters."""
         if self.births is not None:
             self.births.apply()
-        growing = not self.finished
-        if growing and self._scores is not None:
-            rule = self.method.score
-            assert rule is not None
-            self.sensitivity, self.uncertainty = smooth(
-                self.sensitivity.to(self._scores), self.uncertainty.to(self._scores), self._scores,
-                beta=rule.beta, beta_uncertainty=rule.beta_uncertainty,
-            )  # fmt: skip
         before = self.ranks if self.recording else {}
-        if self.pruner is not None:
-            self._prune(self.pruner)
-        if growing:
-            self._fill_reserve()
-            if self.growth is not None and self.growth.due(self.step):
-                self._allocate()
+        changes = [change for rule in self.rules for change in rule.after_step(self.step)]
+        if changes:
+            self.health.read()
+            self.events += map(self._event, changes)
+            self.on_change()
         if self.recording:
-            self.records.append(record(self, before, self._scores))
+            self.records.append(record(self, before))
         self._clear()
         self.stepping = False
         self.step += 1
-        self.tapping = self._score_due()
-        self.watching = self.growth is not None and not self.finished
+
+    def _event(self, change: Change) -> Event:
+        kind: Kind = change.kind or ("birth" if change.ranks > 0 else "retirement")
+        name, rank = self.names[change.module], self.deltas[change.module].rank
+        return Event(self.step, kind, name, change.ranks, rank, change.importance)
 
     def forget_fake_step(self, optimizer: Optimizer) -> None:
         """torch's checkpoint loader steps once with zero gradients everywhere to invent optimizer states: tensors that
         may not move, or have not yet, must not have one, or a resumed run would differ from a straight one."""
         for delta in self.deltas:
-            for p in [*delta.still(), *unmoved(delta, self.step)]:
+            for p in [*delta.frozen_parameters(), *unmoved(delta, self.step)]:
                 optimizer.state.pop(p, None)
-
-    def _silence(self) -> None:
-        for delta in self.deltas:
-            for p in delta.still():
-                p.grad = None
 
     def _clear(self) -> None:
         self.used = self.penalty_given = False
         for watcher in self.watchers:
-            watcher.clear()
-        if self.pruner is not None:
-            self.pruner.forget()
+            watcher.seen = False
+        for rule in self.rules:
+            rule.forget()
 
-    def forget_inputs(self) -> None:
-        """The backward passes so far led to no step."""
-        for watcher in self.watchers:
-            watcher.inputs = 0
-        if self.pruner is not None:
-            self.pruner.forget()
 
-    # -- scores and events ---------------------------------------------------------------------------------------
+def steps_of(delta: BlockDelta) -> int:
+    """Optimizer steps behind the state of a module; those of a copied one are its observer's."""
+    return delta.observer.step if delta.observer is not None else delta.steps
 
-    def _score_due(self) -> bool:
-        rule = self.method.score
-        if rule is None or self.growth is None or self.finished:
-            return False
-        event = self.growth.next(self.step)
-        if rule.window is None:
-            return True
-        return event - self.step < rule.window and (self.run.steps is None or event < self.run.steps)
 
-    def _collect(self, finite: Tensor, optimizer: Optimizer) -> Tensor | None:
-        if not self._score_due():
-            return None
-        scores = scoring.module_scores(self.deltas, self.watchers, self.method.score, self.sensitivity.dtype)
-        assert self.method.score is not None
-        # signed scores come from `.grad`, the others from inside the backward pass
-        scores = scores / (amp.gradient_scale(optimizer) if self.method.score.kind == "signed" else amp.loss_scale())
-        return mean_over_processes(torch.where(finite.to(scores.device), scores, torch.nan))
-
-    def _fill_reserve(self) -> None:
-        if self.method.reserve == "none":
-            return
-        for delta in self.deltas:
-            waiting = delta.indices(Status.DORMANT)
-            if waiting and not delta.indices(Status.RESERVE):
-                delta.status[waiting[0]] = Status.RESERVE
-                delta.reserved[waiting[0]] = self.step
-
-    def _allocate(self) -> None:
-        assert self.method.allocate is not None
-        self.health.read()
-        importance = (self.sensitivity * self.uncertainty).tolist()
-        plan = self.method.allocate(importance, self.holdings())
-        for i in plan.saturated:
-            self._note("saturation", i, 0, importance[i])
-        for grant in plan.grants:
-            delta = self.deltas[grant.module]
-            free = self._free(delta)
-            for position in grant.blocks:
-                delta.status[free[position]] = Status.ACTIVE
-                delta.born[free[position]] = self.step
-            self._note("birth", grant.module, grant.ranks, importance[grant.module])
-        self._fill_reserve()
-        if plan.spent:
-            self._finish()
-        self.on_change()
-
-    def _prune(self, pruner: Pruner) -> None:
-        settled = pruner.settled
-        changes = pruner.after_step(self.step)
-        for change in changes:
-            kind: Kind = change.kind or ("birth" if change.ranks > 0 else "retirement")
-            self._note(kind, change.module, change.ranks, change.score)
-        if pruner.settled and not settled:
-            self.health.read()
-            for i in range(len(self.deltas)):
-                self._note("finish", i, 0, None)
-        if changes:
-            self.on_change()
-
-    def _finish(self) -> None:
-        for i, delta in enumerate(self.deltas):
-            for block in delta.indices(Status.RESERVE):
-                if self.method.on_finish == "retire":
-                    delta.status[block] = Status.RETIRED
-                elif "E" in delta.letters:
-                    with torch.no_grad():
-                        delta.block(block)["E"].mul_(0)
-            self._note("finish", i, 0, None)
-
-    def _note(self, kind: Kind, module: int, ranks: int, importance: float | None) -> None:
-        name, rank = self.names[module], self.deltas[module].rank
-        self.events.append(Event(self.step, kind, name, ranks, rank, importance))
-
-    # -- checkpoints ---------------------------------------------------------------------------------------------
-
-    def module_state(self, index: int) -> list[float]:
-        """Clock and averages of one module, for its extra state."""
-        return [float(self.step), float(self.sensitivity[index]), float(self.uncertainty[index])]
-
-    def load_module_state(self, index: int, values: list[float]) -> None:
-        """What a checkpoint says; the run goes on from there at the next step."""
-        self.step = self.restored_step = int(values[0])
-        if self.pruner is not None:
-            self.pruner.restored()
-        self.sensitivity[index], self.uncertainty[index] = values[1], values[2]
-        if self.driven:
-            self.expected_steps, self._optimizer = self.expected_steps or self.run.steps, None
-        self.on_change()
+def bound(rule: Rule, deltas: Mapping[str, BlockDelta], method: Method, slot: int) -> Runner:
+    """The runner of a rule. Raises ConfigError for what is none: the adapter would train as if its ranks were fixed."""
+    runner = rule.bind(deltas, method.budget, slot) if hasattr(rule, "bind") else None
+    if not isinstance(runner, Runner):
+        raise ConfigError(f"{method.name}: {rule!r} is no rule: its `bind` must return a `rules.Runner`")
+    return runner

@@ -7,17 +7,23 @@ from torch import Tensor, nn
 
 from ..decide.penalties import mean_size, mean_size_grad, orthogonality, orthogonality_grad
 from ..deltas import BlockDelta, Status
-from ..methods import PenaltyRule
+from ..methods import Penalty
 from ..ops.parallel import full, laid_out_like
 
 
 def components(deltas: Sequence[BlockDelta]) -> list[Tensor]:
-    """A and Bᵀ of every module, over active and reserve blocks: matrices whose rows are the components."""
+    """A and Bᵀ of every module, over active and reserve blocks: matrices whose rows are the components.
+
+    Parameters that must not move are constants: a gradient of theirs would count where the host clips by the norm."""
     matrices = []
     for delta in deltas:
-        blocks = [delta.block(i) for i in penalised(delta)]
-        matrices.append(joined([full(b["A"]) for b in blocks], dim=0))
-        matrices.append(joined([full(b["B"]) for b in blocks], dim=1).mT)
+        frozen = {id(p) for p in delta.frozen_parameters()}
+        blocks = [
+            {letter: full(p.detach() if id(p) in frozen else p) for letter, p in delta.block(i).items()}
+            for i in penalised(delta)
+        ]
+        matrices.append(joined([b["A"] for b in blocks], dim=0))
+        matrices.append(joined([b["B"] for b in blocks], dim=1).mT)
     return matrices
 
 
@@ -35,7 +41,7 @@ def gates(deltas: Sequence[BlockDelta]) -> list[nn.Parameter]:
     return [delta.block(i)["E"] for delta in deltas for i in penalised(delta)]
 
 
-def penalty_value(deltas: Sequence[BlockDelta], rule: PenaltyRule) -> Tensor:
+def penalty_value(deltas: Sequence[BlockDelta], rule: Penalty) -> Tensor:
     """weight · R, differentiable."""
     if rule.form == "l1":
         return rule.weight * mean_size([full(e) for e in gates(deltas)])
@@ -43,13 +49,13 @@ def penalty_value(deltas: Sequence[BlockDelta], rule: PenaltyRule) -> Tensor:
 
 
 @torch.no_grad()
-def add_penalty(deltas: Sequence[BlockDelta], rule: PenaltyRule, *, scale: float = 1.0) -> None:
+def add_penalty(deltas: Sequence[BlockDelta], rule: Penalty, *, scale: float = 1.0) -> None:
     """Add scale · ∂(weight · R) to `.grad` of every parameter it concerns that may move."""
-    still = {id(p) for delta in deltas for p in delta.still()}
+    frozen = {id(p) for delta in deltas for p in delta.frozen_parameters()}
     there: list[Tensor] = []
     added: list[Tensor] = []
     for p, grad in gradients(deltas, rule, scale):
-        if id(p) in still or not p.requires_grad:
+        if id(p) in frozen or not p.requires_grad:
             continue
         if p.grad is None:
             p.grad = laid_out_like(grad.contiguous(), p)
@@ -60,7 +66,7 @@ def add_penalty(deltas: Sequence[BlockDelta], rule: PenaltyRule, *, scale: float
         torch._foreach_add_(there, added)
 
 
-def gradients(deltas: Sequence[BlockDelta], rule: PenaltyRule, scale: float) -> list[tuple[nn.Parameter, Tensor]]:
+def gradients(deltas: Sequence[BlockDelta], rule: Penalty, scale: float) -> list[tuple[nn.Parameter, Tensor]]:
     """Every parameter the penalty concerns, with scale · ∂(weight · R), whole."""
     if rule.form == "l1":
         found = gates(deltas)

@@ -1,8 +1,7 @@
 """What a step looked like: in short for the files of a run, in full for tests and papers."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from ..deltas import BlockDelta, Status
 from .births import created
@@ -14,14 +13,12 @@ if TYPE_CHECKING:
 def snapshot(controller: "Controller") -> dict[str, dict[str, Any]]:
     """Rank and importance of every module now: {name: {"rank", "importance"}}.
 
-    importance = sensitivity · uncertainty, the moving averages that allocators see (they stand still once the budget
-    is spent); None for methods that score nothing.
+    importance: what allocators see (it no longer changes once the budget is spent); None for methods without scores.
     """
-    scored = controller.method.score is not None
-    importance = (controller.sensitivity * controller.uncertainty).tolist()
+    importance: Sequence[float | None] = controller.importance() or [None] * len(controller.names)
     return {
-        name: {"rank": delta.rank, "importance": importance[i] if scored else None}
-        for i, (name, delta) in enumerate(zip(controller.names, controller.deltas, strict=True))
+        name: {"rank": delta.rank, "importance": value}
+        for name, delta, value in zip(controller.names, controller.deltas, importance, strict=True)
     }
 
 
@@ -43,27 +40,24 @@ def birth_factors(controller: "Controller") -> dict[int, float]:
     return {born: births.factors(born, step)[0] for born in sorted(known) if 0 <= born < step}
 
 
-def record(controller: "Controller", ranks_before: dict[str, int], scores: Tensor | None) -> dict[str, Any]:
+def record(controller: "Controller", ranks_before: dict[str, int]) -> dict[str, Any]:
     """One entry of `controller.records`.
 
-        {"step": g, "modules": {name: {"score", "sensitivity", "uncertainty", "importance", "rank", "grown",
-                                       "lr_factor": {"lora_A0": …, …}}}}
+        {"step": g, "modules": {name: {"rank", "grown", "importance", "lr_factor": {"lora_A0": …, …},
+                                       "score", "sensitivity", "uncertainty"}}}
 
-    score: of this step, None where none was taken.   importance: with this step's score.
     rank: after this step's event.   grown: ranks added by it.   lr_factor: learning rate with which this step moved
     each live tensor, in units of the host's peak (`published` clock) or of the host's current rate (`ramp`).
+    score: of this step, None where none was taken; like the averages only there if a rule scores modules.
     """
-    sensitivity, uncertainty = controller.sensitivity.tolist(), controller.uncertainty.tolist()
-    values = None if scores is None else scores.tolist()
+    details = [rule.details() for rule in controller.rules]
     modules = {
         name: now
         | {
-            "score": None if values is None else values[i],
-            "sensitivity": sensitivity[i],
-            "uncertainty": uncertainty[i],
             "grown": now["rank"] - ranks_before[name],
             "lr_factor": _factors(controller, controller.deltas[i]),
         }
+        | {key: values[i] for of_rule in details for key, values in of_rule.items()}
         for i, (name, now) in enumerate(snapshot(controller).items())
     }
     return {"step": controller.step, "modules": modules}

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ...deltas import Inputs, Patches, Tokens, Vectors
 from ...errors import ConfigError
-from ...methods import Method
 from ...registry import METHODS
 from .quantised import is_plain, is_quantised, stored_dtype
 
@@ -94,15 +93,16 @@ def pair(found: tuple[int, ...]) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def check_readable(method: Method, name: str, inputs: Inputs) -> None:
-    """Raise ConfigError if this method's deltas cannot meet what a module reads, naming the methods whose can."""
-    if isinstance(inputs, method.reads):
+def check_readable(config: Any, name: str, inputs: Inputs) -> None:
+    """Raise ConfigError, naming methods that can, if the config's method cannot adapt a module with such inputs."""
+    reads = config.settings_cls.reads
+    if isinstance(inputs, reads):
         return
-    others = [key for key, settings in METHODS.items() if isinstance(inputs, settings().method(1, 1).reads)]
-    own = ", ".join(KINDS[kind] for kind in method.reads)
+    others = [method for method, settings in METHODS.items() if isinstance(inputs, settings.reads)]
+    own = ", ".join(KINDS[kind] for kind in reads)
     raise ConfigError(
-        f"{name} is {KINDS[type(inputs)]}, which {method.name} cannot adapt ({own}): leave it out of `target_modules`, "
-        f"add it to `modules_to_save`, or choose among {', '.join(others)}"
+        f"{name} is {KINDS[type(inputs)]}, which {config.method_name} cannot adapt ({own}): leave it out of "
+        f"`target_modules`, add it to `modules_to_save`, or choose among {', '.join(others)}"
     )
 
 

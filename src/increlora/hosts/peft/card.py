@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from ...decide.budget import Budget
 from ...naming import natural, places, short
 
 BEGIN, END = "<!-- increlora: begin (rewritten by save_pretrained) -->", "<!-- increlora: end -->"
@@ -89,11 +90,16 @@ def section(config: Any) -> str:
 def figures(config: Any) -> str:
     """Ranks and parameters in use, against the budget."""
     ranks = config.ranks
-    budget = config.settings().method(len(ranks), sum(map(sum, config.shapes.values()))).budget
+    budget = budget_of(config)
     return (
         f"{len(ranks)} modules hold {sum(ranks.values()):,} ranks{limit(budget.ranks)} and {config.parameters:,} "
         f"parameters{limit(budget.parameters)}; a module has {span(list(ranks.values()))}."
     )
+
+
+def budget_of(config: Any) -> Budget:
+    """As the config tells it; none if it was written before configs did."""
+    return Budget(config.budget.get("ranks"), config.budget.get("parameters"))
 
 
 def limit(budget: int | None) -> str:

@@ -43,7 +43,7 @@ INSTEAD = {
 # What we write into a config: (type, a value for none)
 OURS: dict[str, Any] = {
     "ranks": (dict, dict), "blocks": (dict, dict), "shapes": (dict, dict), "inputs": (dict, dict),
-    "parameters": (int, int), "increlora_version": (str | None, lambda: None),
+    "parameters": (int, int), "budget": (dict, dict), "increlora_version": (str | None, lambda: None),
 }  # fmt: skip
 
 
@@ -54,11 +54,13 @@ class UnknownOptionError(ConfigError, TypeError):
 class MethodConfig(LoraConfig):
     """Abstract: what all our configs add to LoraConfig.
 
-    Ours to write: shapes, (in, out) of each module, and inputs, of those that read no vectors; and, kept up to date
-    while training: ranks, the active rank of each; blocks, the states of its blocks; parameters, how many count in all.
+    Ours to write: shapes, (in, out) of each module, and inputs, of those that read no vectors; budget, in ranks and
+    parameters; and, kept up to date while training: ranks, the active rank of each; blocks, the states of its blocks;
+    parameters, how many count in all.
     """
 
-    settings_cls: type
+    settings_cls: Any
+    method_name: str
 
     def __post_init__(self) -> None:
         refuse_unsupported(self)  # first: what peft says of such an option is how to use it
@@ -119,13 +121,13 @@ def check_folder(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{weights} is damaged or truncated ({error}); restore it from a copy") from error
 
 
-def derive(name: str, settings_cls: type) -> type:
+def derive(name: str, method: str, settings_cls: type) -> type:
     """A peft config class named `name` with the settings' fields, picklable by name."""
     added: list[Any] = [(f.name, f.type, field(default=f.default)
                          if f.default is not MISSING else field(default_factory=f.default_factory))
                         for f in fields(settings_cls)]  # fmt: skip
     added += [(name, kind, field(default_factory=nothing)) for name, (kind, nothing) in OURS.items()]
-    namespace = {"settings_cls": settings_cls, "__doc__": settings_cls.__doc__}
+    namespace = {"settings_cls": settings_cls, "method_name": method, "__doc__": settings_cls.__doc__}
     config_cls = make_dataclass(name, added, bases=(MethodConfig,), namespace=namespace)
     config_cls.__module__ = __name__
     config_cls.__init__ = naming_nearest(config_cls.__init__, name)  # type: ignore[misc]
@@ -177,7 +179,8 @@ def names_of(method: str, settings_cls: type) -> tuple[str, str]:
 
 TYPE_NAMES = dict(names_of(method, settings_cls) for method, settings_cls in METHODS.items())
 CONFIGS: dict[str, type] = {
-    TYPE_NAMES[name]: with_paper(derive(name, settings_cls))
-    for (name, _), settings_cls in ((names_of(*item), item[1]) for item in METHODS.items())
+    TYPE_NAMES[name]: with_paper(derive(name, method, settings_cls))
+    for method, settings_cls in METHODS.items()
+    for name, _ in [names_of(method, settings_cls)]
 }
 globals().update({config_cls.__name__: config_cls for config_cls in CONFIGS.values()})  # pickle looks for them here

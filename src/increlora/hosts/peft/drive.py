@@ -1,15 +1,12 @@
 """What users call on a model: attach it to an optimizer, and see where its ranks are."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from ...errors import ConfigError
 from ...runtime import Controller, attach_controller, controllers_of
-from .layer import AdapterLayer, adapter_layers, adapters_of
-from .live import drive, shared_parameters
+from .layer import adapters_of, handle_of
 
 
 def attach(
@@ -27,20 +24,11 @@ def attach(
         record: keep one entry per step in `controller.records`.
     Raises: DriveError (no or several adapters; LBFGS; not all parameters held), ScheduleError, BudgetError.
     """
-    if not controllers_of(model):
-        _drive_copies(model)
+    if not controllers_of(model):  # a copied or unpickled model
+        for handle in adapters_of(model).values():
+            if not handle.config.inference_mode:
+                handle.drive()
     return attach_controller(model, optimizer, total_steps=total_steps, record=record)
-
-
-def _drive_copies(model: nn.Module) -> None:
-    """Copied or unpickled models have adapters without controllers: give them new ones."""
-    configs = getattr(model, "peft_config", {})
-    for adapter, config in configs.items():
-        layers = adapter_layers(model, adapter)
-        if not layers or config.inference_mode:
-            continue
-        totals = [(layer.in_features + layer.out_features) for layer in layers.values()]
-        drive(model, adapter, config, config.settings().method(len(totals), sum(totals)))
 
 
 @dataclass(frozen=True)
@@ -110,23 +98,6 @@ class RankSummary:
 
 def rank_summary(model: nn.Module, adapter_name: str | None = None) -> RankSummary:
     """Where the rank is now. `adapter_name`: default the active one. Raises ConfigError if there is no such adapter."""
-    chosen = chosen_adapter(model, adapter_name)
-    deltas = [layer.delta(chosen) for layer in adapter_layers(model, chosen).values()]
-    uniform = sum(d.in_features + d.out_features for d in deltas)
-    budget = _config(model, chosen).settings().method(len(deltas), uniform).budget
-    modules = [ModuleRanks(d.name, d.rank, d.reserve, d.capacity, d.cost) for d in deltas]
-    return RankSummary(tuple(modules), budget.ranks, budget.parameters, shared_parameters(model, chosen))
-
-
-def chosen_adapter(model: nn.Module, adapter_name: str | None) -> str:
-    """`adapter_name`, or the active adapter of ours. Raises ConfigError if there is no such adapter."""
-    names = adapters_of(model)
-    active = [n for m in model.modules() if isinstance(m, AdapterLayer) for n in m.active_adapters if n in names]
-    chosen = adapter_name or (active[0] if active else None)
-    if chosen is None or chosen not in names:
-        raise ConfigError(f"no increlora adapter named {chosen!r} in this model; it has {sorted(names) or 'none'}")
-    return chosen
-
-
-def _config(model: nn.Module, adapter_name: str) -> Any:
-    return model.peft_config[adapter_name]  # type: ignore[index]
+    handle = handle_of(model, adapter_name)
+    modules = [ModuleRanks(d.name, d.rank, d.reserve, d.capacity, d.cost) for d in handle.deltas.values()]
+    return RankSummary(tuple(modules), handle.budget.ranks, handle.budget.parameters, handle.shared_parameters)

@@ -14,6 +14,7 @@ from ...errors import ConfigError
 from ...ops.fused_linear import Pending, computed
 from .bases import read
 from .fused import pending
+from .handle import Handle
 from .mixed import check_mixed
 from .quantised import NOTHING_LOST, Before, Rounding, remember, rounding, working_dtype
 
@@ -21,13 +22,18 @@ LINEAR = (nn.Linear, Conv1D)  # exactly these: what is derived from them may com
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):
-    """What peft's loops visit to switch, freeze, cast, delete and merge adapters.   lora_delta: by adapter."""
+    """What peft's loops visit to switch, freeze, cast, delete and merge adapters.
+
+    Attributes:
+        lora_delta: by adapter.   handles: by adapter, its owner, the same in all layers.
+    """
 
     adapter_layer_names = ("lora_delta",)
 
     def __init__(self) -> None:
         super().__init__()
         self.lora_delta = nn.ModuleDict()
+        self.handles: dict[str, Handle] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -165,9 +171,28 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, AdapterLaye
     return {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer) and adapter_name in m.lora_delta}
 
 
-def adapters_of(model: nn.Module) -> set[str]:
-    """Names of the adapters that some layer holds."""
-    return {name for m in model.modules() if isinstance(m, AdapterLayer) for name in m.lora_delta}
+def adapters_of(model: nn.Module) -> dict[str, Handle]:
+    """The adapters that some layer holds, by name."""
+    layers = (m for m in model.modules() if isinstance(m, AdapterLayer))
+    return {name: layer.handles[name] for layer in layers for name in layer.lora_delta}
+
+
+def chosen_adapter(model: nn.Module, adapter_name: str | None) -> str:
+    """`adapter_name`, or the active adapter of ours. Raises ConfigError if there is no such adapter."""
+    for module in model.modules():
+        if isinstance(module, AdapterLayer):
+            wanted = [adapter_name] if adapter_name else module.active_adapters
+            if name := next((name for name in wanted if name in module.lora_delta), None):
+                return name
+    known = sorted(adapters_of(model)) or "none"
+    raise ConfigError(f"no increlora adapter named {adapter_name!r} in this model; it has {known}")
+
+
+def handle_of(model: nn.Module, adapter_name: str | None = None) -> Handle:
+    """The owner of an adapter, by default of the active one. Raises ConfigError if there is no such adapter."""
+    name = chosen_adapter(model, adapter_name)
+    layers = (m for m in model.modules() if isinstance(m, AdapterLayer) and name in m.lora_delta)
+    return next(layers).handles[name]
 
 
 def check_name(adapter_name: str) -> None:

@@ -11,13 +11,18 @@ from torch import Tensor, nn
 
 from ...deltas import BlockDelta, Delta, Stored
 from ...errors import ConfigError
-from ...methods import Site
-from ...runtime import Controller
-from ...structural.lorta.heads import complete_config
 from . import checkpoint, weighted
-from .bases import check_in_memory, check_matched, check_readable, is_all_linear, is_called, read
-from .layer import AdapterLayer, SharedFactors, TunerLayer, adapters_of, check_name, layer_over
-from .live import blocks_of, drive, live_states
+from .bases import check_in_memory, check_matched, is_all_linear, is_called, read
+from .handle import Handle, Place, described_states
+from .layer import (
+    AdapterLayer,
+    SharedFactors,
+    TunerLayer,
+    adapter_layers,
+    adapters_of,
+    check_name,
+    layer_over,
+)
 from .mixed import copies_of, mixed_batch
 from .quantised import backend_of, check_mergeable, keep_layout, warn_of_rounding, working_dtype
 
@@ -43,29 +48,29 @@ class AdapterModel(BaseTuner):
             check_matched(peft_config, model)
         if not (peft_config.inference_mode or self._low_memory):
             check_in_memory(bases)
-        complete_config(peft_config, model, bases)
-        self._peers = tuple((name, *read(base, name)[:2]) for name, base in bases.items())
-        self._totals = len(bases), sum(m + n for _, m, n in self._peers)
-        self._method = peft_config.settings().method(max(1, len(bases)), max(1, self._totals[1]))
-        sites = [self._site(name, base) for name, base in bases.items()]
-        shared = self._method.make_shared(sites) if self._method.make_shared is not None else None
-        self.__dict__["_shared"] = shared  # no part of the tuner: the model will own it
-        self._deltas = {name: self._make_delta(peft_config, name, base) for name, base in bases.items()}
+        for option, value in peft_config.settings().completed(model, bases).items():
+            setattr(peft_config, option, value)
+        self._handle = Handle(peft_config, [place_of(name, base) for name, base in bases.items()])
+        for name, delta in self._handle.deltas.items():
+            self._take_over(peft_config, name, delta)
         contents = vars(peft_config).pop("contents", None)
         if contents and not getattr(model, "_checkpoint_conversion_mapping", None):  # its keys are renamed on loading
-            stored: dict[str, Stored] = {**self._deltas, **({SHARED: self._shared} if self._shared else {})}
-            checkpoint.check_contents(contents, stored, model, peft_config.modules_to_save or ())
-        if self._deltas and self._method.adaptive and not peft_config.inference_mode:
-            Controller(self._method, blocks_of(self._deltas))  # a trial: it refuses a budget that does not fit
+            shared = {SHARED: self._handle.shared} if self._handle.shared is not None else {}
+            checkpoint.check_contents(
+                contents, {**self._handle.deltas, **shared}, model, peft_config.modules_to_save or ()
+            )
+        if bases and not peft_config.inference_mode:
+            self._handle.check()
 
     def _keep_placeable(self, peft_config: Any, model: nn.Module) -> None:
         """Of all linear modules target those that the method can adapt."""
-        found = self._targets(peft_config, model)
-        method = peft_config.settings().method(1, 1)
-        placed = [name for name, base in found.items() if method.places(name) and is_called(base)]
+        found, settings = self._targets(peft_config, model), peft_config.settings()
+        placed = [name for name, base in found.items() if settings.places(name) and is_called(base)]
         if found and not placed:
             first = next(iter(found))
-            raise ConfigError(f"{method.name} can place none of the linear modules of this model ({first}, …)")
+            raise ConfigError(
+                f"{peft_config.method_name} can place none of the linear modules of this model ({first}, …)"
+            )
         if placed != list(found):
             peft_config.target_modules = set(placed)
 
@@ -95,12 +100,15 @@ class AdapterModel(BaseTuner):
         layer = target if isinstance(target, AdapterLayer) else layer_over(target)
         layer.quantization_backend = backend_of(layer.get_base_layer(), self.model)  # type: ignore[assignment]
         peft_config.fan_in_fan_out = peft_config.fan_in_fan_out or layer.transposed
-        delta = self._deltas.pop(current_key, None)
+        handle = self._handle
+        delta = handle.deltas.get(current_key)
         if delta is None:  # found by the keys of a state dict, not by `target_modules`
-            delta = self._make_delta(peft_config, current_key, layer.get_base_layer())
-        if self._shared is not None:
-            self._own_shared(adapter_name, self._shared, layer, peft_config.inference_mode)
+            delta = handle.make_delta(handle.site(place_of(current_key, layer.get_base_layer())))
+            self._take_over(peft_config, current_key, delta)
+        if handle.shared is not None:
+            self._own_shared(adapter_name, handle.shared, layer, peft_config.inference_mode)
         layer.lora_delta[adapter_name] = delta.to("meta") if self._low_memory else delta
+        layer.handles[adapter_name] = handle
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
@@ -110,20 +118,13 @@ class AdapterModel(BaseTuner):
         """peft also copies weights; ours are wrapped and unwrapped as they are, and packed ones have none to copy."""
         setattr(parent, child_name, new_module)
 
-    def _site(self, name: str, base: nn.Module, shared: Stored | None = None) -> Site:
-        in_features, out_features, inputs = read(base, name)
-        check_readable(self._method, name, inputs)
-        return Site(name, in_features, out_features, *self._totals, working_dtype(base), self._peers, shared, inputs)
-
-    def _make_delta(self, peft_config: Any, name: str, base: nn.Module) -> Delta:
-        delta = self._method.make_delta(self._site(name, base, self._shared))
-        if len(self.peft_config) > 1 and isinstance(delta, BlockDelta):
-            # a second adapter made from a live config starts at the ranks of the first
-            delta.status = live_states(peft_config, name, delta) or delta.status
-        twin = self._twin(peft_config, name)
-        if twin is not None and isinstance(delta, BlockDelta):
-            delta.resemble(twin)
-        return delta
+    def _take_over(self, peft_config: Any, name: str, delta: Delta) -> None:
+        """A further adapter made from the live config of another one starts at its ranks."""
+        if not isinstance(delta, BlockDelta) or len(self.peft_config) == 1:
+            return
+        delta.status = described_states(peft_config, name, delta) or delta.status
+        if (twin := self._twin(peft_config, name)) is not None:
+            delta.copy_state_from(twin)
 
     def _twin(self, peft_config: Any, name: str) -> Any:
         """Delta of another adapter here that has this very config object. So trainers make a reference: they add an
@@ -144,8 +145,11 @@ class AdapterModel(BaseTuner):
         keep_layout(model)
         config = self.peft_config[adapter_name]
         config.increlora_version = version("increlora")
+        handle = self.__dict__.pop("_handle")
+        handle.deltas = {layer.delta(adapter_name).name: layer.delta(adapter_name)
+                         for layer in adapter_layers(model, adapter_name).values()}  # fmt: skip
         if not config.inference_mode:
-            drive(model, adapter_name, config, self._method)
+            handle.drive()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -172,6 +176,8 @@ class AdapterModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        for layer in self._layers().values():
+            layer.handles.pop(adapter_name, None)
         owner = getattr(self.model, SHARED, None)
         if owner is not None and not owner.lora_delta:
             delattr(self.model, SHARED)
@@ -204,6 +210,9 @@ class AdapterModel(BaseTuner):
     def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor],
                                 unwanted_adapter_names: list[str]) -> dict[str, Tensor]:  # fmt: skip
         checkpoint.check_ends_unmerged(model)
+        handle = adapters_of(model).get(adapter_name)
+        if handle is not None:
+            handle.describe()  # the config is written next
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return checkpoint.compact(model, adapter_name, selected)
 
@@ -217,3 +226,8 @@ class AdapterModel(BaseTuner):
         checkpoint.fit(model, adapter_name, state_dict, trainable=not config.inference_mode)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return checkpoint.complete(model, adapter_name, remapped)
+
+
+def place_of(name: str, base: nn.Module) -> Place:
+    """A module of a model as a place for a delta. Raises ConfigError for one that is no linear map."""
+    return Place(name, *read(base, name), working_dtype(base))

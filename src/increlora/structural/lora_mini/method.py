@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ...decide.budget import Budget
-from ...deltas import Status
+from ...deltas import Status, Vectors
 from ...errors import ConfigError
-from ...methods.base import Method, Site, matching
+from ...methods.base import Method, Settings, Site, matching
 from ...methods.checks import check_choices, check_counts, check_patterns, check_shares
 from ...methods.initial import Shape, gaussian, narrowed, zeros
 from ...methods.scaling import fixed, scale_of
@@ -31,7 +31,7 @@ from .delta import FourFactorDelta
 
 
 @dataclass(frozen=True)
-class LoraMini:
+class LoraMini(Settings):
     """Settings of LoRA-Mini. The published ones are not known: every default is ours.
 
     Attributes:
@@ -51,6 +51,8 @@ class LoraMini:
         rank_pattern, alpha_pattern: other ranks r ≥ 1 and α, by module name or its ending (regex, first match).
         init_lora_weights: False draws B at random too (for tests).   seed: of the initial values.
     """
+
+    reads = (Vectors,)
 
     r: int = 8
     lora_alpha: float = 8

@@ -8,21 +8,23 @@ from torch import nn
 
 from ...errors import ConfigError
 from .attention import blocks
+from .settings import LortaSettings
 
 
-def complete_config(config: Any, model: nn.Module, targets: Iterable[str]) -> None:
-    """Fill in `heads`, `head_dim` and `layers`, if the config has them and they are None. What is not known stays None.
+def completed(settings: LortaSettings, model: nn.Module, targets: Iterable[str]) -> dict[str, Any]:
+    """`heads`, `head_dim` and `layers`, where they were left out. What is not known stays None.
 
     Raises ConfigError where encoder and decoder have different heads, or fused projections are not stacked."""
-    if not hasattr(config, "head_dim"):
-        return
     described = text_config(model)
     check_stacked(described)
-    if config.heads is None:
+    if settings.heads is None:
         check_uniform(described)
-    config.heads = config.heads or getattr(described, "num_attention_heads", None)
-    config.head_dim = config.head_dim or head_dim(described, config.heads)
-    config.layers = config.layers or stack(model, targets, config.matrices) or None
+    heads = settings.heads or getattr(described, "num_attention_heads", None)
+    return {
+        "heads": heads,
+        "head_dim": settings.head_dim or head_dim(described, heads),
+        "layers": settings.layers or stack(model, targets, settings.matrices) or None,
+    }
 
 
 def text_config(model: nn.Module) -> Any:

@@ -12,11 +12,12 @@ Source: LoRTA (arXiv 2410.04060), from its abstract and published code. Differs:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...decide.budget import Budget
 from ...errors import ConfigError
@@ -25,6 +26,7 @@ from ...methods.scaling import scale_of
 from ...seeding import generator_of
 from .attention import ROLES, blocks, find, interleaved, key_heads, place
 from .delta import TensorBank, TensorDelta
+from .heads import completed
 from .settings import LortaSettings
 
 
@@ -32,18 +34,15 @@ class Lorta(LortaSettings):
     """Settings (see `LortaSettings`) and how they become a method."""
 
     def method(self, sites: int, uniform_parameters: int) -> Method:
-        return Method(
-            name="lorta",
-            make_delta=self._delta,
-            budget=Budget(None, self.r * uniform_parameters),
-            make_shared=self._bank,
-            places=self._places,
-        )
+        return Method("lorta", self._delta, Budget(None, self.r * uniform_parameters))
 
-    def _places(self, name: str) -> bool:
+    def places(self, name: str) -> bool:
         return find(name, self.matrices) is not None or interleaved(name)  # of these the refusal says why
 
-    def _bank(self, sites: Sequence[Site]) -> TensorBank:
+    def completed(self, model: nn.Module, targets: Iterable[str]) -> dict[str, Any]:
+        return completed(self, model, targets)
+
+    def make_shared(self, sites: Sequence[Site]) -> TensorBank:
         if not sites:
             raise ConfigError("LoRTA's factors have the shape of the modules they serve: name them in `target_modules`")
         first = sites[0]

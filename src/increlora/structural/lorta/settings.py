@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from ...deltas import Vectors
 from ...errors import ConfigError
+from ...methods.base import Settings
 from ...methods.checks import check_choices, check_counts, check_shares, check_weight
 from .attention import ROLES
 
 
 @dataclass(frozen=True)
-class LortaSettings:
+class LortaSettings(Settings):
     """Every option of LoRTA; by name or its ending (regex, first match) a module may have its own α.
 
     Attributes:
@@ -30,6 +32,8 @@ class LortaSettings:
         matrices: what modules are, by the ending of their names: `q`, `k`, `v`, `o`, or several of q, k and v for
             stacked outputs (`qkv`); looked at before the known names.
     """
+
+    reads = (Vectors,)
 
     r: int = 8
     lora_alpha: float = 8

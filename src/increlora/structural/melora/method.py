@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any, Self
 
 from ...decide.budget import Budget
-from ...deltas import BlockDelta, LowRankDelta, Status
+from ...deltas import BlockDelta, LowRankDelta, Status, Vectors
 from ...errors import ConfigError
-from ...methods.base import Method, Site, matching
+from ...methods.base import Method, Settings, Site, matching
 from ...methods.checks import check_counts, check_patterns, check_shares
 from ...methods.initial import gaussian, kaiming, zeros
 from ...methods.scaling import fixed, scale_of
@@ -25,7 +25,7 @@ from .delta import BlockDiagonalDelta
 
 
 @dataclass(frozen=True)
-class Melora:
+class Melora(Settings):
     """Settings of MELoRA; by name or its ending (regex, first match) a module may have its own.
 
     Attributes:
@@ -36,6 +36,8 @@ class Melora:
         rank_pattern, alpha_pattern: other ranks r ≥ 1 and α.
         init_lora_weights: False draws B at random too (for tests).   seed: of the initial values.
     """
+
+    reads = (Vectors,)
 
     r: int = 8
     minis: int = 2

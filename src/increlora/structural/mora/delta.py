@@ -23,6 +23,7 @@ from ...deltas.base import check_shape
 from ...deltas.blocks import BlockDelta
 from ...errors import CheckpointError
 from ...ops.fused_linear import Pending, computed
+from ...ops.parallel import full
 from .maps import Groups, Layout, Lengthen, Pairing, Rotate, Shorten, shuffled
 
 Operator = Literal["truncation", "sharing", "decoupling", "rotation"]
@@ -171,17 +172,18 @@ class SquareDelta(BlockDelta):
         """Finished rounds."""
         return 0 if self.lora_past is None else len(self.lora_past)
 
-    def resemble(self, twin: BlockDelta) -> None:
-        super().resemble(twin)
-        past = getattr(twin, PAST)
+    def copy_state_from(self, other: BlockDelta) -> None:
+        super().copy_state_from(other)
+        past = getattr(other, PAST)
         self.lora_past = None if past is None else past.clone()
 
     @torch.no_grad()
-    def restart(self, learnt: Tensor) -> None:
-        """Begin a round: `learnt`, the whole of M, joins the past, and M is zero. ΔW stays what it is."""
+    def restart(self) -> nn.Parameter:
+        """Begin a round: M joins the past, and is zero. ΔW stays what it is. Returns M."""
         past = [] if self.lora_past is None else [self.lora_past]
-        self.lora_past = torch.cat([*past, learnt.unsqueeze(0)])
+        self.lora_past = torch.cat([*past, full(self.lora_M0.detach()).unsqueeze(0)])
         self.lora_M0.zero_()
+        return self.lora_M0
 
     # -- computation ---------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from ...deltas import Status
 from ...errors import ConfigError
 from ...methods.base import Method, Site
 from ...methods.initial import gaussian, zeros
-from ...methods.rules import Restarts
+from ...rules import Restart
 from .delta import Form, SquareDelta
 from .settings import ROUNDS, TYPES, MoraSettings
 
@@ -34,7 +34,7 @@ class Mora(MoraSettings):
             make_delta=self._delta,
             budget=Budget(None, None if self.side == "round" else parameters),
             clock=self._clock if restarts else None,
-            prune=Restarts(self._schedule) if restarts else None,
+            rules=(Restart(self._schedule),) if restarts else (),
             total_steps=self.total_steps,
         )
 

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from ...decide.schedules import Run, Time, in_steps
+from ...deltas import Vectors
 from ...errors import ConfigError
+from ...methods.base import Settings
 from ...methods.checks import check_choices, check_counts, check_shares
 from .delta import Form, Operator
 from .maps import Layout, Pairing
@@ -23,7 +25,7 @@ GOES_WITH = {
 
 
 @dataclass(frozen=True)
-class MoraSettings:
+class MoraSettings(Settings):
     """Every option of MoRA. Times are steps (int) or shares of the run (float in [0, 1]).
 
     Size
@@ -49,6 +51,8 @@ class MoraSettings:
     Run
         total_steps: optimizer steps of the run, where nobody else can tell.   seed: of permutations.
     """
+
+    reads = (Vectors,)
 
     r: int = 8
     lora_alpha: float = 8

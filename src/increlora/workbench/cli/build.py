@@ -8,7 +8,6 @@ from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...decide.schedules import Run
 from ...errors import ConfigError
 from ...runtime import controllers_of
 from ..tasks import Task, find_task, load_model, load_task
@@ -29,11 +28,17 @@ def adapted(settings: TrainSettings, model: nn.Module) -> Any:
     kind = find_task(settings.task).task_type  # SEQ_CLS: the head is trained, too
     config = settings.peft_config(target_modules(settings.target_modules, model), task_type=kind)
     if settings.target_modules is None:
-        places = config.settings().method(1, 1).places
+        places = config.settings().places
         config.target_modules = {name for name in config.target_modules if places(name)}
     with warnings.catch_warnings():  # peft 0.21 reads a property by the name it had before transformers 5.23
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(model, config)
+
+
+def check_schedule(model: nn.Module, steps: int) -> None:
+    """Raise ScheduleError or BudgetError if a rule cannot do its work in a run of so many steps."""
+    for controller in controllers_of(model):
+        controller.forecast(steps)
 
 
 def target_modules(chosen: str | None, model: nn.Module) -> str | list[str]:
@@ -62,12 +67,3 @@ def set_head_dropout(model: nn.Module, share: float) -> None:
         for attribute in ("p", "drop_prob"):
             if hasattr(module, attribute):
                 setattr(module, attribute, share)
-
-
-def check_schedule(model: nn.Module, steps: int) -> None:
-    """Ask every schedule for its events in a run of so many steps. Raises ScheduleError if one falls short."""
-    for controller in controllers_of(model):
-        if controller.method.events is not None and not controller.finished:
-            controller.method.events(Run(steps, len(controller.names)), controller.holdings(), 0)
-        if controller.pruner is not None:
-            controller.pruner.check(Run(steps, len(controller.names)))

@@ -1,6 +1,5 @@
 """`increlora inspect`: where the rank of an adapter folder is."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +7,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ...decide.budget import Budget
 from ...export.adapters import Adapter, adapter_folder, read_adapter
 from ...export.lora_format import SAFETENSORS_WEIGHTS_NAME, read_shapes
 from ...hosts.peft.config import CONFIGS
@@ -29,27 +27,18 @@ def inspect(
 def totals(adapter: Adapter, folder: Path) -> Table:
     """Ranks, parameters, layout and size."""
     ranks = list(adapter.ranks.values())
-    budget = budget_of(adapter, {name: A.shape[1] + B.shape[0] for name, (A, B) in adapter.factors.items()})
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(overflow="fold")
     table.add_row("type", f"{adapter.kind}, {layout(adapter, folder)}")
     table.add_row("base", str(adapter.config.base_model_name_or_path or "not named"))
     spread = f"mean {sum(ranks) / len(ranks):.2f}, from {min(ranks)} to {max(ranks)}"
-    table.add_row("ranks", f"{sum(ranks):,}{of(budget.ranks)} over {len(ranks)} modules: {spread}")
-    table.add_row("parameters", f"{adapter.parameters:,}{of(budget.parameters)}")
+    table.add_row("ranks", f"{sum(ranks):,}{of(adapter.budget.ranks)} over {len(ranks)} modules: {spread}")
+    table.add_row("parameters", f"{adapter.parameters:,}{of(adapter.budget.parameters)}")
     if adapter.others:
         table.add_row("beside it", f"{sum(t.numel() for t in adapter.others.values()):,} parameters trained in full")
     table.add_row("file", f"{(folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size:,} bytes")
     return table
-
-
-def budget_of(adapter: Adapter, costs: Mapping[str, int]) -> Budget:
-    """The budget of an adapter of ours; others have none."""
-    if adapter.kind not in CONFIGS:
-        return Budget(None)
-    budget: Budget = adapter.config.settings().method(len(costs), sum(costs.values())).budget
-    return budget
 
 
 def layout(adapter: Adapter, folder: Path) -> str:

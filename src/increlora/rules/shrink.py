@@ -1,64 +1,100 @@
-"""Pruning by gates that are pulled to zero (SoRA).
+"""Gates that are pulled to zero after every step; a rank whose gate is zero does not count (SoRA).
 
     before the step   what weight decay is about to take from the gates is noted
     after the step    that is given back · e ← shrink(e, ξ) · cut due? which gates are left → what counts
     settled           nothing shrinks any more; gates of what does not count stay zero, and are not computed
 
+At a budget ξ is chosen at each cut: |e| of the largest gate that has to go by the next one / steps until then.
 One pass serves all gates; only a cut waits for the device.
+Statistics of a module: at how many cuts in a row each rank did not count, and the threshold in force.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from ...decide.budget import Budget
-from ...decide.projections import shrink_together, zero_dropped
-from ...decide.schedules import CubicDecay, Levels, Run
-from ...deltas import BlockDelta
-from ...errors import BudgetError, CheckpointError
-from ...methods import GateShrinking
-from ...ops.parallel import full, local
-from .base import Change
-from .kept import KeptRanks, dtype_of, e_of
+from ..decide.allocation import Holding
+from ..decide.budget import Budget
+from ..decide.feasibility import check_pruning
+from ..decide.projections import shrink_together, zero_dropped
+from ..decide.schedules import CubicDecay, Levels, Run
+from ..errors import BudgetError
+from ..ops.parallel import full, local
+from .base import Change, Deltas, Forecast, Runner, Step, dtype_of, finished
+from .kept import KeptRanks, check_statistics, e_of, forecast_cuts, start_of
 
 
-class GatePruner:
-    """Shrinks the gates e of one-block deltas, and counts the ranks whose gate is left. See `GateShrinking`.
+@dataclass(frozen=True)
+class Shrink:
+    """Shrink the gates, and count the ranks whose gate is left.
 
-    Statistics of a module: at how many cuts in a row each rank did not count, and the threshold in force.
+    Attributes:
+        shrink: (gates, threshold) → gates; see `projections`.
+        schedule: (run, ranks at the start, ranks at the end) → when ranks are counted, how many may stay, and when that
+            is final.
+        thresholds: run → threshold of every step; None: chosen at each cut so that as many gates as must go reach zero
+            by the next one, and the budget is met exactly.
+        keep: as in `Keep`, of |gate|; for budgets.
+        by_rate: the threshold is a multiple of the gates' learning rate.
+        close_after: a rank that did not count at so many cuts in a row is not computed any more; None: only what does
+            not count at the last cut.
     """
 
-    reads_inputs = False
+    shrink: Callable[[Tensor, float], Tensor]
+    schedule: Callable[[Run, int, int], CubicDecay]
+    thresholds: Callable[[Run], Levels] | None
+    keep: Callable[[Sequence[Sequence[float]], Sequence[int], Budget], list[list[bool]]]
+    by_rate: bool = False
+    close_after: int | None = None
 
-    def __init__(self, rule: GateShrinking, budget: Budget, deltas: Mapping[str, BlockDelta]) -> None:
-        target = budget if rule.thresholds is None else Budget(0)  # a given threshold leaves what it leaves
-        self.rule, self.ranks = rule, KeptRanks(target, deltas)
-        self.names, self.deltas = list(deltas), list(deltas.values())
+    def target(self, budget: Budget) -> Budget:
+        """What will be left: the budget; a given threshold leaves what it leaves."""
+        return budget if self.thresholds is None else Budget(0)
+
+    def check(self, holdings: Sequence[Holding], budget: Budget) -> None:
+        check_pruning(holdings, self.target(budget))
+
+    def bind(self, deltas: Deltas, budget: Budget, slot: int) -> "Shrinker":
+        return Shrinker(self, deltas, budget, slot)
+
+
+class Shrinker(Runner):
+    """Runner of `Shrink`, for one-block deltas with gates e."""
+
+    def __init__(self, rule: Shrink, deltas: Deltas, budget: Budget, slot: int) -> None:
+        super().__init__(deltas, slot)
+        self.rule, self.ranks = rule, KeptRanks(rule.target(budget), self.deltas)
         self.gates: set[int] = set()  # ids of their parameters
         self.schedule: CubicDecay | None = None
         self.levels: Levels | None = None
         self.moved: list[tuple[list[Tensor], float | Tensor]] = []  # gates that this step moves, and at what rate
         self.open: list[Tensor] = []  # 0 for what is not computed; empty where all is
         self.decayed: list[tuple[list[Tensor], list[Tensor]]] = []
-        for delta in self.deltas:
-            if len(delta.statistics) != len(delta.kept) + 1:
-                delta.statistics = torch.zeros(len(delta.kept) + 1, dtype=dtype_of(delta))
+        rule.check(start_of(deltas), budget)
+        self.reserve_statistics(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        return [len(delta.kept) + 1 for delta in self.deltas]
 
     @property
-    def settled(self) -> bool:
+    def done(self) -> bool:
         return self.ranks.settled
 
     # -- one run -------------------------------------------------------------------------------------------------
 
-    def check(self, run: Run) -> None:
-        if not self.settled:
-            _, levels = self._plan(run)
-            self._check_not_all_at_once(levels)
+    def forecast(self, holdings: Sequence[Holding], run: Run, first: int = 0) -> Forecast:
+        if self.done:
+            return Forecast((), tuple(holdings))
+        cubic, levels = self._plan(run)
+        self._check_not_all_at_once(levels)
+        if levels is not None:
+            return Forecast((), tuple(holdings), exact=False)
+        return forecast_cuts(cubic, self.ranks, holdings, first)
 
     def _plan(self, run: Run) -> tuple[CubicDecay, Levels | None]:
         schedule = self.rule.schedule(run, *self.ranks.span)
@@ -68,16 +104,16 @@ class GatePruner:
     def _check_not_all_at_once(self, levels: Levels | None) -> None:
         if levels is None or self.rule.by_rate or e_of(self.deltas[0]).is_meta:  # a dry run has shapes alone
             return
-        threshold, largest = max(levels.values), max(max(of_module) for of_module in self._sizes())
+        threshold, largest = max(levels.values), max(max(of_module) for of_module in self._gate_sizes())
         if self.rule.shrink(torch.tensor(largest), threshold) == 0:
             raise BudgetError(
                 f"threshold={threshold} is not below the largest gate of the model ({largest:.3g}): one step would "
                 f"remove every rank; lower `threshold`, or leave it out to meet a budget"
             )
 
-    def start(self, run: Run, *, first: int) -> None:
+    def start(self, run: Run, first: int) -> None:
         self.gates = {id(e_of(delta)) for delta in self.deltas}  # sharding has put others in their place
-        if not self.settled:
+        if not self.done:
             self.schedule, self.levels = self._plan(run)
             if first == 0:
                 self._begin()
@@ -89,37 +125,21 @@ class GatePruner:
         self._check_not_all_at_once(self.levels)
         for delta in self.deltas:
             delta.kept, delta.closed = [True] * len(delta.kept), []
-            delta.statistics = torch.zeros(len(delta.kept) + 1, dtype=dtype_of(delta))
+            delta.statistics[self.slot] = torch.zeros(len(delta.kept) + 1, dtype=dtype_of(delta))
 
     def _read_statistics(self) -> None:
         """They are read and written on the host, at cuts only."""
-        self.idle: list[list[int]] = []
-        for name, delta in zip(self.names, self.deltas, strict=True):
-            if len(delta.statistics) != len(delta.kept) + 1:
-                raise CheckpointError(
-                    f"{name}: {len(delta.statistics)} statistics were loaded, {len(delta.kept) + 1} are needed: the "
-                    f"adapter file is damaged"
-                )
-            delta.statistics = delta.statistics.to("cpu")
-            self.idle.append([int(count) for count in delta.statistics[:-1]])
-        self.threshold = float(self.deltas[0].statistics[-1])
+        check_statistics(self, self._sizes())
+        self.idle = [[int(count) for count in values[:-1].tolist()] for values in self.statistics()]
+        self.threshold = float(self.statistics()[0][-1])
         self._lay_out_open()
 
     # -- one step ------------------------------------------------------------------------------------------------
 
-    def collect(self, module: int, x: Tensor) -> None:
-        raise NotImplementedError
-
-    def forget(self) -> None:
-        pass
-
-    def restored(self) -> None:
-        pass
-
     @torch.no_grad()
-    def before_step(self, step: int, optimizer: Optimizer, *, scale: float) -> None:
+    def before_step(self, step: Step) -> None:
         self.moved, self.decayed = [], []
-        for group in optimizer.param_groups:
+        for group in step.optimizer.param_groups:
             gates = [local(p.detach()) for p in group["params"] if id(p) in self.gates and p.grad is not None]
             if gates:
                 self.moved.append((gates, group["lr"]))
@@ -127,10 +147,10 @@ class GatePruner:
                     self.decayed.append((gates, list(torch._foreach_mul(gates, share))))
 
     @torch.no_grad()
-    def after_step(self, step: int) -> Sequence[Change]:
+    def after_step(self, step: int) -> list[Change]:
         for gates, decay in self.decayed:
             torch._foreach_add_(gates, decay)
-        if self.settled:
+        if self.done:
             self.ranks.project()
             return []
         assert self.schedule is not None
@@ -139,7 +159,7 @@ class GatePruner:
         if self.schedule.due(step):
             return self._cut(step, self.schedule)
         if step == self.schedule.warmup:
-            self._choose_threshold(step, self.schedule, self._sizes())
+            self._choose_threshold(step, self.schedule, self._gate_sizes())
         return []
 
     def _shrink(self, step: int) -> None:
@@ -154,7 +174,7 @@ class GatePruner:
 
     def _cut(self, step: int, schedule: CubicDecay) -> list[Change]:
         """Say which ranks count: those whose gate is left, or as many of the largest as the budget pays for now."""
-        sizes = self._sizes()
+        sizes = self._gate_sizes()
         if self.levels is not None:
             kept = [[size > 0 for size in of_module] for of_module in sizes]
             self._check_some_left(step, kept)
@@ -165,9 +185,9 @@ class GatePruner:
         self.ranks.project()
         self._close()
         self._choose_threshold(step, schedule, sizes)
-        return changes
+        return changes + (finished(self.deltas) if self.done else [])
 
-    def _sizes(self) -> list[list[float]]:
+    def _gate_sizes(self) -> list[list[float]]:
         """|gate| of every rank, module by module, the same on every process; −1 for what is not computed."""
         parts = [full(e_of(delta).detach()).flatten() for delta in self.deltas]
         flat = torch.cat([part.to(parts[0].device) for part in parts]).cpu().double().abs().tolist()
@@ -206,7 +226,8 @@ class GatePruner:
         going = min(going, len(left))
         self.threshold = left[going - 1] / (schedule.next(step) - step) if going else 0.0
         for delta, idle in zip(self.deltas, self.idle, strict=True):
-            delta.statistics = torch.tensor([*map(float, idle), self.threshold], dtype=dtype_of(delta))
+            values = [*map(float, idle), self.threshold]
+            delta.statistics[self.slot] = torch.tensor(values, dtype=dtype_of(delta))
 
 
 def decoupled_decay(group: Mapping[str, Any]) -> float:

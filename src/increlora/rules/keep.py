@@ -1,72 +1,95 @@
-"""Pruning of ranks by the sensitivity of their entries (AdaLoRA).
+"""Cuts: start with more ranks than may stay, and keep those that matter most (AdaLoRA).
 
-    before the step   entry sensitivities |w_t · g_t|, if the rule looks then
-    after the step    … |w_{t+1} · g_t| otherwise · cut due? scores → what stays → e of the rest becomes 0
-    settled           e of what was dropped is set to 0 again after every step; nothing is scored any more
+    every step     I ← β₁ I + (1−β₁) |w ∘ g|    U ← β₂ U + (1−β₂) | |w ∘ g| − I |       for every entry w of A, e and B
+    cut due?       S_i = s(e_i) + mean_j s(A_ij) + mean_j s(B_ji), s = I · U → what stays; e of the rest becomes 0
+    settled        e of what was dropped is set to 0 again after every step; nothing is scored any more
 
 One call of a `torch._foreach_` function serves all tensors; only a cut waits for the device.
+Statistics of a module: I, then U, of A, e and B.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from ...decide.budget import Budget
-from ...decide.schedules import CubicDecay, Run
-from ...decide.scores import smooth_entries, triplet_scores
-from ...deltas import BlockDelta
-from ...errors import CheckpointError
-from ...methods import RankPruning
-from ...ops.parallel import full, mean_over_processes
-from .base import Change
-from .kept import KeptRanks, dtype_of
+from ..decide.allocation import Holding
+from ..decide.budget import Budget
+from ..decide.feasibility import check_pruning
+from ..decide.schedules import CubicDecay, Run
+from ..decide.scores import smooth_entries, triplet_scores
+from ..ops.parallel import full, mean_over_processes
+from .base import Change, Deltas, Forecast, Runner, Step, dtype_of, finished
+from .kept import KeptRanks, check_statistics, forecast_cuts, start_of
 
 
-class RankPruner:
-    """Keeps the most important ranks of one-block deltas with parameters A, E and B. See `RankPruning`."""
+@dataclass(frozen=True)
+class Keep:
+    """Keep the ranks that matter, by the sensitivity of each entry of their parameters.
 
-    reads_inputs = False
+    Attributes:
+        schedule: (run, ranks at the start, ranks at the end) → how many may stay at each step.
+        keep: (scores of the ranks by module, parameters of one rank by module, budget now) → which stay.
+        observe: entries are scored as |w_t · g_t|, `before_step`, or as |w_{t+1} · g_t|, `after_step` (published code).
+        beta, beta_uncertainty: moving averages, see `scores.smooth_entries`.
+    """
 
-    def __init__(self, rule: RankPruning, budget: Budget, deltas: Mapping[str, BlockDelta]) -> None:
-        self.rule, self.ranks = rule, KeptRanks(budget, deltas)
-        self.names, self.deltas = list(deltas), list(deltas.values())
+    schedule: Callable[[Run, int, int], CubicDecay]
+    keep: Callable[[Sequence[Sequence[float]], Sequence[int], Budget], list[list[bool]]]
+    observe: Literal["before_step", "after_step"] = "before_step"
+    beta: float = 0.85
+    beta_uncertainty: float = 0.85
+
+    def check(self, holdings: Sequence[Holding], budget: Budget) -> None:
+        check_pruning(holdings, budget)
+
+    def bind(self, deltas: Deltas, budget: Budget, slot: int) -> "Keeper":
+        return Keeper(self, deltas, budget, slot)
+
+
+class Keeper(Runner):
+    """Runner of `Keep`, for one-block deltas with parameters A, E and B."""
+
+    def __init__(self, rule: Keep, deltas: Deltas, budget: Budget, slot: int) -> None:
+        super().__init__(deltas, slot)
+        self.rule, self.ranks = rule, KeptRanks(budget, self.deltas)
         self.schedule: CubicDecay | None = None
-        for delta in self.deltas:
-            if len(delta.statistics) != statistics_of(delta):
-                delta.statistics = torch.zeros(statistics_of(delta), dtype=dtype_of(delta))
+        rule.check(start_of(deltas), budget)
+        self.reserve_statistics(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        """Two averages of every entry."""
+        return [2 * sum(p.numel() for p in delta.block(0).values()) for delta in self.deltas]
 
     @property
-    def settled(self) -> bool:
+    def done(self) -> bool:
         return self.ranks.settled
 
     # -- one run -------------------------------------------------------------------------------------------------
 
-    def check(self, run: Run) -> None:
-        if not self.settled:
-            self.rule.schedule(run, *self.ranks.span)
+    def forecast(self, holdings: Sequence[Holding], run: Run, first: int = 0) -> Forecast:
+        if self.done:
+            return Forecast((), tuple(holdings))
+        return forecast_cuts(self.rule.schedule(run, *self.ranks.span), self.ranks, holdings, first)
 
-    def start(self, run: Run, *, first: int) -> None:
-        if not self.settled:
+    def start(self, run: Run, first: int) -> None:
+        if not self.done:
             self.schedule = self.rule.schedule(run, *self.ranks.span)
-            self._lay_out_statistics()
+            self._lay_out()
         self.ranks.lay_out()
 
-    def _lay_out_statistics(self) -> None:
+    def _lay_out(self) -> None:
         """Views of each module's flat statistics: sensitivity, then uncertainty, of A, E and B."""
+        check_statistics(self, self._sizes())
         self.parameters: list[nn.Parameter] = []
         self.sensitivity: list[Tensor] = []
         self.uncertainty: list[Tensor] = []
-        for name, delta in zip(self.names, self.deltas, strict=True):
+        for delta in self.deltas:
             parameters = list(delta.block(0).values())
-            if len(delta.statistics) != statistics_of(delta):
-                raise CheckpointError(
-                    f"{name}: {len(delta.statistics)} statistics were loaded, {statistics_of(delta)} are needed: the "
-                    f"adapter file is damaged"
-                )
-            delta.statistics = delta.statistics.to(parameters[0].device, dtype_of(delta))
-            parts = delta.statistics.split([p.numel() for p in parameters] * 2)
+            flat = delta.statistics[self.slot] = delta.statistics[self.slot].to(parameters[0].device, dtype_of(delta))
+            parts = flat.split([p.numel() for p in parameters] * 2)
             views = [part.view(p.shape) for part, p in zip(parts, parameters * 2, strict=True)]
             self.parameters += parameters
             self.sensitivity += views[: len(parameters)]
@@ -74,22 +97,13 @@ class RankPruner:
 
     # -- one step ------------------------------------------------------------------------------------------------
 
-    def collect(self, module: int, x: Tensor) -> None:
-        raise NotImplementedError
-
-    def forget(self) -> None:
-        pass
-
-    def restored(self) -> None:
-        pass
-
-    def before_step(self, step: int, optimizer: Optimizer, *, scale: float) -> None:
+    def before_step(self, step: Step) -> None:
         if self.rule.observe == "before_step":
-            self._observe(step, scale)
+            self._observe(step.number, step.gradient_scale)
 
     @torch.no_grad()
-    def after_step(self, step: int) -> Sequence[Change]:
-        if self.settled:
+    def after_step(self, step: int) -> list[Change]:
+        if self.done:
             self.ranks.project()
             return []
         if self.rule.observe == "after_step":
@@ -100,7 +114,7 @@ class RankPruner:
     @torch.no_grad()
     def _observe(self, step: int, scale: float) -> None:
         """Update the averages of every tensor that has a gradient; of the others they stay as they are."""
-        if self.settled or self.schedule is None or not self.schedule.observed(step):
+        if self.done or self.schedule is None or not self.schedule.observed(step):
             return
         there = [i for i, p in enumerate(self.parameters) if p.grad is not None]
         if not there:  # a step that was judged bad
@@ -124,7 +138,7 @@ class RankPruner:
         kept = self.rule.keep(scores, self.ranks.costs, self.ranks.budget(schedule.ranks(step)))
         changes = self.ranks.decide(kept, scores, settled=step >= schedule.last_cut)
         self.ranks.project()
-        return changes
+        return changes + (finished(self.deltas) if self.done else [])
 
     def scores(self) -> list[list[float]]:
         """Score of every rank, module by module, the same on every process."""
@@ -140,8 +154,3 @@ class RankPruner:
         device = found[0].device
         flat = mean_over_processes(torch.cat([found[i].to(device) for i in range(len(self.deltas))]))
         return [part.tolist() for part in flat.cpu().split([len(d.kept) for d in self.deltas])]
-
-
-def statistics_of(delta: BlockDelta) -> int:
-    """How many there are: two averages of every entry."""
-    return 2 * sum(p.numel() for p in delta.block(0).values())

@@ -3,56 +3,44 @@
     n_j = (Σ x_j²)^½        over all tokens of a step: micro-batches, uses of the module, processes
     N ← β N + (1 − β) n     for modules that were used; n the first time
 
-N of all modules is one flat tensor, of which `delta.statistics` are views; each ends with a 1 once its module was heard
-of. So a step costs one reduction per distinct input, one collective, a handful of further calls, and no waiting.
+N of all modules is one flat tensor, of which the modules' statistics are views; each ends with a 1 once its module was
+used. So a step costs one reduction per distinct input, one collective, a handful of further calls, and no waiting.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...deltas import BlockDelta, Inputs, Vectors
-from ...errors import CheckpointError
-from ...ops.parallel import in_process_group
-from .kept import dtype_of
+from ..deltas import BlockDelta, Inputs, Vectors
+from ..ops.parallel import in_process_group
+from .base import dtype_of
 
 
 class InputNorms:
     """Sums of squares since the last step, and N. Whether a module was used is counted on the device too, since in a
     process group only the sum over all processes tells."""
 
-    def __init__(self, deltas: Mapping[str, BlockDelta], *, beta: float) -> None:
-        self.names, self.deltas, self.beta = list(deltas), list(deltas.values()), beta
-        self.sizes = [delta.in_features + 1 for delta in self.deltas]
-        self.dtype = dtype_of(self.deltas[0])  # squares of half precision overflow above 255
+    def __init__(self, deltas: Sequence[BlockDelta], slot: int, *, beta: float) -> None:
+        self.deltas, self.slot, self.beta = deltas, slot, beta
+        self.sizes = [delta.in_features + 1 for delta in deltas]
+        self.dtype = dtype_of(deltas[0])  # squares of half precision overflow above 255
         self.sums: dict[int, Tensor] = {}
         self.latest: tuple[Tensor, int, Tensor] | None = None  # an input, its version, its squares
-        for delta, size in zip(self.deltas, self.sizes, strict=True):
-            if len(delta.statistics) != size:
-                delta.statistics = torch.zeros(size, dtype=self.dtype)
 
     def lay_out(self, *, afresh: bool) -> None:
-        """Gather the statistics in the flat tensor, where the parameters are; `afresh`: nothing has been heard yet.
-
-        Raises: CheckpointError for statistics of another length."""
-        for name, delta, size in zip(self.names, self.deltas, self.sizes, strict=True):
-            if len(delta.statistics) != size:
-                raise CheckpointError(
-                    f"{name}: {len(delta.statistics)} statistics were loaded, {size} are needed: the adapter file is "
-                    f"damaged"
-                )
+        """Gather the statistics in the flat tensor, where the parameters are; `afresh`: no module was used yet."""
         self.dtype = dtype_of(self.deltas[0])
         device = next(self.deltas[0].parameters()).device
-        self.flat = torch.cat([delta.statistics.to(device, self.dtype) for delta in self.deltas])
+        self.flat = torch.cat([delta.statistics[self.slot].to(device, self.dtype) for delta in self.deltas])
         if afresh:
             self.flat.zero_()
         for delta, view in zip(self.deltas, self.flat.split(self.sizes), strict=True):
-            delta.statistics = view
+            delta.statistics[self.slot] = view
         sizes = torch.tensor(self.sizes)
         ends = sizes.cumsum(0) - 1
-        self.flag = ends.repeat_interleave(sizes).to(device)  # where the module of an entry says if it was heard
+        self.flag = ends.repeat_interleave(sizes).to(device)  # where the module of an entry says if it was used
         self.is_flag = torch.zeros(len(self.flat), dtype=torch.bool).index_fill_(0, ends, True).to(device)
         self.used = self.flat.new_ones(1)
         self.unused = self.flat.new_zeros(max(self.sizes))
@@ -79,16 +67,16 @@ class InputNorms:
 
     def update(self) -> None:
         """N ← lerp(N, n, 1 − β); a collective in a process group. A step with a non-finite sum changes nothing."""
-        sums = torch.cat([part for i in range(len(self.deltas)) for part in self._heard(i)])
+        sums = torch.cat([part for i in range(len(self.deltas)) for part in self._sums(i)])
         if in_process_group():
             dist.all_reduce(sums)
         new = torch.where(self.is_flag, sums.sign(), sums.sqrt())
         new = torch.where(sums.isfinite().all(), new, self.flat)
-        heard = sums.index_select(0, self.flag).clamp_(max=1)
+        used = sums.index_select(0, self.flag).clamp_(max=1)
         before = self.flat.index_select(0, self.flag)
-        self.flat.lerp_(new, heard * (1 - self.beta * before))
+        self.flat.lerp_(new, used * (1 - self.beta * before))
 
-    def _heard(self, module: int) -> tuple[Tensor, ...]:
+    def _sums(self, module: int) -> tuple[Tensor, ...]:
         if module not in self.sums:
             return (self.unused[: self.sizes[module]],)
         return self.sums[module].to(self.flat), self.used

@@ -1,0 +1,115 @@
+"""The one owner of an adapter: its config, the method made of it once, its deltas, and its controller."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...decide.budget import Budget
+from ...deltas import BlockDelta, Delta, Inputs, Status, Stored, Vectors
+from ...deltas.inputs import VECTORS, as_json
+from ...methods import Site
+from ...rules import holding_of
+from ...runtime import Controller, register
+from .. import transformers as trainer_host
+from .bases import check_readable
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module that gets a delta, as a linear map; dtype: of the delta's parameters."""
+
+    name: str
+    in_features: int
+    out_features: int
+    inputs: Inputs = VECTORS
+    dtype: torch.dtype | None = None
+
+
+class Handle:
+    """One adapter of one model, or of a folder.
+
+    Attributes:
+        config: the peft config.   method: made of it, once.   deltas: by module name, in model order.
+        shared: parameters that all modules share, or None.   controller: drives the adapter while it can be trained;
+            copies of a model do not copy it.
+    Raises: ConfigError, BudgetError if the method cannot be had at these places.
+    """
+
+    def __init__(self, config: Any, places: Iterable[Place]) -> None:
+        places = list(places)
+        self.config = config
+        self.controller: Controller | None = None
+        self.peers = tuple((p.name, p.in_features, p.out_features) for p in places)
+        self.totals = max(1, len(places)), max(1, sum(m + n for _, m, n in self.peers))
+        settings = config.settings()
+        self.method = settings.method(*self.totals)
+        sites = [self.site(place) for place in places]
+        self.shared: Stored | None = settings.make_shared(sites)
+        self.deltas: dict[str, Delta] = {site.name: self.make_delta(site) for site in sites}
+
+    def site(self, place: Place) -> Site:
+        """Raises ConfigError if the method's deltas cannot meet what the module reads."""
+        check_readable(self.config, place.name, place.inputs)
+        return Site(
+            place.name, place.in_features, place.out_features, *self.totals, place.dtype, self.peers,
+            inputs=place.inputs,
+        )  # fmt: skip
+
+    def make_delta(self, site: Site) -> Delta:
+        return self.method.make_delta(replace(site, shared=self.shared))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"controller": None}
+
+    @property
+    def blocks(self) -> dict[str, BlockDelta]:
+        """The deltas that have blocks: of an adaptive method all."""
+        return {name: delta for name, delta in self.deltas.items() if isinstance(delta, BlockDelta)}
+
+    @property
+    def budget(self) -> Budget:
+        return self.method.budget
+
+    @property
+    def shared_parameters(self) -> int:
+        """How many numbers the modules share."""
+        return sum(p.numel() for p in self.shared.parameters()) if self.shared is not None else 0
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers count against a budget: those of the active ranks, and the shared ones."""
+        return self.shared_parameters + sum(delta.rank * delta.cost for delta in self.deltas.values())
+
+    def check(self) -> None:
+        """Raise BudgetError if the budget cannot be met from this start."""
+        self.method.check([holding_of(name, delta) for name, delta in self.blocks.items()])
+
+    def drive(self) -> None:
+        """Give the adapter its controller, if its method needs one."""
+        trainer_host.install()
+        if self.method.adaptive and self.deltas:
+            self.controller = Controller(self.method, self.blocks, on_change=self.describe)
+            register(self.controller)
+        self.describe()
+
+    def describe(self) -> None:
+        """Have the config say what the deltas are now: their states are the truth, the config repeats them."""
+        config, deltas, budget = self.config, self.deltas, self.budget
+        config.shapes = {name: [delta.in_features, delta.out_features] for name, delta in deltas.items()}
+        config.inputs = {n: as_json(d.inputs) for n, d in deltas.items() if not isinstance(d.inputs, Vectors)}
+        config.ranks = {name: delta.rank for name, delta in deltas.items()}
+        config.blocks = {name: [int(s) for s in delta.status] for name, delta in self.blocks.items()}
+        config.parameters = self.parameters
+        config.budget = {"ranks": budget.ranks, "parameters": budget.parameters}
+
+
+def described_states(config: Any, name: str, delta: BlockDelta) -> list[Status] | None:
+    """The block states in a copy of a live config; None if a change of its options (`dataclasses.replace`) made other
+    blocks."""
+    states = [Status(s) for s in config.blocks.get(name, ())]
+    if len(states) != len(delta.sizes):
+        return None
+    rank = sum(size for size, state in zip(delta.sizes, states, strict=True) if state is Status.ACTIVE)
+    return states if rank == config.ranks[name] else None

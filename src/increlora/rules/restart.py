@@ -1,0 +1,86 @@
+"""Restarts: what was learnt is put aside and stays part of the function; learning begins anew at zero (ReMoRA).
+
+    after the step    restart due? the trained matrix joins the past of its module and becomes zero · its optimizer
+                      state is dropped · its learning rate rises anew, by the method's clock
+
+No rank changes, and neither does the function.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..decide.allocation import Holding
+from ..decide.budget import Budget
+from ..decide.schedules import RestartSteps, Run
+from .base import Change, Deltas, Forecast, Runner, Step
+
+
+class Restartable(Protocol):
+    """A delta that can begin a round."""
+
+    born: list[int]
+
+    def restart(self) -> nn.Parameter:
+        """Put aside what was learnt; returns the parameter that is zero now."""
+        ...
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Begin a round in all modules at once, again and again.
+
+    Attributes:
+        schedule: run → when.
+    """
+
+    schedule: Callable[[Run], RestartSteps]
+
+    def check(self, holdings: Sequence[Holding], budget: Budget) -> None:
+        """Ranks stay what they are."""
+
+    def bind(self, deltas: Deltas, budget: Budget, slot: int) -> "Restarter":
+        return Restarter(self, deltas, slot)
+
+
+class Restarter(Runner):
+    """Runner of `Restart`, for deltas that are `Restartable`."""
+
+    def __init__(self, rule: Restart, deltas: Deltas, slot: int) -> None:
+        super().__init__(deltas, slot)
+        self.rule = rule
+        self.rounds = [cast(Restartable, delta) for delta in self.deltas]
+        self.schedule: RestartSteps | None = None
+        self.optimizer: Optimizer | None = None  # during a step
+        self.next = 0
+        self.reserve_statistics([0] * len(self.deltas))
+
+    @property
+    def done(self) -> bool:
+        return self.schedule is not None and self.schedule.over(self.next)
+
+    def forecast(self, holdings: Sequence[Holding], run: Run, first: int = 0) -> Forecast:
+        self.rule.schedule(run)
+        return Forecast((), tuple(holdings))
+
+    def start(self, run: Run, first: int) -> None:
+        self.schedule, self.next = self.rule.schedule(run), first
+
+    def before_step(self, step: Step) -> None:
+        self.optimizer = step.optimizer
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> list[Change]:
+        assert self.schedule is not None and self.optimizer is not None
+        optimizer, self.optimizer = self.optimizer, None
+        self.next = step + 1
+        if not self.schedule.due(step):
+            return []
+        for delta in self.rounds:
+            optimizer.state.pop(delta.restart(), None)
+            delta.born[0] = step
+        return [Change(i, 0, kind="restart") for i in range(len(self.rounds))]
