@@ -64,14 +64,15 @@ def recorded(steps: int, batch: int, r: int, seed: int) -> tuple[list[Tensor], l
         optimizer, lambda step: min(1.0, step / (0.06 * steps)) * (1 - step / steps)
     )
     controller = attach(model.train(), optimizer, record=True)
-    allocate, decisions = controller.method.allocate, []
+    grower: Any = controller.rules[0]
+    allocate, decisions = grower.rule.allocate, []
 
     def noted(importance: Sequence[float], holdings: Sequence[Holding]) -> Plan:
         plan = allocate(importance, holdings)
         decisions.append(Decision(controller.step, holdings, {grant.module for grant in plan.grants}))
         return plan
 
-    controller.method = replace(controller.method, allocate=noted)
+    grower.rule = replace(grower.rule, allocate=noted)
     loader = DataLoader(task.train, batch, shuffle=True, collate_fn=task.collate)
     for inputs in chain.from_iterable(repeat(loader)):
         model(**inputs).loss.backward()

@@ -94,17 +94,22 @@ def drive(session: Session, steps: int) -> None:
         controller = attach(session.model, session.optimizer, total_steps=steps)
     except increlora.errors.DriveError:  # ranks are fixed and nothing is driven
         return
-    known = {"events": 0, "tapping": controller.tapping}
+    known = {"events": 0, "seeing": seeing(controller)}
 
     def phase() -> str:
-        happened, scored = len(controller.events) > known["events"], known["tapping"]
-        known.update(events=len(controller.events), tapping=controller.tapping)
+        happened, scored = len(controller.events) > known["events"], known["seeing"]
+        known.update(events=len(controller.events), seeing=seeing(controller))
         if happened:
             return "event"
-        settled = controller.pruner.settled if controller.pruner is not None else controller.finished
+        settled = controller.finished
         return "scored" if scored and not settled else "after the budget" if settled else "between events"
 
     session.phase = phase
+
+
+def seeing(controller: Any) -> bool:
+    """Is the next step scored?"""
+    return any("gradients" in rule.wants for rule in controller.rules)
 
 
 def ours(name: str, **options: Any) -> Subject:

@@ -16,7 +16,7 @@ from increlora.deltas import LowRankDelta
 from increlora.methods import Prilora, Site
 from increlora.ops.parallel import full
 from increlora.runtime import controllers_of
-from increlora.runtime.pruning.inputs import InputNorms
+from increlora.rules.input_norms import InputNorms
 from tests.distributed.fsdp_worker import sharded
 from tests.distributed.launch import report
 from tests.distributed.pruning_worker import Batch, batches_of, optimizer_of
@@ -60,7 +60,7 @@ def outcome(model: nn.Module, gone: list[Tensor]) -> dict[str, Any]:
     return {
         "zeros": torch.stack(gone),
         "parameters": {n: full(p.detach()).clone() for n, p in model.named_parameters() if ".lora_delta." in n},
-        "statistics": torch.cat([d.statistics for d in controller.deltas]),
+        "statistics": torch.cat([d.statistics[0] for d in controller.deltas]),
     }
 
 

@@ -87,13 +87,13 @@ def resume(checkpoint: Path, process: int, first: int) -> dict[str, Any]:
     dcp.load(state, checkpoint_id=checkpoint)
     set_model_state_dict(model, state["model"])
     controller = controllers_of(model)[0]
-    before = controller.step, dict(controller.ranks), controller.sensitivity.tolist()
+    before = controller.step, dict(controller.ranks), [float(values[0]) for values in controller.rules[0].statistics()]
     moments = {"optimizer": get_optimizer_state_dict(model, optimizer)}  # here torch steps once, with learning rate 0
     invented = with_state(model, optimizer)
     dcp.load(moments, checkpoint_id=checkpoint)
     # not strict: torch would insist on a state for every parameter with requires_grad
     set_optimizer_state_dict(model, optimizer, moments["optimizer"], options=StateDictOptions(strict=False))
-    after = controller.step, dict(controller.ranks), controller.sensitivity.tolist()
+    after = controller.step, dict(controller.ranks), [float(values[0]) for values in controller.rules[0].statistics()]
     found = {"before": before, "after": after, "driven": controller.driven, "invented": invented}
     found["owners"] = with_state(model, optimizer)
     return found | asdict(run(model, batches_of(process), optimizer=optimizer, first=first))

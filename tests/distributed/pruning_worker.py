@@ -64,7 +64,7 @@ def outcome(model: nn.Module) -> dict[str, Any]:
     return {
         "kept": {name: list(d.kept) for name, d in zip(controller.names, controller.deltas, strict=True)},
         "parameters": {n: full(p.detach()).clone() for n, p in model.named_parameters() if ".lora_delta." in n},
-        "statistics": torch.cat([d.statistics for d in controller.deltas]),
+        "statistics": torch.cat([d.statistics[0] for d in controller.deltas]),
         "events": [(e.step, e.kind, e.module, e.ranks) for e in controller.events],
     }
 

@@ -113,7 +113,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def follow(controller: Controller, log: Log, replay: Grants | None) -> None:
     """Note every plan in the log; with `replay` those plans are made instead of the allocator's own."""
-    allocate, forced = controller.method.allocate, iter(replay or [])
+    grower, forced = controller.rules[0], iter(replay or [])
+    allocate = grower.rule.allocate
 
     def noted(importance, holdings) -> Plan:
         plan = allocate(importance, holdings)
@@ -122,7 +123,7 @@ def follow(controller: Controller, log: Log, replay: Grants | None) -> None:
         log.grants.append([(g.module, g.blocks[0], g.ranks) for g in plan.grants])
         return plan
 
-    controller.method = replace(controller.method, allocate=noted)
+    grower.rule = replace(grower.rule, allocate=noted)
 
 
 def forced_plan(grants: list[tuple[int, int, int]], *, last: bool) -> Plan:

@@ -49,7 +49,7 @@ def train(folder: Path, checkpoint: Path | None = None) -> dict[str, Any]:
         "ranks": {m.module: m.active for m in summary.modules},
         "budget": summary.budget_ranks,
         "events": [(e.step, e.kind, e.module, e.ranks) for e in controller.events],
-        "averages": [controller.sensitivity.tolist(), controller.uncertainty.tolist()],
+        "averages": [controller.rules[0].averages[:, 0].tolist(), controller.rules[0].averages[:, 1].tolist()],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "equal": same_everywhere(model),
         "parameters": adapter(model),

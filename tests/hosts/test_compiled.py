@@ -68,7 +68,7 @@ def test_a_score_that_is_not_due_costs_no_product(monkeypatch: pytest.MonkeyPatc
     taken: list[int] = []
     model = built("increlora")
     monkeypatch.setattr(
-        "increlora.runtime.taps.sensitivity",
+        "increlora.rules.grow.sensitivity",
         lambda *args, **kwargs: taken.append(1) or torch.ones((), dtype=torch.float64),
     )
     trained(model, torch.compile(model, backend="aot_eager", fullgraph=True))

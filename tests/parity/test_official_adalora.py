@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from increlora import AdaLoraConfig, attach, regularization_loss
 from increlora.runtime import Controller
-from increlora.runtime.pruning import RankPruner
+from increlora.rules.keep import Keeper
 from tests.parity.test_official_increlora import set_initial
 from tests.reference.official_adalora import OfficialConfig, Step, run_official
 from tests.reference.toy import gaussian_initial, toy_batches, toy_loss, toy_network
@@ -86,9 +86,9 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def statistics(controller: Controller, which: str) -> dict[str, Tensor]:
-    assert isinstance(controller.pruner, RankPruner)
+    assert isinstance(controller.rules[0], Keeper)
     names = [f"{name}.lora_{letter}" for name in controller.names for letter in "AEB"]
-    return dict(zip(names, getattr(controller.pruner, which), strict=True))
+    return dict(zip(names, getattr(controller.rules[0], which), strict=True))
 
 
 def check(t: int, controller: Controller, theirs: Step) -> None:

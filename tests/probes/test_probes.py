@@ -205,7 +205,7 @@ def weighted_adapters_are_untrained(patch: Patch) -> None:
 
 
 def state_is_not_loaded(patch: Patch) -> None:
-    patch.setattr(BlockDelta, "set_extra_state", lambda self, state: setattr(self, "remembered", []))
+    patch.setattr(BlockDelta, "set_extra_state", lambda self, state: setattr(self, "steps", 0))
 
 
 def checkpointing_stays_off(patch: Patch) -> None:

@@ -183,7 +183,7 @@ class Grower(Runner):
         self.scores = None
         if self.score_due(step.number):
             signed = self.rule.score.kind == "signed"
-            measure = self._signed if signed else self._tallied
+            measure = self._signed if signed else self.module_score
             found = [measure(i) for i in range(len(self.deltas))]
             device = next((s.device for s in found if s is not None), torch.device("cpu"))
             missing = torch.full((), torch.nan, dtype=self.averages.dtype, device=device)
@@ -192,7 +192,7 @@ class Grower(Runner):
             scores = scores / (step.gradient_scale if signed else step.loss_scale())
             self.scores = mean_over_processes(torch.where(step.finite.to(device), scores, torch.nan))
 
-    def _tallied(self, module: int) -> Tensor | None:
+    def module_score(self, module: int) -> Tensor | None:
         """Score since the last step; None if the module took no part."""
         tally, delta = self.tallies[module], self.deltas[module]
         if tally.parts:  # outside the backward pass, where parameters may be sharded

@@ -9,7 +9,7 @@ from torch import Tensor
 from increlora.decide import penalties
 from increlora.decide.penalties import gram_error, orthogonality, orthogonality_grad
 from increlora.deltas import BlockDelta, LowRankDelta, Status, TripletDelta
-from increlora.methods import PenaltyRule
+from increlora.methods import Penalty
 from increlora.runtime.penalty import add_penalty, penalty_value
 from tests.reference import naive
 
@@ -139,7 +139,7 @@ def deltas(kind: type[BlockDelta], *, learns: bool) -> list[BlockDelta]:
 @pytest.mark.parametrize("form", FORMS)
 def test_penalty_of_a_run(form, kind, learns: bool) -> None:
     """Active and reserve together make a matrix; its gradient, times the loss scale, is added to what may move."""
-    modules, rule = deltas(kind, learns=learns), PenaltyRule(0.3, form)
+    modules, rule = deltas(kind, learns=learns), Penalty(0.3, form)
     rows = [torch.cat([d.block(i)[letter].detach().T if letter == "B" else d.block(i)[letter].detach() for i in (0, 1)])
             for d in modules for letter in "AB"]  # fmt: skip
     value = penalty_value(modules, rule)

@@ -21,12 +21,12 @@ def test_blocks_by_state(kind) -> None:
     delta = build(kind, [ACTIVE, RESERVE, DORMANT], sizes=(2, 1, 3))
     assert (delta.rank, delta.capacity, delta.live, delta.scale) == (2, 6, [0, 1], 1.0)
     assert delta.indices(RESERVE, DORMANT) == [1, 2]
-    still = {id(p): n for n, p in delta.named_parameters() if any(p is q for q in delta.still())}
+    still = {id(p): n for n, p in delta.named_parameters() if any(p is q for q in delta.frozen_parameters())}
     expected = {f"lora_{letter}2" for letter in delta.letters}
     assert set(still.values()) == expected | ({"lora_E1"} if kind is TripletDelta else set())
     delta.reserve_learns = False
     assert delta.live == [0]
-    assert len(delta.still()) == 2 * len(delta.letters)
+    assert len(delta.frozen_parameters()) == 2 * len(delta.letters)
     delta.status[2] = RETIRED
     assert delta.capacity == 3
 
@@ -47,15 +47,15 @@ def test_every_block_can_be_set_by_name() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_extra_state_round_trip(kind) -> None:
     delta = build(kind, [ACTIVE, ACTIVE, RESERVE])
-    delta.born, delta.reserved, delta.remembered = [-1, 12, 20], [-1, 0, 12], [21.0, 0.1234567890123, 3e-9]
+    delta.born, delta.reserved, delta.steps = [-1, 12, 20], [-1, 0, 12], 21
     copy = build(kind, [DORMANT, DORMANT, DORMANT], seed=1)
     missing = copy.load_state_dict(delta.state_dict())
     assert not missing.missing_keys and not missing.unexpected_keys
     assert (copy.status, copy.born, copy.reserved) == (delta.status, delta.born, delta.reserved)
-    assert copy.remembered == delta.remembered
+    assert copy.steps == delta.steps
     assert torch.equal(copy.get_extra_state(), delta.get_extra_state())
     assert torch.equal(copy.weight(), delta.weight())
-    assert delta.get_extra_state().tolist() == [1, 21, 0.1234567890123, 3e-9, 2, 2, 1, -1, 12, 20, -1, 0, 12]
+    assert delta.get_extra_state().tolist() == [3, 21, 3, 2, 2, 1, -1, 12, 20, -1, 0, 12, 0, 0, 0]
 
 
 def test_blocks_unknown_to_a_checkpoint_stay_dormant() -> None:

@@ -83,7 +83,7 @@ def test_t13_factorised_equals_dense(kind, shape, states, learns: bool) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind, shape, states) -> None:
     delta = build(kind, states, shape=shape)
-    still = {id(p) for p in delta.still()}
+    still = {id(p) for p in delta.frozen_parameters()}
     names = [n for n, p in delta.named_parameters() if id(p) not in still]
     values = [p.detach().clone().requires_grad_() for n, p in delta.named_parameters() if n in names]
 

@@ -11,7 +11,7 @@ from increlora.decide.scores import weighted_magnitude
 from increlora.deltas import LowRankDelta
 from increlora.errors import BudgetError, ConfigError, ScheduleError
 from increlora.methods import Prilora, Site
-from increlora.runtime.pruning.inputs import InputNorms
+from increlora.rules.input_norms import InputNorms
 
 X1, X2 = [[3, 0, 1, 0], [4, 0, 0, 2]], [[0, 2, 1, 0], [0, 0, 0, 2]]
 A = [[0.1, 0.9, -0.5, 0.3], [-0.4, 0.2, 2, -0.1]]
@@ -52,31 +52,31 @@ def test_p2_p3_norms_and_their_average() -> None:
     delta = delta_of(Prilora(r=1))
     norms = norms_of(delta)
     step(norms, (0, tensor(X1)))
-    assert close(delta.statistics, [5, 0, 1, 2, 1])  # the first counts in full; the 1 says that there was one
+    assert close(delta.statistics[0], [5, 0, 1, 2, 1])  # the first counts in full; the 1 says that there was one
     step(norms, (0, tensor(X2)))
-    assert close(delta.statistics, [*N, 1])  # of zero init (0.45, 0.2, 0.19, 0.38), corrected (2.368, 1.053, 1, 2)
+    assert close(delta.statistics[0], [*N, 1])  # of zero init (0.45, 0.2, 0.19, 0.38), corrected (2.368, 1.053, 1, 2)
 
 
 def test_micro_batches_and_uses_add_squares_not_norms() -> None:
     one, two = delta_of(Prilora(r=1)), delta_of(Prilora(r=1))
     step(norms_of(one), (0, torch.cat([tensor(X1), tensor(X2)])))
     step(norms_of(two), (0, tensor(X1).unsqueeze(1)), (0, tensor(X2)))
-    assert close(one.statistics, [5, 2, 2**0.5, 8**0.5, 1]) and torch.equal(one.statistics, two.statistics)
+    assert close(one.statistics[0], [5, 2, 2**0.5, 8**0.5, 1]) and torch.equal(one.statistics[0], two.statistics[0])
 
 
 def test_modules_that_share_their_inputs_add_up_each_for_itself() -> None:
     deltas, x1, x2 = [delta_of(Prilora(r=1)) for _ in range(2)], tensor(X1), tensor(X2)
     step(norms_of(*deltas), (0, x1), (1, x1), (0, x2), (1, x2))
-    assert all(close(d.statistics, [5, 2, 2**0.5, 8**0.5, 1]) for d in deltas)
+    assert all(close(d.statistics[0], [5, 2, 2**0.5, 8**0.5, 1]) for d in deltas)
 
 
 def test_a_module_without_a_use_keeps_its_norms() -> None:
     deltas = [delta_of(Prilora(r=1)) for _ in range(2)]
     norms = norms_of(*deltas)
     step(norms, (1, tensor(X1)))
-    assert not deltas[0].statistics.any()
+    assert not deltas[0].statistics[0].any()
     step(norms, (0, tensor(X2)))  # its first
-    assert close(deltas[0].statistics, [0, 2, 1, 2, 1]) and close(deltas[1].statistics, [5, 0, 1, 2, 1])
+    assert close(deltas[0].statistics[0], [0, 2, 1, 2, 1]) and close(deltas[1].statistics[0], [5, 0, 1, 2, 1])
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
@@ -84,17 +84,17 @@ def test_a_step_with_an_input_that_is_not_finite_changes_nothing(bad: float) -> 
     deltas = [delta_of(Prilora(r=1)) for _ in range(2)]
     norms = norms_of(*deltas)
     step(norms, (0, tensor(X1)), (1, tensor(X1)))
-    before = [d.statistics.clone() for d in deltas]
+    before = [d.statistics[0].clone() for d in deltas]
     step(norms, (0, tensor([[1, bad, 1, 1]])), (1, tensor(X2)))
-    assert all(torch.equal(d.statistics, b) for d, b in zip(deltas, before, strict=True))
+    assert all(torch.equal(d.statistics[0], b) for d, b in zip(deltas, before, strict=True))
 
 
 def test_half_precision_inputs_are_squared_in_float32() -> None:
     delta = delta_of(Prilora(r=1)).float()
     norms = norms_of(delta)
     step(norms, (0, torch.full((100, 4), 300.0, dtype=torch.float16)))
-    assert delta.statistics.dtype == torch.float32
-    assert delta.statistics.tolist() == pytest.approx([3000] * 4 + [1])
+    assert delta.statistics[0].dtype == torch.float32
+    assert delta.statistics[0].tolist() == pytest.approx([3000] * 4 + [1])
 
 
 def test_one_reduction_serves_all_modules_that_read_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_one_reduction_serves_all_modules_that_read_a_tensor(monkeypatch: pytest
     reduce = torch.linalg.vector_norm
     monkeypatch.setattr(torch.linalg, "vector_norm", lambda *a, **k: calls.append(1) or reduce(*a, **k))
     step(norms, *((i, x.detach()) for i in range(3)))
-    assert len(calls) == 1 and all(close(d.statistics, [5, 0, 1, 2, 1]) for d in deltas)
+    assert len(calls) == 1 and all(close(d.statistics[0], [5, 0, 1, 2, 1]) for d in deltas)
     norms.collect(0, x)
     norms.collect(1, x.view(2, 4))
     assert len(calls) == 2  # a new step, a new look; a view of all of it is the same
@@ -179,15 +179,15 @@ def test_phases_without_prunings(options: dict, steps: list[int]) -> None:
 def test_a_run_without_any_pruning_is_refused(options: dict, run: int) -> None:
     method = Prilora(**options).method(2, 20)
     with pytest.raises(ScheduleError, match=f"no pruning falls into a run of {run} steps.*lower `interval_steps`"):
-        method.prune.schedule(Run(run, 2))
-    assert method.prune.schedule(Run(1000, 2)).first in (39, 79)
+        method.rules[0].schedule(Run(run, 2))
+    assert method.rules[0].schedule(Run(1000, 2)).first in (39, 79)
 
 
 @pytest.mark.parametrize("options", [{"interval_steps": 0.1}, {"warmup_steps": 0.1}, {"settle_steps": 10}])
 def test_an_unknown_length_names_the_remedies(options: dict) -> None:
     with pytest.raises(ScheduleError, match=r"`total_steps`.*increlora.attach.*Trainer"):
-        Prilora(**options).method(2, 20).prune.schedule(Run(None, 2))
-    assert Prilora().method(2, 20).prune.schedule(Run(None, 2)).last is None
+        Prilora(**options).method(2, 20).rules[0].schedule(Run(None, 2))
+    assert Prilora().method(2, 20).rules[0].schedule(Run(None, 2)).last is None
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_a_site_without_peers_has_the_mean_rank_as_far_as_its_shape_goes() -> No
 
 def test_nothing_to_prune_needs_nobody() -> None:
     method = Prilora(prune_share=0.0).method(2, 20)
-    assert method.prune is None and not method.adaptive
+    assert not method.rules and not method.adaptive
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [

@@ -118,7 +118,7 @@ def test_norms_are_those_of_the_input_before_dropout() -> None:
     with torch.random.fork_rng(devices=[]):
         train(model, steps=1)
     x = toy_batches(1, STEPS)[0][0][0]
-    first = controller_of(model).deltas[0].statistics
+    first = controller_of(model).deltas[0].statistics[0]
     torch.testing.assert_close(first[:-1], torch.linalg.vector_norm(x, dim=0), rtol=1e-12, atol=0)
 
 
@@ -212,13 +212,13 @@ def test_a_module_that_is_not_used_keeps_its_norms_and_one_never_used_its_entrie
     for seed in range(2):
         one_step(model, optimizer, seed)
     square, rare = controller_of(model).deltas
-    assert (square.lora_A0 == 0).sum() == 8 and not (rare.lora_A0 == 0).any() and not rare.statistics.any()
+    assert (square.lora_A0 == 0).sum() == 8 and not (rare.lora_A0 == 0).any() and not rare.statistics[0].any()
     model.base_model.model.sometimes = True
     one_step(model, optimizer, 2)
-    before = rare.statistics.clone()
+    before = rare.statistics[0].clone()
     model.base_model.model.sometimes = False
     one_step(model, optimizer, 3)
-    assert torch.equal(rare.statistics, before) and before[-1] == 1 and (rare.lora_A0 == 0).sum() == 8
+    assert torch.equal(rare.statistics[0], before) and before[-1] == 1 and (rare.lora_A0 == 0).sum() == 8
 
 
 def test_a_rarer_statistic_looks_at_every_so_many_steps() -> None:
@@ -306,7 +306,7 @@ def test_statistics_are_written_until_the_last_pruning_and_a_new_run_starts_afre
     assert torch.equal(statistics(model), before)  # nothing is left to be decided
     train(model, steps=1)  # a new optimizer, a new run: its first norms count in full
     x = toy_batches(1, STEPS)[0][0][0]
-    found = controller_of(model).deltas[0].statistics
+    found = controller_of(model).deltas[0].statistics[0]
     torch.testing.assert_close(found[:-1], torch.linalg.vector_norm(x, dim=0), rtol=1e-12, atol=0)
     assert not controller_of(model).deltas[0].settled
     assert {k: v.shape for k, v in model.state_dict().items()} == shapes
@@ -317,7 +317,7 @@ def test_a_run_that_became_longer_goes_on_from_what_it_hears() -> None:
     train(first, steps=15)
     second.load_state_dict(first.state_dict())
     controller = attach(second, optimizer := adamw(trainable(second)))
-    assert controller.step == 15 and not controller.pruner.settled
+    assert controller.step == 15 and not controller.rules[0].done
     train(second, optimizer=optimizer, start=15, steps=16)
     assert zeros(second) == pruned_now()
 
@@ -372,7 +372,7 @@ def test_half_precision_weights_are_judged_in_float32() -> None:
 
 def calls_of(controller: Controller, step: int) -> list[str]:
     """Torch operations of the pruner after a step, in which module 0 was not used."""
-    pruner = controller.pruner
+    pruner = controller.rules[0]
     for i, delta in list(enumerate(controller.deltas))[1:]:
         pruner.collect(i, torch.randn(3, delta.in_features, dtype=torch.float64))
     with Calls() as calls:

@@ -50,7 +50,7 @@ def entries(model: nn.Module) -> dict[str, Tensor]:
 
 
 def statistics(model: nn.Module) -> Tensor:
-    return torch.cat([delta.statistics for delta in controller_of(model).deltas])
+    return torch.cat([delta.statistics[0] for delta in controller_of(model).deltas])
 
 
 def e_values(model: nn.Module) -> Tensor:
@@ -90,7 +90,7 @@ def test_a_dropped_rank_can_come_back_and_that_is_an_event() -> None:
     controller = controller_of(model)
     poor = min(controller.deltas, key=lambda delta: delta.rank)
     assert poor.rank < 3
-    poor.statistics.fill_(10.0)  # from now on it matters
+    poor.statistics[0].fill_(10.0)  # from now on it matters
     train(model, optimizer=optimizer, start=6)
     assert poor.rank == 3
     assert {event.kind for event in controller.events} == {"birth", "retirement", "finish"}
@@ -153,7 +153,7 @@ def test_an_entry_is_scored_with_the_weights_before_or_after_the_step(observe: s
     delta = controller_of(model).deltas[1]
     weight = seen["weight"] if observe == "before_step" else delta.lora_B0.detach()
     expected = 0.15 * (weight * seen["grad"]).abs()
-    n = len(delta.statistics) // 2
+    n = len(delta.statistics[0]) // 2
     found = delta.statistics[n - expected.numel() : n].view_as(expected)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(delta.statistics[n:], 0.85 * delta.statistics[:n], rtol=1e-12, atol=0)
@@ -216,13 +216,13 @@ def test_a_module_without_a_gradient_keeps_its_averages() -> None:
     def drop(step: int, model: nn.Module) -> None:
         if step == 2:
             delta = controller_of(model).deltas[0]
-            before["statistics"] = delta.statistics.clone()
+            before["statistics"] = delta.statistics[0].clone()
             for p in delta.parameters():
                 p.grad = None
 
     train(model, steps=3, before=drop)
     first, second = controller_of(model).deltas[:2]
-    assert torch.equal(first.statistics, before["statistics"]) and second.statistics.any()
+    assert torch.equal(first.statistics[0], before["statistics"]) and second.statistics[0].any()
     train(adapted(), before=drop)  # and the run goes on to its end
 
 
@@ -257,7 +257,7 @@ class Calls(TorchDispatchMode):
 def test_between_cuts_a_few_calls_serve_all_modules_and_none_waits_for_the_device() -> None:
     model = adapted(observe="after_step")
     train(model, steps=6)
-    pruner = controller_of(model).pruner
+    pruner = controller_of(model).rules[0]
     with Calls() as observing:
         assert pruner.after_step(6) == []
     computing = [name for name in observing.names if "detach" not in name]

@@ -38,7 +38,7 @@ def ranks(delta: SquareDelta, rounds: int) -> list[int]:
     for turn in range(rounds):
         learn(delta, turn)
         found.append(int(torch.linalg.matrix_rank(delta.weight())))
-        delta.restart(delta.lora_M0.detach())
+        delta.restart()
     return found
 
 
@@ -79,7 +79,7 @@ def test_c11_a_restart_changes_nothing_and_later_rounds_add_to_it(options: dict)
         learn(delta, turn)
         before, weight = delta(x), delta.weight()
         M = delta.lora_M0.detach().clone()
-        delta.restart(M)
+        delta.restart()
         torch.testing.assert_close(delta(x), before, rtol=1e-13, atol=1e-13)
         assert not delta.lora_M0.any() and torch.equal(delta.lora_past[turn], M)
         alone = delta_of(14, 4, **options)
@@ -98,7 +98,7 @@ def test_c11_in_single_precision_the_function_stays_within_its_last_digits() -> 
     for turn in range(4):
         learn(delta, turn)
         before = delta(x)
-        delta.restart(delta.lora_M0.detach())
+        delta.restart()
         torch.testing.assert_close(delta(x), before, rtol=1e-5, atol=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_rounds_with_the_same_maps_are_computed_as_one() -> None:
 def test_the_past_is_not_trained_but_passed_through() -> None:
     delta = delta_of(16, 4)
     learn(delta, 0)
-    delta.restart(delta.lora_M0.detach())
+    delta.restart()
     x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
     delta(x).sum().backward()
     torch.testing.assert_close(x.grad, delta.weight().sum(0).expand(3, -1), rtol=1e-12, atol=1e-12)
@@ -236,7 +236,7 @@ def test_the_schedule() -> None:
     assert due == [3, 7, 11]
     assert [step for step in range(20) if RestartSteps(4).due(step)] == [3, 7, 11, 15, 19]
     assert [step for step in range(7) if RestartSteps(4, total=5).due(step)] == [3]
-    share = Mora(restart_steps=0.25, restart_warmup=0.1).method(1, 8).prune.schedule(Run(100, 1))
+    share = Mora(restart_steps=0.25, restart_warmup=0.1).method(1, 8).rules[0].schedule(Run(100, 1))
     assert (share.interval, share.warmup, share.total) == (25, 10, 100)
 
 

@@ -179,7 +179,7 @@ def test_a_budget_is_met_by_the_threshold_it_chooses() -> None:
     train(model, make=lambda p: AdamW(p, lr=1e-4), before=look)
     gone = ~flags(model, "kept")
     assert rank_summary(model).active == 12 and gone.sum() == 6
-    xi = controller_of(model).pruner.threshold
+    xi = controller_of(model).rules[0].threshold
     assert xi == 0.0 and (dropped["before"][gone].abs() < 0.01).all()
     assert gates(model).abs()[~gone].min() > 0.01
 
@@ -293,7 +293,7 @@ def test_a_checkpoint_of_a_shorter_schedule_goes_on_under_a_longer_one() -> None
 def test_between_cuts_a_few_calls_serve_all_gates_and_none_waits_for_the_device(options: dict) -> None:
     model = adapted(**options)
     optimizer = train(model, make=lambda p: AdamW(p, lr=1e-2, weight_decay=0.1), steps=5)
-    pruner = controller_of(model).pruner
+    pruner = controller_of(model).rules[0]
     for delta in controller_of(model).deltas:
         for p in delta.parameters():
             p.grad = torch.zeros_like(p)

@@ -286,14 +286,14 @@ def test_t10_finish() -> None:
     reserve = toy.blocks(Status.RESERVE)
     assert toy.controller.finished and len(reserve) == 6
     assert all(filled(block["E"], 0.0) for _, _, block in reserve)
-    averages = toy.controller.sensitivity.clone(), toy.controller.uncertainty.clone()
+    averages = toy.controller.rules[0].averages[:, 0].clone(), toy.controller.rules[0].averages[:, 1].clone()
     ranks, events = toy.controller.ranks, list(toy.controller.events)
     before = [block["A"].detach().clone() for _, _, block in reserve]
     toy.step(15)
     assert all(filled(block["E"], 0.0) for _, _, block in toy.blocks(Status.RESERVE))
     assert not any(torch.equal(b["A"], was) for (_, _, b), was in zip(reserve, before, strict=True))  # by the penalty
-    assert torch.equal(toy.controller.sensitivity, averages[0]) and averages[0].min() > 0
-    assert torch.equal(toy.controller.uncertainty, averages[1]) and averages[1].min() > 0
+    assert torch.equal(toy.controller.rules[0].averages[:, 0], averages[0]) and averages[0].min() > 0
+    assert torch.equal(toy.controller.rules[0].averages[:, 1], averages[1]) and averages[1].min() > 0
     assert (toy.controller.ranks, toy.controller.events) == (ranks, events)
     assert [r["modules"]["blocks.0.up"]["score"] is None for r in toy.controller.records[19:23]] == [
         False,

@@ -63,7 +63,7 @@ def test_overflow_steps_leave_no_trace(make, how, accumulation):
                 (toy_loss(twin(part[0]), part[1]) / accumulation).backward()
             other.step()
     assert_equal_runs(model, twin, rtol=1e-9)
-    idle = [p for delta in controller.deltas for p in delta.still() if p is not None]
+    idle = [p for delta in controller.deltas for p in delta.frozen_parameters() if p is not None]
     dormant = [p for d in controller.deltas for i in d.indices(Status.DORMANT) for p in d.block(i).values()]
     assert idle and dormant and not any(p in optimizer.state for p in dormant)
 
@@ -103,7 +103,7 @@ def test_non_finite_steps_move_nothing_and_are_not_scored():
 
     def spoil(step: int, model: nn.Module) -> None:
         controller = controller_of(model)
-        ends[step] = live(model) | {"I": controller.sensitivity.clone(), "U": controller.uncertainty.clone()}
+        ends[step] = live(model) | {"I": controller.rules[0].averages[:, 0].clone(), "U": controller.rules[0].averages[:, 1].clone()}
         nan_at(2, 7)(step, model)
 
     controller, _ = train(model, before=spoil)

@@ -175,7 +175,7 @@ def test_a_module_used_twice(how):
     loss = model(x).square().mean()
     hook.remove()
     grads = torch.autograd.grad(loss, [out for _, out in seen], retain_graph=True)
-    controller.watchers[0].clear()
+    controller.rules[0].forget()
     weight = delta.weight().detach()
     pairs = [(weight * (g.T @ a)).abs().sum() / 5 for (a, _), g in zip(seen, grads)]
     together = (weight * sum(g.T @ a for (a, _), g in zip(seen, grads))).abs().sum() / 5
@@ -386,4 +386,4 @@ def test_scores_are_those_of_the_library():
     toy_loss(model(x), y).backward()
     hook.remove()
     expected = delta_sensitivity(*delta.factors(), x, kept[0].grad)
-    torch.testing.assert_close(controller.watchers[0].score(delta), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(controller.rules[0].module_score(0), expected, rtol=1e-12, atol=0)

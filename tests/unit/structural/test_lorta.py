@@ -248,7 +248,7 @@ def test_dropout_masks_each_modules_input_by_itself() -> None:
 
 
 def test_the_model_may_lie_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("increlora.ops.products.matched", lambda x, A: x)  # asks for autocast, which meta has not
+    monkeypatch.setattr("increlora.ops.fused_linear.matched", lambda x, A: x)  # asks for autocast, which meta has not
     x, y = (torch.ones(2, n, device="meta", dtype=torch.float64) for n in (6, 8))
     assert delta_of(random_bank(), "q").add_to(y, x).is_meta
 
@@ -304,7 +304,7 @@ def test_t8_parameters(sizes: tuple[int, int, int, int], per_rank: int) -> None:
     for r in (1, 4, 8, 48):
         sites = [Site("layers.0.self_attn.q_proj", d, d, 1, 2 * d)]
         config = Lorta(r=r, heads=H, head_dim=d_h, layers=[f"layers.{i}.self_attn" for i in range(L)])
-        bank = config.method(1, 2 * d).make_shared(sites)
+        bank = config.make_shared(sites)
         assert sum(p.numel() for p in bank.parameters()) == r * per_rank
 
 
@@ -338,7 +338,7 @@ def test_a_bank_takes_the_rank_of_a_checkpoint_and_nothing_else() -> None:
 
 def fresh_bank(d: int = 4096, **options) -> TensorBank:
     config = Lorta(heads=4096, head_dim=4096, layers=[f"a.{i}" for i in range(4096)], **options)
-    return config.method(1, 2 * d).make_shared([Site("a.0.q_proj", d, d, 1, 2 * d)])
+    return config.make_shared([Site("a.0.q_proj", d, d, 1, 2 * d)])
 
 
 @pytest.mark.parametrize(("r", "A", "C"), [(4, 0.5, 1.2247), (8, 0.3536, 0.8660), (64, 0.1250, 0.3062)])
@@ -380,5 +380,5 @@ def test_initial_values_depend_on_seed_and_factor_alone() -> None:
 def test_factors_are_never_halves(dtype, expected) -> None:
     """4.14."""
     sites = [Site("a.0.q_proj", 8, 8, 1, 16, dtype, (("a.0.q_proj", 8, 8),))]
-    bank = Lorta(heads=2, head_dim=4).method(1, 16).make_shared(sites)
+    bank = Lorta(heads=2, head_dim=4).make_shared(sites)
     assert {p.dtype for p in bank.parameters()} == {expected}

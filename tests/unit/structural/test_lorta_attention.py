@@ -101,7 +101,7 @@ def test_the_official_orientations_know_no_grouped_queries() -> None:
 
 def test_factors_without_modules_are_refused() -> None:
     with pytest.raises(ConfigError, match="name them in `target_modules`"):
-        Lorta(heads=4, head_dim=2).method(1, 1).make_shared([])
+        Lorta(heads=4, head_dim=2).make_shared([])
 
 
 def test_any_rank_is_allowed() -> None:

@@ -21,7 +21,7 @@ RECIPES = {path.stem: path for path in Path(__file__).parents[3].glob("recipes/p
 ])  # fmt: skip
 def test_a_recipe_has_the_published_thresholds(name: str, steps: int, thresholds: dict[int, float]) -> None:
     settings = TrainSettings(**read_recipe(RECIPES[name]))
-    rule = settings.peft_config().settings().method(72, 165_888).prune
+    rule = settings.peft_config().settings().method(72, 165_888).rules[0]
     assert total_steps(settings, GLUE[settings.task.removeprefix("glue/")].train_size) == steps
     levels = rule.thresholds(Run(steps, 72))
     assert {step: levels.at(step) for step in thresholds} == pytest.approx(thresholds)
