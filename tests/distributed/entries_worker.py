@@ -15,8 +15,8 @@ from increlora import PriloraConfig
 from increlora.deltas import LowRankDelta
 from increlora.methods import Prilora, Site
 from increlora.ops.parallel import full
-from increlora.runtime import controllers_of
 from increlora.rules.input_norms import InputNorms
+from increlora.runtime import controllers_of
 from tests.distributed.fsdp_worker import sharded
 from tests.distributed.launch import report
 from tests.distributed.pruning_worker import Batch, batches_of, optimizer_of

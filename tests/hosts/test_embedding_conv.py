@@ -148,9 +148,7 @@ def test_the_score_is_that_of_the_dense_gradient(options: dict[str, Any]) -> Non
     nn.functional.mse_loss(dense(tokens()), targets(0)).backward()
     controller = attach(model, SGD((p for p in model.parameters() if p.requires_grad), lr=0.0), record=True)
     nn.functional.mse_loss(model(tokens()), targets(0)).backward()
-    found = {
-        name: controller.rules[0].module_score(i) for i, name in enumerate(layers)
-    }
+    found = {name: controller.rules[0].module_score(i) for i, name in enumerate(layers)}
     for name, leaf in leaves.items():
         expected = (changes[name] * leaf.grad).abs().sum() / changes[name].numel() ** 0.5
         torch.testing.assert_close(found[name], expected, rtol=1e-10, atol=0)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from increlora import AdaLoraConfig, attach, regularization_loss
-from increlora.runtime import Controller
 from increlora.rules.keep import Keeper
+from increlora.runtime import Controller
 from tests.parity.test_official_increlora import set_initial
 from tests.reference.official_adalora import OfficialConfig, Step, run_official
 from tests.reference.toy import gaussian_initial, toy_batches, toy_loss, toy_network

@@ -19,10 +19,9 @@ from ..ops.parallel import ZeroGate, in_process_group
 from ..seeding import generator_of
 from .base import Delta, Status, check_shape
 from .inputs import VECTORS, Inputs
-from .state import STATE_FORMAT, ModuleState, unpack, without_idle_statistics
+from .state import STATE, ModuleState, unpack, without_idle_statistics
 
 Init = Callable[[tuple[int, int], torch.Generator, int], Tensor]
-STATE = "lora_state"
 
 
 class Derived(NamedTuple):
@@ -244,15 +243,7 @@ class BlockDelta(Delta):
     def _checked_state(self, found: Mapping[str, Tensor]) -> ModuleState:
         if STATE not in found:
             raise CheckpointError(f"{STATE} is missing: the adapter file is incomplete or not increlora's")
-        version = int(found[STATE][0])
-        if version > STATE_FORMAT:
-            raise CheckpointError(
-                f"{STATE}: written in format {version}, this version reads {STATE_FORMAT}; upgrade increlora"
-            )
-        try:
-            state = unpack(found[STATE])
-        except (ValueError, IndexError, OverflowError) as error:
-            raise CheckpointError(f"{STATE} ({error}): the adapter file is damaged") from error
+        state = unpack(found[STATE])
         if self.kept and not state.kept:
             raise CheckpointError(f"{STATE} does not say which ranks count: it belongs to another method")
         return state

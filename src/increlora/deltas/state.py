@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
+
+STATE = "lora_state"  # its name on disk
 STATE_FORMAT = 3
 
 
@@ -49,7 +52,7 @@ class ModuleState:
 
 
 class Reader:
-    """Takes numbers from the front of a vector. Raises ValueError where there are not so many."""
+    """Takes numbers from the front of a vector. Raises CheckpointError where there are not so many."""
 
     def __init__(self, values: Tensor) -> None:
         self.values, self.place = values, 0
@@ -57,12 +60,15 @@ class Reader:
     def take(self, count: int) -> Tensor:
         part = self.values[self.place : self.place + count]
         if count < 0 or len(part) != count:
-            raise ValueError(f"{len(self.values)} entries")
+            raise damaged(f"{len(self.values)} entries")
         self.place += count
         return part
 
     def whole(self, count: int) -> list[int]:
-        return [int(value) for value in self.take(count).tolist()]
+        values = self.take(count).tolist()
+        if not all(map(float.is_integer, values)):
+            raise damaged(f"{values} are no whole numbers")
+        return [int(value) for value in values]
 
     def one(self) -> int:
         return self.whole(1)[0]
@@ -72,20 +78,24 @@ class Reader:
         return len(self.values) - self.place
 
     def end(self) -> None:
-        """Raise ValueError if anything is left."""
+        """Raise CheckpointError if anything is left."""
         if self.left:
-            raise ValueError(f"{len(self.values)} entries")
+            raise damaged(f"{len(self.values)} entries")
 
 
 def unpack(state: Tensor) -> ModuleState:
-    """The state out of its vector. Raises ValueError if it is not a whole one."""
+    """The state out of its vector. Raises CheckpointError if it is not a whole one, or newer than this version."""
     reader = Reader(state)
     version, step = reader.whole(2)
+    if version not in (1, 2, STATE_FORMAT):
+        raise CheckpointError(
+            f"{STATE}: written in format {version}, this version reads {STATE_FORMAT}; upgrade increlora"
+        )
     growth = [] if version == STATE_FORMAT else [reader.take(2)]  # sensitivity, uncertainty
     count = reader.left // 3 if version == 1 else reader.one()
     status, born, reserved = (reader.whole(count) for _ in range(3))
     if count == 0:
-        raise ValueError("no blocks")
+        raise damaged("no blocks")
     if version == 1:
         reader.end()
         return ModuleState(step, status, born, reserved, statistics=[values for values in growth if values.any()])
@@ -94,6 +104,10 @@ def unpack(state: Tensor) -> ModuleState:
     statistics = list(read_statistics(reader)) if version == STATE_FORMAT else [reader.take(reader.left)]
     reader.end()
     return ModuleState(step, status, born, reserved, kept, settled, closed if any(closed) else [], statistics)
+
+
+def damaged(what: str) -> CheckpointError:
+    return CheckpointError(f"{STATE} ({what}): the adapter file is damaged; restore it from a copy")
 
 
 def read_statistics(reader: Reader) -> Iterator[Tensor]:

@@ -68,7 +68,7 @@ def test_blocks_unknown_to_a_checkpoint_stay_dormant() -> None:
 
 def checkpoint(sizes: dict[int, int], count: int) -> dict[str, Tensor]:
     """What a checkpoint with `count` blocks says of those in `sizes`."""
-    state = ModuleState([0.0] * 3, [int(ACTIVE)] * count, [-1] * count, [-1] * count)
+    state = ModuleState(0, [int(ACTIVE)] * count, [-1] * count, [-1] * count)
     return {"lora_state": state.pack()} | {f"lora_A{i}": torch.zeros(size, 5) for i, size in sizes.items()}
 
 

@@ -10,6 +10,7 @@ from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 from increlora import PlainLoraConfig, PriloraConfig, attach
+from increlora.deltas.state import unpack
 from increlora.errors import CheckpointError, DriveError
 from increlora.runtime import Controller
 from tests.reference.loop import adamw, controller_of, fused, trainable
@@ -201,7 +202,7 @@ def test_every_use_of_a_module_counts() -> None:
         base = model.base_model.model.square.base_layer
     x = one_step(model, SGD(trainable(model), lr=0.0))
     both = torch.cat([x, torch.tanh(base(x))])
-    found = controller_of(model).deltas[0].statistics[:-1]
+    found = controller_of(model).deltas[0].statistics[0][:-1]
     torch.testing.assert_close(found, torch.linalg.vector_norm(both, dim=0).detach(), rtol=1e-12, atol=0)
 
 
@@ -342,7 +343,11 @@ def test_damaged_statistics_are_refused() -> None:
     state = model.state_dict()
     key = next(k for k in state if k.endswith("_extra_state"))
     other = adapted()
-    other.load_state_dict(state | {key: state[key][:-3]})
+    with pytest.raises(CheckpointError, match=r"lora_state \(\d+ entries\): the adapter file is damaged"):
+        other.load_state_dict(state | {key: state[key][:-3]})
+    short = unpack(state[key])
+    short.statistics = [short.statistics[0][:-3]]
+    other.load_state_dict(state | {key: short.pack()})
     with pytest.raises(CheckpointError, match="blocks.0.up: 5 statistics were loaded, 8 are needed"):
         train(other, steps=3, start=2)
 
@@ -374,7 +379,7 @@ def calls_of(controller: Controller, step: int) -> list[str]:
     """Torch operations of the pruner after a step, in which module 0 was not used."""
     pruner = controller.rules[0]
     for i, delta in list(enumerate(controller.deltas))[1:]:
-        pruner.collect(i, torch.randn(3, delta.in_features, dtype=torch.float64))
+        pruner.see_inputs(i, torch.randn(3, delta.in_features, dtype=torch.float64))
     with Calls() as calls:
         pruner.after_step(step)
     pruner.forget()

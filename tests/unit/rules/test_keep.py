@@ -154,9 +154,9 @@ def test_an_entry_is_scored_with_the_weights_before_or_after_the_step(observe: s
     weight = seen["weight"] if observe == "before_step" else delta.lora_B0.detach()
     expected = 0.15 * (weight * seen["grad"]).abs()
     n = len(delta.statistics[0]) // 2
-    found = delta.statistics[n - expected.numel() : n].view_as(expected)
+    found = delta.statistics[0][n - expected.numel() : n].view_as(expected)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(delta.statistics[n:], 0.85 * delta.statistics[:n], rtol=1e-12, atol=0)
+    torch.testing.assert_close(delta.statistics[0][n:], 0.85 * delta.statistics[0][:n], rtol=1e-12, atol=0)
 
 
 def test_nothing_is_observed_once_it_cannot_matter() -> None:

@@ -12,6 +12,7 @@ from increlora import SoraConfig, attach, rank_summary
 from increlora.errors import BudgetError, ScheduleError
 from tests.reference.loop import adamw, controller_of, fused, trainable
 from tests.reference.toy import toy_network
+from tests.unit.rules.steps import step
 from tests.unit.rules.test_keep import Calls, train
 
 STEPS = 20
@@ -205,8 +206,8 @@ def test_momentum_does_not_reopen_what_is_closed() -> None:
     optimizer = train(model, make=lambda p: AdamW(p, lr=0.2), steps=5)
     closed = flags(model, "closed")
     assert closed.any()
-    for step in range(5, 8):
-        train(model, optimizer=optimizer, start=step, steps=step + 1)
+    for number in range(5, 8):
+        train(model, optimizer=optimizer, start=number, steps=number + 1)
         assert not gates(model)[closed].any()
 
 
@@ -298,7 +299,7 @@ def test_between_cuts_a_few_calls_serve_all_gates_and_none_waits_for_the_device(
         for p in delta.parameters():
             p.grad = torch.zeros_like(p)
     with Calls() as calls:
-        pruner.before_step(5, optimizer, scale=1.0)
+        pruner.before_step(step(5, optimizer))
         assert pruner.after_step(5) == []
     computing = [name for name in calls.names if not any(view in name for view in ("detach", "view", "split"))]
     assert len(computing) <= 7, computing

@@ -179,7 +179,8 @@ def snapshot(model: nn.Module) -> dict:
     return {
         "parameters": {n: p.detach().clone() for n, p in model.named_parameters()},
         "step": controller.step, "ranks": dict(controller.ranks), "events": len(controller.events),
-        "status": [list(map(int, d.status)) for d in controller.deltas], "sensitivity": controller.rules[0].averages[:, 0].clone(),
+        "status": [list(map(int, d.status)) for d in controller.deltas],
+        "averages": [values.clone() for values in controller.rules[0].statistics()],
         "driven": controller.driven, "skipped": controller.health.skipped,
     }  # fmt: skip
 

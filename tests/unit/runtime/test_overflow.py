@@ -103,7 +103,10 @@ def test_non_finite_steps_move_nothing_and_are_not_scored():
 
     def spoil(step: int, model: nn.Module) -> None:
         controller = controller_of(model)
-        ends[step] = live(model) | {"I": controller.rules[0].averages[:, 0].clone(), "U": controller.rules[0].averages[:, 1].clone()}
+        ends[step] = live(model) | {
+            "I": controller.rules[0].averages[:, 0].clone(),
+            "U": controller.rules[0].averages[:, 1].clone(),
+        }
         nan_at(2, 7)(step, model)
 
     controller, _ = train(model, before=spoil)
