@@ -129,8 +129,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "live": live,
         "status": {n: list(map(int, d.status)) for n, d in zip(controller.names, controller.deltas)},
         "born": {n: (list(d.born), list(d.reserved)) for n, d in zip(controller.names, controller.deltas)},
-        "sensitivity": controller.rules[0].averages[:, 0].clone(),
-        "uncertainty": controller.rules[0].averages[:, 1].clone(),
+        "averages": [values.clone() for values in controller.rules[0].statistics()],
         "step": controller.step,
     }
 

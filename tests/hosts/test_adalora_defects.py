@@ -96,7 +96,7 @@ def test_adapters_without_a_peft_model_are_pruned_too(how: str) -> None:
         model = inject_adapter_in_model(AdaLoraConfig(**SCHEDULE, target_modules=["up", "down"]), BUILDERS[kind]())
     train(model, kind)
     ranks = rank_summary(model)
-    assert ranks.active == 2 * len(ranks.modules) and controller_of(model).rules[0].settled
+    assert ranks.active == 2 * len(ranks.modules) and controller_of(model).rules[0].done
 
 
 def test_two_adapters_are_trained_and_pruned_at_once() -> None:

@@ -146,17 +146,17 @@ def recorded(folder, *, model: nn.Module | None = None, **options) -> tuple[nn.M
     controller = controller_of(model)
     controller.recording = True
     calls: Counter = Counter()
-    collect = Watcher.collect
+    collect = Watcher.see_gradients
 
     def counted(self, *args):
         calls[controller.step, self.index] += 1
         return collect(self, *args)
 
-    Watcher.collect = counted
+    Watcher.see_gradients = counted
     try:
         trainer_of(model, folder, **{"max_steps": 10} | options).train()
     finally:
-        Watcher.collect = collect
+        Watcher.see_gradients = collect
     return model, calls
 
 

@@ -25,7 +25,7 @@ from increlora import IncreLoraConfig, PlainLoraConfig, PriloraConfig, attach, e
 from increlora.deltas import Status
 from increlora.errors import ConfigError, DriveError
 from increlora.hosts.peft.layer import adapter_layers
-from increlora.hosts.peft.live import live_states
+from increlora.hosts.peft.handle import described_states
 from increlora.runtime import controllers_of
 from tests.hosts.tiny import BUILDERS, adapter_only, grow, growing, inputs_for, logits, mid_growth
 
@@ -505,4 +505,4 @@ def test_as_many_blocks_of_other_sizes_are_other_blocks(models, rank: int, taken
     (delta, *_) = deltas(model, "wider")
     assert delta.sizes == [1, 2, 2, 1, 1]
     live = SimpleNamespace(blocks={delta.name: [2, 2, 1, 0, 0]}, ranks={delta.name: rank})
-    assert live_states(live, delta.name, delta) == ([2, 2, 1, 0, 0] if taken else None)
+    assert described_states(live, delta.name, delta) == ([2, 2, 1, 0, 0] if taken else None)

@@ -36,6 +36,8 @@ class Controller:
         names, deltas: adapted modules in model order.   rules: the method's rules at work, in its order.
         events: what happened so far.   records: one entry per step while `recording` (see `records.record`).
         step: optimizer steps of this run so far.   run: its length and number of modules, once known.
+        sees_inputs, sees_gradients: what backward passes hand to the rules before the next step.
+        may_see_gradients: the same for the rest of the run, for compiled graphs.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Controller:
         self.watchers = [Watcher(self, i) for i in range(len(self.names))]
         for delta, watcher in zip(self.deltas, self.watchers, strict=True):
             delta.observer = watcher
+        self._look()
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -137,6 +140,7 @@ class Controller:
         self.restored_step, self.stepping = 0, False
         self.health = self.health if again else Health()
         self.recording = self.recording or record
+        self._look()
         self.on_change()
         return self
 
@@ -164,6 +168,7 @@ class Controller:
             rule.restored()
         if self.driven:
             self.expected_steps, self._optimizer = self.expected_steps or self.run.steps, None
+        self._look()
         self.on_change()
 
     # -- one optimizer step --------------------------------------------------------------------------------------
@@ -216,6 +221,15 @@ class Controller:
         self._clear()
         self.stepping = False
         self.step += 1
+        self._look()
+
+    def _look(self) -> None:
+        """Note what rules want to see in the next step, as plain values: every module asks in every forward pass, and
+        compiled graphs are compiled again when they change. Until it is driven, backward passes are counted."""
+        wants = frozenset().union(*(rule.wants for rule in self.rules))
+        self.sees_inputs = "inputs" in wants
+        self.sees_gradients = "gradients" in wants or not self.driven
+        self.may_see_gradients = any("gradients" in rule.may_want for rule in self.rules) or not self.driven
 
     def _event(self, change: Change) -> Event:
         kind: Kind = change.kind or ("birth" if change.ranks > 0 else "retirement")

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..errors import DriveError
 from ..ops.parallel import is_sharded
-from ..rules.base import Sight
 from . import compiled
 
 if TYPE_CHECKING:
@@ -76,15 +75,12 @@ class Watcher:
     def wants_gradients(self) -> bool:
         self.controller.used, self.controller.stepping = True, False
         if torch.compiler.is_compiling():  # what changes with every step would make it compile with every step
-            return not self.controller.driven or any("gradients" in rule.may_want for rule in self.controller.rules)
+            return self.controller.may_see_gradients
         if self.seen and self._abandoned():
             self.seen = False
             for rule in self.controller.rules:
                 rule.forget(self.index)
-        return not self.controller.driven or self._wanted("gradients")  # until it is driven, to count backward passes
-
-    def _wanted(self, sight: Sight) -> bool:
-        return any(sight in rule.wants for rule in self.controller.rules)
+        return self.controller.sees_gradients
 
     def _abandoned(self) -> bool:
         """Were the gradients of the last backward pass cleared without a step? (loss scaling skips, users drop batches)
@@ -95,7 +91,7 @@ class Watcher:
         return p.grad is None and not is_sharded(p) and torch._C._current_graph_task_id() < 0
 
     def tap_input(self, A: Tensor, x: Tensor) -> Tensor:
-        if not self._wanted("inputs"):
+        if not self.controller.sees_inputs:
             return A
         return compiled.tap_input(A, x, self.key) if torch.compiler.is_compiling() else InputTap.apply(A, x, self)
 
