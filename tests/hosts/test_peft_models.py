@@ -21,7 +21,7 @@ from peft import (
 )
 from torch import nn
 
-from increlora import IncreLoraConfig, PlainLoraConfig, PriloraConfig, attach, export_lora, rank_summary
+from increlora import IncreLoraConfig, PlainLoraConfig, PriLoraConfig, attach, export_lora, rank_summary
 from increlora.deltas import Status
 from increlora.errors import ConfigError, DriveError
 from increlora.hosts.peft.layer import adapter_layers
@@ -383,7 +383,7 @@ CONFIGS = [
     growing(target_modules=["up"], capacity_pattern={"up": 4}, total_ranks=3),
     IncreLoraConfig.paper(2, target_modules=["up"], lora_dropout=0.1, task_type="CAUSAL_LM"),
     PlainLoraConfig(r=3, target_modules=["up"], modules_to_save=["head"]),
-    PriloraConfig(r=3, first_r=1.5, interval_steps=0.1, target_modules=["up"]),
+    PriLoraConfig(r=3, first_r=1.5, interval_steps=0.1, target_modules=["up"]),
 ]
 
 

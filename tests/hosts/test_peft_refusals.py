@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from increlora import IncreLoraConfig, IncreloraError, PlainLoraConfig
+from increlora import IncreLoraConfig, IncreLoraError, PlainLoraConfig
 from increlora.deltas.state import STATE_FORMAT
 from increlora.errors import BudgetError, CheckpointError, ConfigError
 from tests.hosts.tiny import BUILDERS, grow, growing, logits
@@ -225,7 +225,7 @@ def test_a_config_with_an_impossible_value_is_refused(folder: Path) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 0}))
     base = BUILDERS["mlp"]()
-    with pytest.raises(IncreloraError, match="r=0"):
+    with pytest.raises(IncreLoraError, match="r=0"):
         PeftModel.from_pretrained(base, folder)
     assert unchanged(base)
 

@@ -71,7 +71,7 @@ def axolotl(published) -> ModuleType:
     stand_in("axolotl.telemetry.errors", send_errors=lambda f: f)
     from axolotl.integrations.base import PluginManager
 
-    PluginManager.get_instance().register("increlora.integrations.axolotl.IncreloraPlugin")
+    PluginManager.get_instance().register("increlora.integrations.axolotl.IncreLoraPlugin")
     return importlib.import_module("axolotl.loaders.adapter")
 
 

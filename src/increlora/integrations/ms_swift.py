@@ -29,10 +29,10 @@ def register(name: str, **options: Any) -> None:
         name: one of `ADAPTERS`; registering it again replaces the options.
         options: of the method, before what the command line says of LoRA."""
     ADAPTERS[name](**options)  # a wrong option is refused here, not after the model is loaded
-    tuners_map[name] = type(f"{name.title()}Tuner", (IncreloraTuner,), {"adapter": name, "options": options})
+    tuners_map[name] = type(f"{name.title()}Tuner", (IncreLoraTuner,), {"adapter": name, "options": options})
 
 
-class IncreloraTuner(PeftTuner):
+class IncreLoraTuner(PeftTuner):
     """Abstract: makes the adapter; saving and loading are ms-swift's, as for any method of peft."""
 
     adapter: str
