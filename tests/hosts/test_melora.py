@@ -225,7 +225,7 @@ def test_trap_12_t14_plain_lora_loads_as_what_it_is(tmp_path: Path) -> None:
         plain = get_peft_model(BUILDERS["bert"](), config)
         plain.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(BUILDERS["bert"](), tmp_path)
-        assert loaded.peft_config["default"].peft_type == config.peft_type != "MELORA"
+        assert loaded.peft_config["default"].peft_type == config.peft_type != "INCRELORA_MELORA"
         assert torch.equal(logits(loaded, "bert"), logits(plain, "bert"))
         with pytest.raises((CheckpointError, RuntimeError, ValueError)):
             set_peft_model_state_dict(adapted(), load_file(tmp_path / "adapter_model.safetensors"))
@@ -273,7 +273,7 @@ def test_it_starts_others_but_no_other_adapter_fits_it(tmp_path: Path) -> None:
     close(logits(lora, "bert"), logits(model, "bert"))
     fresh = adapted()
     before = logits(fresh, "bert")
-    with pytest.raises(ConfigError, match="query: MELORA has no place"):
+    with pytest.raises(ConfigError, match="query: MeLoraConfig has no place"):
         warm_start(fresh, lora)
     assert torch.equal(logits(fresh, "bert"), before) and not deltas(fresh)[0].lora_B0.any()
 

