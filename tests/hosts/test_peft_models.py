@@ -470,12 +470,12 @@ def test_registering_again_changes_nothing() -> None:
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-    from increlora.hosts.peft.register import register_methods, tell_ranks
+    from increlora.hosts.peft.register import read_old_types, register_methods, tell_ranks
 
-    before, method = list(PeftType), PeftModel.print_trainable_parameters
-    register_methods(), tell_ranks()
+    before, method, read = list(PeftType), PeftModel.print_trainable_parameters, PeftConfig.from_json_file
+    register_methods(), tell_ranks(), read_old_types()
     assert list(PeftType) == before
-    assert PeftModel.print_trainable_parameters is method
+    assert PeftModel.print_trainable_parameters is method and PeftConfig.from_json_file == read
     assert PeftType("INCRELORA_LORA") is PeftType["INCRELORA_LORA"] is PeftType.INCRELORA_LORA
     assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.INCRELORA_LORA].__name__ == "AdapterModel"
     assert pickle.loads(pickle.dumps(PeftType.INCRELORA_LORA)) is PeftType.INCRELORA_LORA

@@ -55,13 +55,14 @@ def register_methods() -> None:
 def read_old_types() -> None:
     """Let peft load folders of ours that were written before our types had their prefix. Idempotent."""
     original = PeftConfigMixin.from_json_file.__func__
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, "reads_old_types"):
         return
 
     @functools.wraps(original)
     def from_json_file(cls: type, *args: Any, **kwargs: Any) -> Any:
         return with_current_type(original(cls, *args, **kwargs))
 
+    from_json_file.reads_old_types = True  # type: ignore[attr-defined]
     PeftConfigMixin.from_json_file = classmethod(from_json_file)
 
 
