@@ -20,7 +20,7 @@ empty :=
 space := $(empty) $(empty)
 CORE  := $(subst $(space),$(comma),$(addprefix src/increlora/,*.py decide/* ops/* deltas/* rules/* methods/* structural/*/* runtime/* runtime/pruning/*))
 
-.PHONY: help setup demo test conformance bench docs lint format clean
+.PHONY: help setup demo test conformance bench docs stub lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -59,6 +59,9 @@ bench: setup ## docs/reference/performance.json: step times, memory and scores b
 
 docs: setup ## build/site, the documentation; opens from the folder and loads nothing from a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+stub: setup ## write src/increlora/__init__.pyi anew, after a change of a method's options
+	$(BIN)/python scripts/stub.py
 
 lint: setup ## ruff, formatting, types
 	$(BIN)/ruff check .

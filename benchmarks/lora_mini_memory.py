@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from increlora.deltas import Delta
-from increlora.methods import Lora, Site
+from increlora.methods import PlainLora, Site
 from increlora.structural.lora_mini.method import LoraMini
 
 TOKENS = 2048
 SHAPES = ((768, 8), (4096, 16))  # in = out, r
 
 
-def ways(r: int) -> dict[str, Lora | LoraMini]:
+def ways(r: int) -> dict[str, PlainLora | LoraMini]:
     """Settings by the name in the table."""
     return {
-        "LoRA": Lora(r=r),
+        "LoRA": PlainLora(r=r),
         "LoRA-Mini, `composed`": LoraMini(r=r, forward="composed"),
         "LoRA-Mini, `sequential`": LoraMini(r=r, forward="sequential"),
     }
 
 
-def made(settings: Lora | LoraMini, d: int) -> Delta:
+def made(settings: PlainLora | LoraMini, d: int) -> Delta:
     """A delta of a bfloat16 base whose parameters peft has put in float32."""
     delta = settings.method(1, 2 * d).make_delta(Site("layer", d, d, 1, 2 * d, torch.bfloat16))
     for p in delta.parameters():

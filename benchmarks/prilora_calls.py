@@ -6,7 +6,7 @@ A small BERT with 36 adapted linear maps of three shapes, which read 24 distinct
 
 from adalora_calls import TARGETS, counted
 
-from increlora import PlainLoraConfig, PriloraConfig
+from increlora import PlainLoraConfig, PriLoraConfig
 
 MOMENTS = {"between prunings": 15, "at a pruning": 19, "settled": 35}  # prunings after 10, 20 and 30 of 40 steps
 
@@ -22,7 +22,7 @@ def main() -> None:
     }
     print(f"| calls added to LoRA ({lora['settled']}) | {' | '.join(MOMENTS)} |\n| --- |{' --- |' * len(MOMENTS)}")
     for name, options in rows.items():
-        found = counted(PriloraConfig(**shared, **schedule, **options), moments=MOMENTS)
+        found = counted(PriLoraConfig(**shared, **schedule, **options), moments=MOMENTS)
         print(f"| {name} | {' | '.join(str(found[moment] - lora[moment]) for moment in MOMENTS)} |")
 
 

@@ -17,14 +17,13 @@ from typer.cli import get_docs_for_click
 
 import increlora
 from increlora import errors, probes
-from increlora.hosts.peft.config import CONFIGS, INSTEAD, SUPPORTED
+from increlora.hosts.peft.config import CONFIGS
+from increlora.hosts.peft.options import INSTEAD, SHARED, settings_doc
 from increlora.workbench.cli.app import app
 from increlora.workbench.cli.methods import SIGNS
 from increlora.workbench.cli.options import described
 
 DOCS = Path(__file__).resolve().parents[1]
-# Set by us or by peft, never by the user.
-NOT_CHOSEN = {"peft_type", "auto_mapping", "peft_version", "runtime_config", "inference_mode"}
 
 
 def on_page_markdown(markdown: str, **context: Any) -> str:
@@ -58,17 +57,11 @@ def config_section(config_cls: Any) -> Iterator[str]:
     settings = config_cls.settings_cls
     known, hints = {f.name: f for f in fields(settings)}, get_type_hints(settings)
     yield f"## {config_cls.__name__}"
-    yield cell(inspect.cleandoc(settings_doc(settings)).partition("\n")[0])
+    yield cell(settings_doc(settings).partition("\n")[0])
     for group, entries in meanings(settings_doc(settings)):
         rows = [[f"`{n}`", values(hints[n]), f"`{default(known[n])}`", text] for n, text in entries if n in known]
         yield f"**{group}**" if group else ""
         yield table(["option", "value", "default", "meaning"], rows)
-
-
-def settings_doc(settings: Any) -> str:
-    """The docstring of the class that has the fields."""
-    owner = next(c for c in settings.__mro__ if "__annotations__" in vars(c))
-    return owner.__doc__ or ""
 
 
 def meanings(docstring: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -95,8 +88,7 @@ def default(option: Field[Any]) -> Any:
 
 
 def shared_options() -> str:
-    own = {f.name for config_cls in CONFIGS.values() for f in fields(config_cls.settings_cls)}
-    return ", ".join(f"`{name}`" for name in sorted(SUPPORTED - own - NOT_CHOSEN))
+    return table(["option of LoraConfig", "meaning"], [[f"`{name}`", text] for name, (_, text) in SHARED.items()])
 
 
 def refused_options() -> str:

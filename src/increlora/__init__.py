@@ -9,7 +9,7 @@ Trainer(model=model, args=args, train_dataset=data).train()                     
 
 from typing import Any
 
-from .errors import IncreloraError
+from .errors import IncreLoraError
 from .export.allocation import allocation_to_lora_config
 from .export.engines import check_export
 from .export.lora import export_lora
@@ -20,7 +20,7 @@ from .runtime import regularization_loss
 
 __version__ = "0.1.0"
 __all__ = [
-    "IncreloraError", "allocation_to_lora_config", "attach", "check_export", "export_lora", "export_merged",
+    "IncreLoraError", "allocation_to_lora_config", "attach", "check_export", "export_lora", "export_merged",
     "rank_summary", "regularization_loss", "warm_start",
 ]  # fmt: skip
 __all__ += [config_cls.__name__ for config_cls in CONFIGS.values()]

@@ -1,12 +1,12 @@
 """Methods by name. Adding one is a line here and a file in `methods/` or a folder in `structural/`."""
 
-from .methods import AdaLora, IncreLora, Lora, Prilora, Settings, Sora
+from .methods import AdaLora, IncreLora, PlainLora, PriLora, Settings, Sora
 from .structural.lora_mini.method import LoraMini
 from .structural.lorta.method import Lorta
-from .structural.melora.method import Melora
+from .structural.melora.method import MeLora
 from .structural.mora.method import Mora
 
 METHODS: dict[str, type[Settings]] = {
-    "adalora": AdaLora, "increlora": IncreLora, "lora": Lora, "lora_mini": LoraMini, "lorta": Lorta, "melora": Melora,
-    "mora": Mora, "prilora": Prilora, "sora": Sora,
+    "adalora": AdaLora, "increlora": IncreLora, "lora": PlainLora, "lora_mini": LoraMini, "lorta": Lorta,
+    "melora": MeLora, "mora": Mora, "prilora": PriLora, "sora": Sora,
 }  # fmt: skip

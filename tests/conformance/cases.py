@@ -27,8 +27,8 @@ RANKS: tuple[Options, ...] = ({}, {"r": 2}, {"r": 1})
 
 # What a method has to be told about models and loops like peft's; of several the first that it accepts.
 NEEDS: dict[str, tuple[Options, ...]] = {
-    **dict.fromkeys(("AdaLoraConfig", "IncreLoraConfig", "PriloraConfig", "SoraConfig"), ({"total_steps": 100},)),
-    "MeloraConfig": ({"minis_pattern": {"conv1d": 1}},),
+    **dict.fromkeys(("AdaLoraConfig", "IncreLoraConfig", "PriLoraConfig", "SoraConfig"), ({"total_steps": 100},)),
+    "MeLoraConfig": ({"minis_pattern": {"conv1d": 1}},),
     "LortaConfig": ({}, *({"matrices": dict.fromkeys(("lin0", "lin1", "conv1d"), "q"), "heads": heads, "head_dim": size}
                           for heads, size in ((2, 10), (2, 1), (1, 1)))),
 }  # fmt: skip

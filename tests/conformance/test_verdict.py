@@ -51,9 +51,9 @@ def test_more_than_two_percent_are_too_many():
 def test_what_a_config_refuses_by_name_is_refused_and_nothing_else_is():
     bias = "increlora.errors.ConfigError: SoraConfig: bias='all' is not supported: add bias modules"
     budget = "increlora.errors.BudgetError: the budget of 40 ranks is above the capacity"
-    verdict = judge({MERGE.format("Sora"): ("failed", bias), MERGE.format("Melora"): ("failed", budget)}, [])
+    verdict = judge({MERGE.format("Sora"): ("failed", bias), MERGE.format("MeLora"): ("failed", budget)}, [])
     assert verdict.counts["SoraConfig"] == {"refused": 1}
-    assert verdict.problems == [f"{MERGE.format('Melora')}: {budget}"]
+    assert verdict.problems == [f"{MERGE.format('MeLora')}: {budget}"]
 
 
 def test_a_refusal_is_kept_and_a_bug_is_left_to_the_tests():
@@ -72,7 +72,7 @@ def test_a_refusal_is_kept_and_a_bug_is_left_to_the_tests():
 
 
 def test_a_method_is_told_what_it_needs():
-    assert next(variants("MeloraConfig", {"r": 16})) == {"r": 16, "minis_pattern": {"conv1d": 1}}
+    assert next(variants("MeLoraConfig", {"r": 16})) == {"r": 16, "minis_pattern": {"conv1d": 1}}
     assert [v.get("r") for v in variants("SoraConfig", {"r": 16})] == [16, 2, 1]
     assert "lora_alpha" not in next(variants("MoraConfig", {"lora_alpha": 4}))
     assert len(list(variants("LortaConfig", {}))) == 12

@@ -18,10 +18,10 @@ from increlora import (
     IncreLoraConfig,
     LoraMiniConfig,
     LortaConfig,
-    MeloraConfig,
+    MeLoraConfig,
     MoraConfig,
     PlainLoraConfig,
-    PriloraConfig,
+    PriLoraConfig,
     SoraConfig,
     attach,
     rank_summary,
@@ -110,7 +110,7 @@ def gated(name: str, config: Callable[..., Any] = SoraConfig, **options: Any) ->
 def entries(name: str, **options: Any) -> Row:
     """A row of PRILoRA with prunings after steps 3, 6, … 15."""
     chosen = {"r": 3, "interval_steps": 3, "total_steps": STEPS} | options
-    return Row(name, PriloraConfig, chosen, ranks="fixed", driven=True, at_most_lora="total_ranks" not in chosen)
+    return Row(name, PriLoraConfig, chosen, ranks="fixed", driven=True, at_most_lora="total_ranks" not in chosen)
 
 
 def placed(name: str, **options: Any) -> Row:
@@ -181,7 +181,7 @@ ROWS = [
     Row("lora", PlainLoraConfig, {"r": 3}, ranks="fixed", shares={}),
     placed("lorta"),
     placed("lorta, as lora starts", init="lora_matched", alpha_pattern={"q_proj": 5}),
-    Row("melora", MeloraConfig, {"r": 3, "minis": 4, "minis_pattern": {"head": 1}}, ranks="fixed", shares={}),
+    Row("melora", MeLoraConfig, {"r": 3, "minis": 4, "minis_pattern": {"head": 1}}, ranks="fixed", shares={}),
     Row("mora", MoraConfig, {"r": 3}, ranks="fixed", shares={}),
     Row("mora, blocks", MoraConfig, {"r": 2, "mora_type": 2}, ranks="fixed", shares={}),
     Row("mora, zero-padded", MoraConfig, {"r": 2, "mora_type": 4, "pad": "zero"}, ranks="fixed", shares={}),

@@ -11,9 +11,9 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from increlora import PriloraConfig
+from increlora import PriLoraConfig
 from increlora.deltas import LowRankDelta
-from increlora.methods import Prilora, Site
+from increlora.methods import PriLora, Site
 from increlora.ops.parallel import full
 from increlora.rules.input_norms import InputNorms
 from increlora.runtime import controllers_of
@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {"default": {}, "held": {"regrow": False, "gr
 
 
 def toy_model(**options: Any) -> nn.Module:
-    return get_peft_model(toy_network(), PriloraConfig(
+    return get_peft_model(toy_network(), PriLoraConfig(
         **{"r": 2, "first_r": 1.0, "interval_steps": 3, "total_steps": STEPS, "seed": 2} | options,
         target_modules=["up", "down"],
     ))  # fmt: skip
@@ -85,7 +85,7 @@ def uneven_use(process: int) -> Tensor:
     """Norms of two modules after two steps: the first is used by one process alone, the second by none in step 2."""
     deltas: dict[str, LowRankDelta] = {}
     for name in ("one", "two"):
-        deltas[name] = Prilora(r=1).method(1, 7).make_delta(Site(name, 4, 3, 1, 7, torch.float64))  # type: ignore[assignment]
+        deltas[name] = PriLora(r=1).method(1, 7).make_delta(Site(name, 4, 3, 1, 7, torch.float64))  # type: ignore[assignment]
     norms = InputNorms(deltas, beta=0.9)
     norms.lay_out(afresh=True)
     for step in range(2):

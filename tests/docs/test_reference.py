@@ -50,7 +50,7 @@ def test_every_public_name_is_in_the_reference(page):
 
 def test_every_error_is_in_the_reference(page):
     documented = {row[0].strip("`"): row[2] for row in rows(page("errors"))[2:]}
-    own = {n for n, e in vars(errors).items() if isinstance(e, type) and issubclass(e, errors.IncreloraError)}
+    own = {n for n, e in vars(errors).items() if isinstance(e, type) and issubclass(e, errors.IncreLoraError)}
     assert set(documented) == own and all(documented.values())
 
 

@@ -347,7 +347,7 @@ def test_what_cannot_be_exported_is_refused(models: dict[str, PeftModel], tmp_pa
         export_lora(models["mlp"], out, adapter_name="x")
     ia3 = get_peft_model(BUILDERS["mlp"](), IA3Config(target_modules=["up"], feedforward_modules=[]))
     ia3.save_pretrained(tmp_path / "ia3")
-    with pytest.raises(ExportError, match="type IA3, expected one of .*INCRELORA, .*PLAINLORA, .*LORA, ADALORA"):
+    with pytest.raises(ExportError, match="type IA3, expected one of .*INCRELORA_SORA, .*LORA, ADALORA"):
         export_lora(tmp_path / "ia3", out)
     with pytest.raises(CheckpointError, match="nowhere/adapter_config.json: No such file"):
         export_lora(tmp_path / "nowhere", out)

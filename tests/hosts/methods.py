@@ -8,10 +8,10 @@ from increlora import (
     IncreLoraConfig,
     LoraMiniConfig,
     LortaConfig,
-    MeloraConfig,
+    MeLoraConfig,
     MoraConfig,
     PlainLoraConfig,
-    PriloraConfig,
+    PriLoraConfig,
     SoraConfig,
 )
 
@@ -23,8 +23,8 @@ METHODS: dict[str, Callable[..., Any]] = {
     "increlora": lambda **options: IncreLoraConfig(r=3, top_h=8, **RUN, **options),
     "adalora": lambda **options: AdaLoraConfig(r=3, settle_steps=3, **RUN, **options),
     "sora": lambda **options: SoraConfig(r=3, settle_steps=3, **RUN, **options),
-    "prilora": lambda **options: PriloraConfig(r=3, interval_steps=2, total_steps=STEPS, **TARGETS, **options),
-    "melora": lambda **options: MeloraConfig(r=2, minis=2, **TARGETS, **options),
+    "prilora": lambda **options: PriLoraConfig(r=3, interval_steps=2, total_steps=STEPS, **TARGETS, **options),
+    "melora": lambda **options: MeLoraConfig(r=2, minis=2, **TARGETS, **options),
     "mora": lambda **options: MoraConfig(r=3, **TARGETS, **options),
     "lorta": lambda **options: LortaConfig(r=3, target_modules=[f"{x}_proj" for x in "qkvo"], **options),
     "lora_mini": lambda **options: LoraMiniConfig(r=1, inner_in=3, inner_out=3, **TARGETS, **options),

@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from increlora import AdaLoraConfig, IncreLoraConfig, PlainLoraConfig, PriloraConfig, SoraConfig
+from increlora import AdaLoraConfig, IncreLoraConfig, PlainLoraConfig, PriLoraConfig, SoraConfig
 from tests.hosts.tiny import Mlp, seeded
 
 STEPS = 16
@@ -14,7 +14,7 @@ CONFIGS = {
     "increlora": lambda **shared: IncreLoraConfig(r=3, top_h=2, score_window=2, **TIMES, **shared),
     "adalora": lambda **shared: AdaLoraConfig(r=3, settle_steps=5, **TIMES, **shared),
     "sora": lambda **shared: SoraConfig(r=3, settle_steps=5, close_after=None, **TIMES, **shared),
-    "prilora": lambda **shared: PriloraConfig(r=3, interval_steps=4, total_steps=STEPS, **shared),
+    "prilora": lambda **shared: PriLoraConfig(r=3, interval_steps=4, total_steps=STEPS, **shared),
     "lora": lambda **shared: PlainLoraConfig(r=3, **shared),
 }
 

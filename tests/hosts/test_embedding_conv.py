@@ -17,10 +17,10 @@ from increlora import (
     IncreLoraConfig,
     LoraMiniConfig,
     LortaConfig,
-    MeloraConfig,
+    MeLoraConfig,
     MoraConfig,
     PlainLoraConfig,
-    PriloraConfig,
+    PriLoraConfig,
     SoraConfig,
     attach,
     export_lora,
@@ -39,7 +39,7 @@ FAMILY = {
     "increlora": lambda: IncreLoraConfig(r=2, target_modules=TARGETS, total_steps=STEPS),
     "adalora": lambda: AdaLoraConfig(r=2, target_modules=TARGETS, total_steps=STEPS),
     "sora": lambda: SoraConfig(r=2, target_modules=TARGETS, total_steps=STEPS),
-    "prilora": lambda: PriloraConfig(r=2, target_modules=TARGETS, total_steps=STEPS, interval_steps=3),
+    "prilora": lambda: PriLoraConfig(r=2, target_modules=TARGETS, total_steps=STEPS, interval_steps=3),
 }
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),  # torch: it copies; no matter here
@@ -223,7 +223,7 @@ def test_a_lora_of_pefts_own_is_laid_out_anew(layout: Any, tmp_path: Path) -> No
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config_cls", [MeloraConfig, MoraConfig, LoraMiniConfig, LortaConfig])
+@pytest.mark.parametrize("config_cls", [MeLoraConfig, MoraConfig, LoraMiniConfig, LortaConfig])
 @pytest.mark.parametrize("target", ["embed", "conv"])
 def test_other_methods_refuse_and_name_those_that_can(config_cls: Any, target: str) -> None:
     with pytest.raises(ConfigError, match=f"{target}.*(cannot adapt|module)"):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from increlora.deltas import Status
-from increlora.hosts.transformers import IncreloraCallback
+from increlora.hosts.transformers import IncreLoraCallback
 from increlora.runtime.taps import Watcher
 
 from .loops import (
@@ -234,10 +234,10 @@ def test_clipping_changes_no_score_of_the_first_step(plain, tmp_path):
 @pytest.mark.parametrize("place", ["after_clipping", "before_clipping"])
 def test_a_callback_added_twice_changes_nothing(place, tmp_path):
     ends = []
-    for extra in ([], [IncreloraCallback()]):
+    for extra in ([], [IncreLoraCallback()]):
         model = adapted(**SCHEDULE, penalty_place=place)
         trainer = trainer_of(model, tmp_path, max_steps=13, callbacks=extra)
-        assert sum(isinstance(c, IncreloraCallback) for c in trainer.callback_handler.callbacks) == 1 + len(extra)
+        assert sum(isinstance(c, IncreLoraCallback) for c in trainer.callback_handler.callbacks) == 1 + len(extra)
         for _ in range(2):
             trainer.train()
         ends.append(state_of(model))
@@ -248,8 +248,8 @@ def test_without_the_callback_the_config_says_how_long_the_run_is(tmp_path):
     options = {"warmup_steps": 0.2, "interval_steps": 0.1, "top_h": 3}
     model = adapted(**options, total_steps=20)
     trainer = trainer_of(model, tmp_path, max_steps=20)
-    trainer.remove_callback(IncreloraCallback)
-    assert not any(isinstance(c, IncreloraCallback) for c in trainer.callback_handler.callbacks)
+    trainer.remove_callback(IncreLoraCallback)
+    assert not any(isinstance(c, IncreLoraCallback) for c in trainer.callback_handler.callbacks)
     trainer.train()
     with_callback = adapted(**options)
     trainer_of(with_callback, tmp_path, max_steps=20).train()
@@ -260,7 +260,7 @@ def test_the_callback_leaves_other_models_alone(tmp_path):
     from .loops import tiny_gpt2
 
     trainer = trainer_of(tiny_gpt2(), tmp_path, max_steps=2)
-    assert any(isinstance(c, IncreloraCallback) for c in trainer.callback_handler.callbacks)
+    assert any(isinstance(c, IncreLoraCallback) for c in trainer.callback_handler.callbacks)
     assert trainer.train().global_step == 2
 
 

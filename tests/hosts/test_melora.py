@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from increlora import (
-    MeloraConfig,
+    MeLoraConfig,
     PlainLoraConfig,
     allocation_to_lora_config,
     check_export,
@@ -34,7 +34,7 @@ TARGETS = {
 
 def adapted(kind: str = "bert", **options: object) -> PeftModel:
     chosen = {"r": 2, "minis": 4, "target_modules": TARGETS[kind], "fan_in_fan_out": kind == "gpt2", "seed": 2}
-    return get_peft_model(BUILDERS[kind](), MeloraConfig(**chosen | options))
+    return get_peft_model(BUILDERS[kind](), MeLoraConfig(**chosen | options))
 
 
 def trained(kind: str = "bert", **options: object) -> PeftModel:
@@ -72,7 +72,7 @@ def test_an_export_computes_the_same_in_stock_peft(kind: str, tmp_path: Path) ->
 
 def test_t12_an_export_is_block_diagonal_and_merges_to_the_same_weights(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(16, 24))
-    model = get_peft_model(base, MeloraConfig(
+    model = get_peft_model(base, MeLoraConfig(
         r=2, minis=4, lora_alpha=16, init_lora_weights=False, target_modules=["0"]))  # fmt: skip
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     expected = model(x).detach()
@@ -169,7 +169,7 @@ def test_trap_5_merging_works_and_unmerging_restores(kind: str) -> None:
 
 def test_t11_merging_into_half_precision_is_undone_within_one_unit() -> None:
     base = BUILDERS["bert"]().bfloat16()
-    model = get_peft_model(base, MeloraConfig(r=2, minis=4, target_modules=TARGETS["bert"], init_lora_weights=False))
+    model = get_peft_model(base, MeLoraConfig(r=2, minis=4, target_modules=TARGETS["bert"], init_lora_weights=False))
     assert deltas(model)[0].lora_A0.dtype == torch.float32  # peft keeps adapters of half-precision bases in float32
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if "base_layer.weight" in n}
     model.merge_adapter()
@@ -191,7 +191,7 @@ def test_trap_6_adapters_can_be_disabled() -> None:
 
 def test_trap_8_modules_keep_their_sizes() -> None:
     model = trained()
-    model.add_adapter("second", MeloraConfig(r=1, minis=2, target_modules=TARGETS["bert"]))
+    model.add_adapter("second", MeLoraConfig(r=1, minis=2, target_modules=TARGETS["bert"]))
     query = model.base_model.model.bert.encoder.layer[0].attention.self.query
     assert (query.in_features, query.out_features) == (16, 16)
     unloaded = model.unload().bert.encoder.layer[0].attention.self.query
@@ -225,7 +225,7 @@ def test_trap_12_t14_plain_lora_loads_as_what_it_is(tmp_path: Path) -> None:
         plain = get_peft_model(BUILDERS["bert"](), config)
         plain.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(BUILDERS["bert"](), tmp_path)
-        assert loaded.peft_config["default"].peft_type == config.peft_type != "MELORA"
+        assert loaded.peft_config["default"].peft_type == config.peft_type != "INCRELORA_MELORA"
         assert torch.equal(logits(loaded, "bert"), logits(plain, "bert"))
         with pytest.raises((CheckpointError, RuntimeError, ValueError)):
             set_peft_model_state_dict(adapted(), load_file(tmp_path / "adapter_model.safetensors"))
@@ -234,9 +234,9 @@ def test_trap_12_t14_plain_lora_loads_as_what_it_is(tmp_path: Path) -> None:
 def test_only_what_divides_is_adapted_and_a_refusal_leaves_the_model_alone() -> None:
     base = BUILDERS["mlp"]()
     with pytest.raises(ConfigError, match=r"head: minis=2 does not divide both in=8 and out=3.*'head': 1"):
-        get_peft_model(base, MeloraConfig(target_modules=["up", "head"]))
+        get_peft_model(base, MeLoraConfig(target_modules=["up", "head"]))
     assert type(base.up) is nn.Linear
-    mended = get_peft_model(base, MeloraConfig(r=2, target_modules=["up", "head"], minis_pattern={"head": 1}))
+    mended = get_peft_model(base, MeLoraConfig(r=2, target_modules=["up", "head"], minis_pattern={"head": 1}))
     assert rank_summary(mended).parameters == 2 * (20 + 11)
 
 
@@ -273,7 +273,7 @@ def test_it_starts_others_but_no_other_adapter_fits_it(tmp_path: Path) -> None:
     close(logits(lora, "bert"), logits(model, "bert"))
     fresh = adapted()
     before = logits(fresh, "bert")
-    with pytest.raises(ConfigError, match="query: MELORA has no place"):
+    with pytest.raises(ConfigError, match="query: MeLoraConfig has no place"):
         warm_start(fresh, lora)
     assert torch.equal(logits(fresh, "bert"), before) and not deltas(fresh)[0].lora_B0.any()
 

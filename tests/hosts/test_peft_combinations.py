@@ -21,10 +21,11 @@ from torch import nn
 
 from increlora.errors import ConfigError
 from increlora.hosts.peft import CONFIGS
-from increlora.hosts.peft.config import SUPPORTED
+from increlora.hosts.peft.options import SHARED, WRITTEN
 from tests.hosts.tiny import BUILDERS, logits
 
 every_method = pytest.mark.parametrize("config_cls", CONFIGS.values(), ids=lambda c: c.__name__)
+EVERYWHERE = ("r", "lora_alpha", "lora_dropout", "init_lora_weights")  # options of every method's own settings
 ELSEWHERE = "leave it out, or train with peft's LoraConfig"
 
 # option of LoraConfig → (a value that is not its default, what to do instead)
@@ -73,7 +74,7 @@ def test_an_option_without_meaning_here_is_refused_with_the_alternative(config_c
 
 def test_every_option_of_lora_is_either_supported_or_refused() -> None:
     """A new release of peft brings new ones."""
-    assert {f.name for f in fields(LoraConfig)} == SUPPORTED | {"init_lora_weights"} | set(REFUSED)
+    assert {f.name for f in fields(LoraConfig)} == {*SHARED, *WRITTEN, *EVERYWHERE, *REFUSED}
 
 
 @every_method

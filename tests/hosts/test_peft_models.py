@@ -21,7 +21,7 @@ from peft import (
 )
 from torch import nn
 
-from increlora import IncreLoraConfig, PlainLoraConfig, PriloraConfig, attach, export_lora, rank_summary
+from increlora import IncreLoraConfig, PlainLoraConfig, PriLoraConfig, attach, export_lora, rank_summary
 from increlora.deltas import Status
 from increlora.errors import ConfigError, DriveError
 from increlora.hosts.peft.layer import adapter_layers
@@ -383,7 +383,7 @@ CONFIGS = [
     growing(target_modules=["up"], capacity_pattern={"up": 4}, total_ranks=3),
     IncreLoraConfig.paper(2, target_modules=["up"], lora_dropout=0.1, task_type="CAUSAL_LM"),
     PlainLoraConfig(r=3, target_modules=["up"], modules_to_save=["head"]),
-    PriloraConfig(r=3, first_r=1.5, interval_steps=0.1, target_modules=["up"]),
+    PriLoraConfig(r=3, first_r=1.5, interval_steps=0.1, target_modules=["up"]),
 ]
 
 
@@ -470,20 +470,20 @@ def test_registering_again_changes_nothing() -> None:
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-    from increlora.hosts.peft.register import register_methods, tell_ranks
+    from increlora.hosts.peft.register import read_old_types, register_methods, tell_ranks
 
-    before, method = list(PeftType), PeftModel.print_trainable_parameters
-    register_methods(), tell_ranks()
+    before, method, read = list(PeftType), PeftModel.print_trainable_parameters, PeftConfig.from_json_file
+    register_methods(), tell_ranks(), read_old_types()
     assert list(PeftType) == before
-    assert PeftModel.print_trainable_parameters is method
-    assert PeftType("INCRELORA") is PeftType["INCRELORA"] is PeftType.INCRELORA
-    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.INCRELORA].__name__ == "AdapterModel"
-    assert pickle.loads(pickle.dumps(PeftType.INCRELORA)) is PeftType.INCRELORA
+    assert PeftModel.print_trainable_parameters is method and PeftConfig.from_json_file == read
+    assert PeftType("INCRELORA_LORA") is PeftType["INCRELORA_LORA"] is PeftType.INCRELORA_LORA
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.INCRELORA_LORA].__name__ == "AdapterModel"
+    assert pickle.loads(pickle.dumps(PeftType.INCRELORA_LORA)) is PeftType.INCRELORA_LORA
 
 
 def test_model_status_knows_the_type(models) -> None:
     status = models["llama"].get_model_status()
-    assert status.peft_types == {"default": "INCRELORA"}
+    assert status.peft_types == {"default": "INCRELORA_INCRELORA"}
     assert status.num_adapter_layers == 14
 
 

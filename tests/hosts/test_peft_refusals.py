@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from increlora import IncreLoraConfig, IncreloraError, PlainLoraConfig
+from increlora import IncreLoraConfig, IncreLoraError, PlainLoraConfig
 from increlora.deltas.state import STATE_FORMAT
 from increlora.errors import BudgetError, CheckpointError, ConfigError
 from tests.hosts.tiny import BUILDERS, grow, growing, logits
@@ -225,7 +225,7 @@ def test_a_config_with_an_impossible_value_is_refused(folder: Path) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 0}))
     base = BUILDERS["mlp"]()
-    with pytest.raises(IncreloraError, match="r=0"):
+    with pytest.raises(IncreLoraError, match="r=0"):
         PeftModel.from_pretrained(base, folder)
     assert unchanged(base)
 
@@ -244,6 +244,6 @@ def test_a_name_that_peft_uses_for_something_else_is_refused(monkeypatch: pytest
 
     from increlora.hosts.peft.register import register_methods
 
-    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType("INCRELORA"), LoraConfig)
-    with pytest.raises(ConfigError, match="peft already has a method named INCRELORA.*upgrade increlora"):
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType("INCRELORA_MORA"), LoraConfig)
+    with pytest.raises(ConfigError, match="peft already has a method named INCRELORA_MORA.*upgrade increlora"):
         register_methods()

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from increlora import PriloraConfig, rank_summary
+from increlora import PriLoraConfig, rank_summary
 from increlora.deltas import BlockDelta
 from increlora.errors import BudgetError
 from increlora.hosts.peft.layer import AdapterLayer
@@ -32,7 +32,7 @@ def adapted(kind: str = "bert", **options: object) -> PeftModel:
     """Prunings after steps 3, 6 and 9."""
     chosen = {"r": 3, "first_r": 2.0, "interval_steps": 3, "total_steps": STEPS, "target_modules": TARGETS[kind],
               "fan_in_fan_out": kind == "gpt2", "seed": 2} | options  # fmt: skip
-    return get_peft_model(BUILDERS[kind](), PriloraConfig(**chosen))
+    return get_peft_model(BUILDERS[kind](), PriLoraConfig(**chosen))
 
 
 train = partial(training.train, lr=0.02, stop=STEPS)
@@ -79,7 +79,7 @@ def test_layers_that_are_left_out_do_not_count() -> None:
 def test_a_budget_that_does_not_fit_leaves_the_model_as_it_was() -> None:
     base = BUILDERS["mlp"]()
     with pytest.raises(BudgetError, match=r"hold 3 to 19.*change `r` or `total_ranks`"):
-        get_peft_model(base, PriloraConfig(r=9, target_modules=["up", "down", "head"]))
+        get_peft_model(base, PriLoraConfig(r=9, target_modules=["up", "down", "head"]))
     assert type(base.up) is nn.Linear
 
 

@@ -13,10 +13,10 @@ from increlora import (
     IncreLoraConfig,
     LoraMiniConfig,
     LortaConfig,
-    MeloraConfig,
+    MeLoraConfig,
     MoraConfig,
     PlainLoraConfig,
-    PriloraConfig,
+    PriLoraConfig,
     SoraConfig,
     allocation_to_lora_config,
     rank_summary,
@@ -39,9 +39,9 @@ ROWS: list[tuple[type, dict[str, Any], float | None]] = [
     (AdaLoraConfig, {"scaling": "initial_rank", "init_r": 5}, 5),
     (SoraConfig, {}, R),
     (SoraConfig, {"scaling": "initial_rank", "init_r": 5}, 5),
-    (PriloraConfig, {}, None),
-    (PriloraConfig, {"scaling": "constant"}, R),
-    (MeloraConfig, {"minis": 2}, R),  # the rank of one mini adapter
+    (PriLoraConfig, {}, None),
+    (PriLoraConfig, {"scaling": "constant"}, R),
+    (MeLoraConfig, {"minis": 2}, R),  # the rank of one mini adapter
     (LoraMiniConfig, {"inner_in": 8, "inner_out": 8}, R),
     (LortaConfig, {"target_modules": ["q_proj", "v_proj"]}, R),
 ]

@@ -71,7 +71,7 @@ def axolotl(published) -> ModuleType:
     stand_in("axolotl.telemetry.errors", send_errors=lambda f: f)
     from axolotl.integrations.base import PluginManager
 
-    PluginManager.get_instance().register("increlora.integrations.axolotl.IncreloraPlugin")
+    PluginManager.get_instance().register("increlora.integrations.axolotl.IncreLoraPlugin")
     return importlib.import_module("axolotl.loaders.adapter")
 
 
@@ -112,16 +112,16 @@ def test_axolotl_knows_all_our_adapters_and_leaves_the_others_alone(axolotl) -> 
     manager = PluginManager.get_instance()
     from increlora.integrations.settings import ADAPTERS
 
-    assert set(manager.adapter_capabilities()) == set(ADAPTERS) >= {"increlora", "sora", "increlora_adalora"}
+    assert set(manager.adapter_capabilities()) == set(ADAPTERS) >= {"increlora", "increlora_sora", "increlora_adalora"}
     (plugin,) = manager.plugins.values()
     assert plugin.load_adapter(BUILDERS["llama"](), settings("qlora")) is None
     module, _, name = plugin.get_input_args().rpartition(".")
     block = getattr(importlib.import_module(module), name)
     assert block(increlora={"top_h": 4}).increlora == {"top_h": 4} and block().increlora is None
-    for adapter in set(ADAPTERS) - {"mora"}:
+    for adapter in set(ADAPTERS) - {"increlora_mora"}:
         chosen = settings(adapter, peft_use_rslora=True)
         none, config = plugin.load_adapter(BUILDERS["llama"](), chosen, config_only=True)
-        assert none is None and config.peft_type.value.lower() == adapter and config.use_rslora
+        assert none is None and type(config) is ADAPTERS[adapter] and config.use_rslora
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -180,7 +180,7 @@ def test_ms_swift_knows_all_our_adapters_beside_its_own(swift) -> None:
     from increlora.integrations.settings import ADAPTERS
 
     assert set(swift.tuners_map) == set(ADAPTERS) | {"ia3", "lora_llm", "dummy"}
-    for name in ("sora", "mora", "increlora_adalora"):
+    for name in ("increlora_sora", "increlora_mora", "increlora_adalora"):
         model = swift.tuners_map[name].prepare_model(arguments(), BUILDERS["llama"]())
         assert model.peft_config["default"].peft_type.value.lower() == name
     with pytest.raises(ConfigError, match="use_dora"):

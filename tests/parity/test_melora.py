@@ -6,8 +6,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from increlora import MeloraConfig, PlainLoraConfig
-from tests.reference.official_melora import OfficialMelora, adapt
+from increlora import MeLoraConfig, PlainLoraConfig
+from tests.reference.official_melora import OfficialMeLora, adapt
 from tests.reference.toy import gaussian_initial, toy_loss
 
 STEPS = 220
@@ -60,12 +60,12 @@ def test_every_step_equals_the_naive_loop(minis: int, r: int, dropout: float, ma
     targets = ["up", "down", "last"]
     initial = gaussian_initial(seed=4, std=0.3)
     theirs = adapt(network(), targets, initial, minis=minis, r=r, alpha=5)
-    ours = get_peft_model(network(), MeloraConfig(
+    ours = get_peft_model(network(), MeLoraConfig(
         r=r, minis=minis, lora_alpha=5, lora_dropout=dropout, target_modules=targets,
     ))  # fmt: skip
     pairs = {}
     for name, layer in theirs.named_modules():
-        if isinstance(layer, OfficialMelora):
+        if isinstance(layer, OfficialMeLora):
             layer.dropout.p = dropout
             delta = ours.base_model.model.get_submodule(name).delta("default")
             pairs[name] = delta, layer
@@ -90,7 +90,7 @@ def test_every_step_equals_the_naive_loop(minis: int, r: int, dropout: float, ma
 def test_t8_one_mini_adapter_is_lora_to_the_bit(dropout: float) -> None:
     options = {"r": 3, "lora_alpha": 5, "lora_dropout": dropout, "target_modules": ["up", "down", "last"], "seed": 7}
     ours, lora = (get_peft_model(network(), config) for config in (
-        MeloraConfig(minis=1, **options), PlainLoraConfig(**options),
+        MeLoraConfig(minis=1, **options), PlainLoraConfig(**options),
     ))  # fmt: skip
     optimizers = adamw(ours), adamw(lora)
     for step in range(60):

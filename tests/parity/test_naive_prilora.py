@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from increlora import PriloraConfig, attach
+from increlora import PriLoraConfig, attach
 from increlora.runtime import Controller
 from tests.parity.test_official_adalora import Make, adamw, sgd
 from tests.parity.test_official_increlora import set_initial
@@ -48,7 +48,7 @@ CASES = [
 
 
 def ours(case: Case, initial) -> Iterator[tuple[float, Controller]]:
-    model = get_peft_model(toy_network(seed=0), PriloraConfig(target_modules=["up", "down"], **case.options))
+    model = get_peft_model(toy_network(seed=0), PriLoraConfig(target_modules=["up", "down"], **case.options))
     set_initial(model, initial)
     optimizer = case.make(p for p in model.parameters() if p.requires_grad)
     controller = attach(model, optimizer)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.reference.toy import Initial
 
 
-class OfficialMelora(nn.Module):
+class OfficialMeLora(nn.Module):
     """Frozen W and bias, and n mini adapters of rank r; `initial` gives A_i and B_i by mini adapter."""
 
     def __init__(self, linear: nn.Linear, minis: int, r: int, alpha: float, initial: Initial, *, name: str = ""):
@@ -44,7 +44,7 @@ class OfficialMelora(nn.Module):
 def adapt(model: nn.Module, targets: list[str], initial: Initial, **settings: float) -> nn.Module:
     """Replace the named `nn.Linear` modules of `model`, in place."""
     for name, linear in [(n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in targets]:
-        model.set_submodule(name, OfficialMelora(linear, initial=initial, name=name, **settings))
+        model.set_submodule(name, OfficialMeLora(linear, initial=initial, name=name, **settings))
     return model
 
 

@@ -128,7 +128,7 @@ def from_folder(path: Path) -> Adapter:
     if kind in READERS:
         return foreign(kind, raw, READERS[kind](raw, state, str(path)), None)
     check_folder(path)
-    config: Any = CONFIGS[kind].from_pretrained(str(path))  # type: ignore[attr-defined]
+    config: Any = CONFIGS[kind].from_pretrained(str(path))
     parts = checkpoint.split(state)
     if not parts:
         raise CheckpointError(f"{path / SAFETENSORS_WEIGHTS_NAME} holds no module of ours: it is damaged or foreign")

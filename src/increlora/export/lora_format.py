@@ -21,6 +21,7 @@ from ..deltas import Inputs, Patches, Tokens
 from ..deltas.inputs import VECTORS
 from ..errors import CheckpointError
 from ..hosts.peft.checkpoint import PREFIX
+from ..hosts.peft.config import with_current_type
 
 Shape = tuple[int, ...]
 ENDINGS = (".lora_A.weight", ".lora_B.weight")
@@ -90,7 +91,9 @@ def from_tensors(name: str, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json as it stands. Raises CheckpointError if it cannot be read, or names senseless ranks."""
+    """adapter_config.json, its type by today's name.
+
+    Raises: CheckpointError if it cannot be read, or names senseless ranks."""
     path = folder / CONFIG_NAME
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -102,7 +105,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {reason}; give the folder of an adapter, or a run") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; give the folder of an adapter, or restore it from a copy") from error
-    return found
+    return with_current_type(found)
 
 
 def check_values(config: Mapping[str, Any]) -> None:

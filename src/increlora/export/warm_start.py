@@ -65,7 +65,7 @@ def low_rank(model: nn.Module, adapter: str) -> dict[str, BlockDelta]:
     for name, layer in adapter_layers(model, adapter).items():
         delta = layer.delta(adapter)
         if not isinstance(delta, LowRankDelta | TripletDelta):
-            kind = model.peft_config[adapter].peft_type.value  # type: ignore[index]
+            kind = type(model.peft_config[adapter]).__name__  # type: ignore[index]
             raise ConfigError(f"{delta.name}: {kind} has no place for the low-rank ΔW of a source: start it afresh")
         deltas[name.removeprefix(PREFIX)] = delta
     return deltas

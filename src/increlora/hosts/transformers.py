@@ -2,7 +2,7 @@
 what the Trainer logs.
 
 The callback joins every Trainer once an adapter of ours exists; it does nothing for models without one, and
-`trainer.remove_callback(increlora.hosts.transformers.IncreloraCallback)` takes it out.
+`trainer.remove_callback(increlora.hosts.transformers.IncreLoraCallback)` takes it out.
 """
 
 import functools
@@ -20,7 +20,7 @@ def callback_class() -> type:
     """The callback; built on first use, so that importing the library does not import the Trainer."""
     from transformers.trainer_callback import TrainerCallback
 
-    class IncreloraCallback(TrainerCallback):
+    class IncreLoraCallback(TrainerCallback):
         """Run length at the start; the penalty's gradient before the first micro-batch of each step; ranks in the logs.
 
         The Trainer calls default callbacks before those of `report_to`: what is added to `logs` here reaches all."""
@@ -49,7 +49,7 @@ def callback_class() -> type:
             if "loss" in logs and has_ranks(model):  # not what is logged of evaluations, nor the summary at the end
                 logs.update(rank_scalars(model))
 
-    return IncreloraCallback
+    return IncreLoraCallback
 
 
 def has_ranks(model: nn.Module) -> bool:
@@ -73,7 +73,7 @@ def rank_scalars(model: nn.Module) -> dict[str, float]:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "IncreloraCallback":
+    if name == "IncreLoraCallback":
         return callback_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,8 +1,8 @@
 """axolotl: our methods as values of `adapter`.
 
     plugins:
-      - increlora.integrations.axolotl.IncreloraPlugin
-    adapter: increlora           # sora, prilora, melora, mora, lorta, lora_mini, increlora_adalora
+      - increlora.integrations.axolotl.IncreLoraPlugin
+    adapter: increlora           # or increlora_sora, increlora_adalora, …: the name of a method
     lora_r: 8                    # the budget: average rank per module
     lora_alpha: 8
     lora_target_linear: true
@@ -36,17 +36,17 @@ SETTINGS = {
 }  # fmt: skip
 
 
-class IncreloraArgs(BaseModel):
+class IncreLoraArgs(BaseModel):
     """The block that axolotl's configuration gains."""
 
     increlora: dict[str, Any] | None = None
 
 
-class IncreloraPlugin(BasePlugin):
+class IncreLoraPlugin(BasePlugin):
     """What axolotl asks a plugin with adapters of its own."""
 
     def get_input_args(self) -> str:
-        return f"{__name__}.{IncreloraArgs.__name__}"
+        return f"{__name__}.{IncreLoraArgs.__name__}"
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
         return [AdapterCapabilities(name=name) for name in ADAPTERS]

@@ -7,7 +7,7 @@
 
     swift sft --external_plugins plugin.py --tuner_type increlora --lora_rank 8 --target_modules all-linear …
 
-Names: increlora, sora, prilora, melora, mora, lorta, lora_mini, increlora_adalora. ms-swift's trainers are Hugging Face
+Names: increlora, and for other methods increlora_sora, increlora_adalora, … ms-swift's trainers are Hugging Face
 Trainers, so nothing drives the ranks but our callback, which joins by itself.
 
 Checked against the plugin interface of ms-swift 4.6.0, not in a run of ms-swift: that release wants peft below 0.21,
@@ -29,10 +29,10 @@ def register(name: str, **options: Any) -> None:
         name: one of `ADAPTERS`; registering it again replaces the options.
         options: of the method, before what the command line says of LoRA."""
     ADAPTERS[name](**options)  # a wrong option is refused here, not after the model is loaded
-    tuners_map[name] = type(f"{name.title()}Tuner", (IncreloraTuner,), {"adapter": name, "options": options})
+    tuners_map[name] = type(f"{name.title()}Tuner", (IncreLoraTuner,), {"adapter": name, "options": options})
 
 
-class IncreloraTuner(PeftTuner):
+class IncreLoraTuner(PeftTuner):
     """Abstract: makes the adapter; saving and loading are ms-swift's, as for any method of peft."""
 
     adapter: str

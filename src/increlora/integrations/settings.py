@@ -7,10 +7,14 @@ from peft import TaskType
 from torch import nn
 
 from increlora.errors import ConfigError
-from increlora.hosts.peft import CONFIGS
+from increlora.hosts.peft.config import CONFIGS, type_name
+from increlora.registry import METHODS
 
-# `increlora`, `sora`, … Names of peft's types, so that `increlora_adalora` is not taken for a framework's own AdaLoRA.
-ADAPTERS = {name.lower(): config_cls for name, config_cls in CONFIGS.items()}
+# `increlora`, `increlora_sora`, …: peft's types, so that none is taken for a method that a framework has of its own.
+ADAPTERS = {
+    "increlora" if method == "increlora" else type_name(method).lower(): CONFIGS[type_name(method)]
+    for method in METHODS
+}
 ENDINGS = {
     "ForSequenceClassification": TaskType.SEQ_CLS, "ForTokenClassification": TaskType.TOKEN_CLS,
     "ForQuestionAnswering": TaskType.QUESTION_ANS,
@@ -28,7 +32,7 @@ def config_of(name: str, given: Mapping[str, Any], options: Mapping[str, Any] | 
     if not isinstance(options or {}, Mapping):
         raise ConfigError(f"options of {name}: {options!r}: give a table, option: value")
     known = {option: value for option, value in given.items() if value or value == 0}
-    if name == "mora":
+    if name == "increlora_mora":
         known.pop("lora_alpha", None)  # it has no scale, and frameworks have an α for everybody
     return ADAPTERS[name](**known | dict(options or {}))
 

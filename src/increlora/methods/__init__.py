@@ -3,8 +3,8 @@
 from .adalora import AdaLora
 from .base import Method, Penalty, Settings, Site
 from .increlora import IncreLora
-from .lora import Lora
-from .prilora import Prilora
+from .lora import PlainLora
+from .prilora import PriLora
 from .sora import Sora
 
-__all__ = ["AdaLora", "IncreLora", "Lora", "Method", "Penalty", "Prilora", "Settings", "Site", "Sora"]
+__all__ = ["AdaLora", "IncreLora", "Method", "Penalty", "PlainLora", "PriLora", "Settings", "Site", "Sora"]

@@ -18,7 +18,7 @@ from .scaling import fixed, scale_of
 
 
 @dataclass(frozen=True)
-class Lora(Settings):
+class PlainLora(Settings):
     """Settings of LoRA, named as in peft.
 
     Attributes:

@@ -29,7 +29,7 @@ Peers = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True)
-class Prilora(Settings):
+class PriLora(Settings):
     """Every option of PRILoRA. Counts are at least 1; times are steps (int) or shares of the run (float in [0, 1]).
 
     Budget, one of

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import IncreloraError
+from ..errors import IncreLoraError
 
 Verdict = Literal["yes", "no", "not probed", "broken"]
 
@@ -48,7 +48,7 @@ def outcome_of(probe: Callable[[Any], str | None], subject: Any) -> Outcome:
             note = probe(subject)
     except NotProbed as missing:
         return Outcome("not probed", one_line(missing))
-    except IncreloraError as refusal:
+    except IncreLoraError as refusal:
         return Outcome("no", one_line(refusal))
     except Exception as error:
         kind = "" if isinstance(error, Disagreement) else f"{type(error).__name__}: "

@@ -10,9 +10,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from ..hosts.peft import CONFIGS
-from ..hosts.peft.config import names_of
+from ..hosts.peft.config import type_name
 from ..hosts.peft.layer import AdapterLayer
-from ..registry import METHODS
 from ..runtime import controllers_of
 from .outcome import check
 
@@ -45,9 +44,8 @@ class Subject:
 
     def config(self, **changes: Any) -> Any:
         """A config of the method, of average rank 2, for the attention of `llama`."""
-        _, kind = names_of(self.method, METHODS[self.method])
         chosen = {"r": 2, "seed": 3, "target_modules": list(TARGETS)} | dict(self.options) | changes
-        return CONFIGS[kind](**chosen)
+        return CONFIGS[type_name(self.method)](**chosen)
 
     @property
     def adaptive(self) -> bool:

@@ -156,4 +156,4 @@ def test_a_native_adapter_gets_past_the_config_and_not_past_the_check(tmp_path: 
         loaded(engine, tmp_path / "native")
         assert not check_export(tmp_path / "native", engine).ok
         assert not any(reads(engine, key) for key in load_file(tmp_path / "native/adapter_model.safetensors"))
-    assert json.loads((tmp_path / "native/adapter_config.json").read_text())["peft_type"] == "INCRELORA"
+    assert json.loads((tmp_path / "native/adapter_config.json").read_text())["peft_type"] == "INCRELORA_INCRELORA"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from increlora import IncreLoraConfig, attach
 from increlora.deltas import LowRankDelta, TripletDelta, blocks
 from increlora.deltas.state import ModuleState
-from increlora.methods import Lora, Site
+from increlora.methods import PlainLora, Site
 from tests.unit.deltas.test_deltas import ACTIVE, DORMANT, KINDS, RESERVE, RETIRED, TRAINED, build, increlora
 
 # ---- blocks
@@ -208,4 +208,4 @@ def test_merging_adds_what_the_forward_pass_adds() -> None:
 
 
 def test_the_scale_of_lora() -> None:
-    assert Lora(r=4, lora_alpha=6).method(1, 7).make_delta(Site("m", 8, 3, 1, 7)).scale == 1.5
+    assert PlainLora(r=4, lora_alpha=6).method(1, 7).make_delta(Site("m", 8, 3, 1, 7)).scale == 1.5

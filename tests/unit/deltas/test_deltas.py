@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from increlora.deltas import BlockDelta, LowRankDelta, Status, TripletDelta
-from increlora.methods import IncreLora, Lora, Site
+from increlora.methods import IncreLora, PlainLora, Site
 from increlora.methods.initial import gaussian, kaiming, ones, zeros
 
 DORMANT, RESERVE, ACTIVE, RETIRED = Status
@@ -232,7 +232,7 @@ TRAINED = {"reserve": "trained", "newborn": "published"}
 def test_initial_values_are_the_same_in_every_process() -> None:
     """Golden values: nothing about the process (hash seed, global generator, order) enters."""
     torch.manual_seed(3)
-    delta = Lora(r=2, seed=7).method(1, 7).make_delta(Site("layer.q", 4, 3, 1, 7))
+    delta = PlainLora(r=2, seed=7).method(1, 7).make_delta(Site("layer.q", 4, 3, 1, 7))
     golden = [[-0.43636637926101685, -0.3480977416038513, -0.21460628509521484, -0.29697495698928833],
               [0.2636486887931824, 0.4514603018760681, 0.1087079644203186, -0.3462013602256775]]  # fmt: skip
     assert delta.block(0)["A"].tolist() == golden

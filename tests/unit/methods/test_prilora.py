@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from increlora import PriloraConfig
+from increlora import PriLoraConfig
 from increlora.decide.projections import nonzero_marks, zero_dropped, zero_least
 from increlora.decide.schedules import PruneSteps, Run
 from increlora.decide.scores import weighted_magnitude
 from increlora.deltas import LowRankDelta
 from increlora.errors import BudgetError, ConfigError, ScheduleError
-from increlora.methods import Prilora, Site
+from increlora.methods import PriLora, Site
 from increlora.rules.input_norms import InputNorms
 
 X1, X2 = [[3, 0, 1, 0], [4, 0, 0, 2]], [[0, 2, 1, 0], [0, 0, 0, 2]]
@@ -26,7 +26,7 @@ def close(found: Tensor, expected) -> bool:
     return torch.allclose(found, tensor(expected), rtol=1e-12, atol=1e-15)
 
 
-def delta_of(config: Prilora, in_features: int = 4, out_features: int = 6) -> LowRankDelta:
+def delta_of(config: PriLora, in_features: int = 4, out_features: int = 6) -> LowRankDelta:
     total = in_features + out_features
     site = Site("m", in_features, out_features, 1, total, torch.float64, (("m", in_features, out_features),))
     return config.method(1, total).make_delta(site)
@@ -49,7 +49,7 @@ def step(norms: InputNorms, *inputs: tuple[int, Tensor]) -> None:
 
 
 def test_p2_p3_norms_and_their_average() -> None:
-    delta = delta_of(Prilora(r=1))
+    delta = delta_of(PriLora(r=1))
     norms = norms_of(delta)
     step(norms, (0, tensor(X1)))
     assert close(delta.statistics[0], [5, 0, 1, 2, 1])  # the first counts in full; the 1 says that there was one
@@ -58,20 +58,20 @@ def test_p2_p3_norms_and_their_average() -> None:
 
 
 def test_micro_batches_and_uses_add_squares_not_norms() -> None:
-    one, two = delta_of(Prilora(r=1)), delta_of(Prilora(r=1))
+    one, two = delta_of(PriLora(r=1)), delta_of(PriLora(r=1))
     step(norms_of(one), (0, torch.cat([tensor(X1), tensor(X2)])))
     step(norms_of(two), (0, tensor(X1).unsqueeze(1)), (0, tensor(X2)))
     assert close(one.statistics[0], [5, 2, 2**0.5, 8**0.5, 1]) and torch.equal(one.statistics[0], two.statistics[0])
 
 
 def test_modules_that_share_their_inputs_add_up_each_for_itself() -> None:
-    deltas, x1, x2 = [delta_of(Prilora(r=1)) for _ in range(2)], tensor(X1), tensor(X2)
+    deltas, x1, x2 = [delta_of(PriLora(r=1)) for _ in range(2)], tensor(X1), tensor(X2)
     step(norms_of(*deltas), (0, x1), (1, x1), (0, x2), (1, x2))
     assert all(close(d.statistics[0], [5, 2, 2**0.5, 8**0.5, 1]) for d in deltas)
 
 
 def test_a_module_without_a_use_keeps_its_norms() -> None:
-    deltas = [delta_of(Prilora(r=1)) for _ in range(2)]
+    deltas = [delta_of(PriLora(r=1)) for _ in range(2)]
     norms = norms_of(*deltas)
     step(norms, (1, tensor(X1)))
     assert not deltas[0].statistics[0].any()
@@ -81,7 +81,7 @@ def test_a_module_without_a_use_keeps_its_norms() -> None:
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 def test_a_step_with_an_input_that_is_not_finite_changes_nothing(bad: float) -> None:
-    deltas = [delta_of(Prilora(r=1)) for _ in range(2)]
+    deltas = [delta_of(PriLora(r=1)) for _ in range(2)]
     norms = norms_of(*deltas)
     step(norms, (0, tensor(X1)), (1, tensor(X1)))
     before = [d.statistics[0].clone() for d in deltas]
@@ -90,7 +90,7 @@ def test_a_step_with_an_input_that_is_not_finite_changes_nothing(bad: float) -> 
 
 
 def test_half_precision_inputs_are_squared_in_float32() -> None:
-    delta = delta_of(Prilora(r=1)).float()
+    delta = delta_of(PriLora(r=1)).float()
     norms = norms_of(delta)
     step(norms, (0, torch.full((100, 4), 300.0, dtype=torch.float16)))
     assert delta.statistics[0].dtype == torch.float32
@@ -98,7 +98,7 @@ def test_half_precision_inputs_are_squared_in_float32() -> None:
 
 
 def test_one_reduction_serves_all_modules_that_read_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    deltas = [delta_of(Prilora(r=1)) for _ in range(3)]
+    deltas = [delta_of(PriLora(r=1)) for _ in range(3)]
     norms, x, calls = norms_of(*deltas), tensor(X1), []
     reduce = torch.linalg.vector_norm
     monkeypatch.setattr(torch.linalg, "vector_norm", lambda *a, **k: calls.append(1) or reduce(*a, **k))
@@ -177,7 +177,7 @@ def test_phases_without_prunings(options: dict, steps: list[int]) -> None:
 
 @pytest.mark.parametrize(("options", "run"), [({}, 39), ({"warmup_steps": 40}, 79), ({"settle_steps": 0.6}, 80)])
 def test_a_run_without_any_pruning_is_refused(options: dict, run: int) -> None:
-    method = Prilora(**options).method(2, 20)
+    method = PriLora(**options).method(2, 20)
     with pytest.raises(ScheduleError, match=f"no pruning falls into a run of {run} steps.*lower `interval_steps`"):
         method.rules[0].schedule(Run(run, 2))
     assert method.rules[0].schedule(Run(1000, 2)).first in (39, 79)
@@ -186,8 +186,8 @@ def test_a_run_without_any_pruning_is_refused(options: dict, run: int) -> None:
 @pytest.mark.parametrize("options", [{"interval_steps": 0.1}, {"warmup_steps": 0.1}, {"settle_steps": 10}])
 def test_an_unknown_length_names_the_remedies(options: dict) -> None:
     with pytest.raises(ScheduleError, match=r"`total_steps`.*increlora.attach.*Trainer"):
-        Prilora(**options).method(2, 20).rules[0].schedule(Run(None, 2))
-    assert Prilora().method(2, 20).rules[0].schedule(Run(None, 2)).last is None
+        PriLora(**options).method(2, 20).rules[0].schedule(Run(None, 2))
+    assert PriLora().method(2, 20).rules[0].schedule(Run(None, 2)).last is None
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -198,18 +198,18 @@ def test_an_unknown_length_names_the_remedies(options: dict) -> None:
 ])  # fmt: skip
 def test_the_scale_is_that_of_the_module_or_of_the_mean(scaling: str, rank: int, scale: float) -> None:
     peers = (("h.0.q", 30, 20), ("h.1.q", 30, 20))
-    method = Prilora(r=8, lora_alpha=16, scaling=scaling).method(2, 100)
+    method = PriLora(r=8, lora_alpha=16, scaling=scaling).method(2, 100)
     delta = method.make_delta(Site(f"h.{int(rank == 12)}.q", 30, 20, 2, 100, None, peers))
     assert delta.sizes == [rank] and delta.scale == pytest.approx(scale, rel=1e-15)
 
 
 def test_a_site_without_peers_has_the_mean_rank_as_far_as_its_shape_goes() -> None:
-    method = Prilora(total_ranks=9).method(2, 100)
+    method = PriLora(total_ranks=9).method(2, 100)
     assert [method.make_delta(Site("h.0.q", n, 20, 2, 100)).sizes for n in (30, 3)] == [[4], [3]]
 
 
 def test_nothing_to_prune_needs_nobody() -> None:
-    method = Prilora(prune_share=0.0).method(2, 20)
+    method = PriLora(prune_share=0.0).method(2, 20)
     assert not method.rules and not method.adaptive
 
 
@@ -229,8 +229,8 @@ def test_nothing_to_prune_needs_nobody() -> None:
 ])  # fmt: skip
 def test_bad_settings_are_refused(options: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        PriloraConfig(**options)
+        PriLoraConfig(**options)
 
 
 def test_the_type_is_its_name() -> None:
-    assert PriloraConfig().peft_type == "PRILORA"
+    assert PriLoraConfig().peft_type == "INCRELORA_PRILORA"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
-from increlora import PlainLoraConfig, PriloraConfig, attach
+from increlora import PlainLoraConfig, PriLoraConfig, attach
 from increlora.deltas.state import unpack
 from increlora.errors import CheckpointError, DriveError
 from increlora.runtime import Controller
@@ -22,9 +22,9 @@ SHAPES = {"blocks.0.up": (2, 7), "blocks.0.down": (2, 12), "blocks.1.up": (2, 9)
           "blocks.2.up": (2, 5), "blocks.2.down": (2, 14)}  # of A  # fmt: skip
 
 
-def adapted(config=PriloraConfig, **options) -> nn.Module:
+def adapted(config=PriLoraConfig, **options) -> nn.Module:
     chosen = {"r": 2, "target_modules": ["up", "down"]}
-    if config is PriloraConfig:
+    if config is PriLoraConfig:
         chosen |= {"first_r": 2.0, "interval_steps": 4, "total_steps": STEPS}
     with torch.random.fork_rng(devices=[]):
         return get_peft_model(toy_network(), config(**chosen | options))
@@ -158,7 +158,7 @@ class Checkpointed(nn.Module):
 def test_p9_recomputed_forward_passes_count_once(reentrant: bool) -> None:
     plain = adapted()
     with torch.random.fork_rng(devices=[]):
-        config = PriloraConfig(r=2, first_r=2.0, interval_steps=4, total_steps=STEPS, target_modules=["up", "down"])
+        config = PriLoraConfig(r=2, first_r=2.0, interval_steps=4, total_steps=STEPS, target_modules=["up", "down"])
         model = get_peft_model(Checkpointed(reentrant), config)
     for one, other in zip(controller_of(model).deltas, controller_of(plain).deltas, strict=True):
         one.load_state_dict(other.state_dict())  # initial values depend on the modules' names
@@ -185,7 +185,7 @@ def shared(**options) -> nn.Module:
     config = {"r": 2, "target_modules": ["square", "rare"], "interval_steps": 2} | options
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return get_peft_model(Shared().double(), PriloraConfig(**config))
+        return get_peft_model(Shared().double(), PriLoraConfig(**config))
 
 
 def one_step(model: nn.Module, optimizer, seed: int = 0) -> Tensor:
@@ -361,7 +361,7 @@ def test_training_that_nobody_drives_raises() -> None:
 
 def test_half_precision_weights_are_judged_in_float32() -> None:
     with torch.random.fork_rng(devices=[]):
-        config = PriloraConfig(r=2, target_modules=["up", "down"], interval_steps=2, first_r=2)
+        config = PriLoraConfig(r=2, target_modules=["up", "down"], interval_steps=2, first_r=2)
         model = get_peft_model(toy_network().bfloat16(), config, autocast_adapter_dtype=False)
     optimizer = SGD(trainable(model), lr=0.1)
     for [(x, y)] in toy_batches(1, 2, dtype=torch.bfloat16):
@@ -405,7 +405,7 @@ def test_the_calls_of_a_pruning_do_not_grow_with_the_modules() -> None:
     for copies in (1, 4):
         network = nn.Sequential(*(toy_network().blocks[1].up for _ in range(copies)))
         network = nn.ModuleDict({"layers": nn.Sequential(*(nn.ModuleDict({"up": m}) for m in network))})
-        config = PriloraConfig(r=2, target_modules=["up"], interval_steps=2, first_r=2)
+        config = PriLoraConfig(r=2, target_modules=["up"], interval_steps=2, first_r=2)
         controller = controller_of(get_peft_model(network, config))
         attach(network, adamw(trainable(network)))
         counts.append(len(calls_of(controller, 1)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from increlora.methods import Lora, Site
+from increlora.methods import PlainLora, Site
 from increlora.structural.lora_mini.delta import FourFactorDelta, composing_pays, digest
 from increlora.structural.lora_mini.method import LoraMini
 from tests.reference.naive_lora_mini import NaiveMini
@@ -109,7 +109,7 @@ def test_t3_counts_of_the_worked_example() -> None:
     delta = worked_example()
     assert sum(p.numel() for p in delta.parameters()) == 4
     assert delta.lora_aux_A.numel() + delta.lora_aux_B.numel() == 10
-    assert Lora(r=1).method(1, 5).budget.parameters == 5
+    assert PlainLora(r=1).method(1, 5).budget.parameters == 5
 
 
 @pytest.mark.parametrize(("d", "inner", "r", "trained", "lora", "direct", "frozen"), [
@@ -130,7 +130,7 @@ def test_t4_identities_outside_are_plain_lora(m: int, n: int, path: str) -> None
     mini = random(m, n, m, n, 3, forward=path)
     mini.lora_aux_A.copy_(torch.eye(m))
     mini.lora_aux_B.copy_(torch.eye(n))
-    lora = Lora(r=3, lora_alpha=5).method(1, m + n).make_delta(Site("x", m, n, 1, m + n, torch.float64))
+    lora = PlainLora(r=3, lora_alpha=5).method(1, m + n).make_delta(Site("x", m, n, 1, m + n, torch.float64))
     lora.load_state_dict({"lora_A0": mini.lora_A0, "lora_B0": mini.lora_B0, "_extra_state": mini.get_extra_state()})
     optimizers = [torch.optim.AdamW(d.parameters(), lr=0.01) for d in (mini, lora)]
     for step in range(60):

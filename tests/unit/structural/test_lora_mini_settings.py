@@ -9,7 +9,7 @@ from torch import nn
 
 from increlora.deltas import LowRankDelta, Status
 from increlora.errors import ConfigError
-from increlora.methods import Lora, Site
+from increlora.methods import PlainLora, Site
 from increlora.registry import METHODS
 from increlora.structural.lora_mini.delta import FourFactorDelta
 from increlora.structural.lora_mini.method import LoraMini
@@ -35,7 +35,7 @@ def started(init: str, **options) -> FourFactorDelta:
 
 def test_t9_matched_starts_as_lora_does() -> None:
     delta = started("matched")
-    lora = Lora(r=32).method(1, 1536).make_delta(Site("x", 768, 768, 1, 1536, torch.float64))
+    lora = PlainLora(r=32).method(1, 1536).make_delta(Site("x", 768, 768, 1, 1536, torch.float64))
     assert isinstance(lora, LowRankDelta)
     assert not delta.lora_B0.any() and not delta.weight().any()
     assert float(delta.lora_aux_A.std()) == pytest.approx(1 / 8, rel=0.03)

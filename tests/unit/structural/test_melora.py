@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from increlora import MeloraConfig
+from increlora import MeLoraConfig
 from increlora.deltas import BlockDelta, LowRankDelta, Status
 from increlora.errors import ConfigError
-from increlora.methods import Lora, Site
+from increlora.methods import PlainLora, Site
 from increlora.structural.melora.delta import BlockDiagonalDelta
-from increlora.structural.melora.method import Melora
-from tests.reference.official_melora import OfficialMelora, standard_deviation
+from increlora.structural.melora.method import MeLora
+from tests.reference.official_melora import OfficialMeLora, standard_deviation
 
 SHAPES = [(4, 6), (6, 4), (8, 8), (2, 10)]  # in, out: the scale is folded into the smaller factor
 
@@ -23,20 +23,20 @@ def tensor(values) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def delta_of(config: Melora | Lora, in_features: int, out_features: int, **site) -> BlockDelta:
+def delta_of(config: MeLora | PlainLora, in_features: int, out_features: int, **site) -> BlockDelta:
     options = {"dtype": torch.float64} | site
     place = Site("layer.3.value", in_features, out_features, 1, in_features + out_features, **options)
     return config.method(1, in_features + out_features).make_delta(place)
 
 
 def random(minis: int = 2, shape: tuple[int, int] = (4, 6), r: int = 3, **site) -> BlockDelta:
-    return delta_of(Melora(r=r, minis=minis, lora_alpha=5, init_lora_weights=False, seed=1), *shape, **site)
+    return delta_of(MeLora(r=r, minis=minis, lora_alpha=5, init_lora_weights=False, seed=1), *shape, **site)
 
 
 def filled(minis: int, scale: float, A: list, B: list) -> BlockDelta:
     """A delta with the given mini adapters, all of one rank."""
     r, k, d = len(A[0]), len(A[0][0]) * minis, len(B[0]) * minis
-    delta = delta_of(Melora(r=r, minis=minis, lora_alpha=scale * r), k, d)
+    delta = delta_of(MeLora(r=r, minis=minis, lora_alpha=scale * r), k, d)
     with torch.no_grad():
         delta.lora_A0.copy_(torch.cat([tensor(a) for a in A]))
         delta.lora_B0.copy_(torch.cat([tensor(b) for b in B]))
@@ -110,7 +110,7 @@ def test_t6_a_slice_of_the_input_reaches_its_slice_of_the_output_alone() -> None
 
 @pytest.mark.parametrize(("minis", "published"), [(1, 0.02083), (2, 0.02946), (8, 0.05893)])
 def test_t7_the_start_is_that_of_narrow_modules(minis: int, published: float) -> None:
-    delta = delta_of(Melora(r=32, minis=minis), 768, 768)
+    delta = delta_of(MeLora(r=32, minis=minis), 768, 768)
     assert torch.equal(delta.weight(), torch.zeros(768, 768, dtype=torch.float64)) and not delta.lora_B0.any()
     assert delta.lora_A0.abs().max() < math.sqrt(minis / 768)
     assert standard_deviation(minis, 768) == pytest.approx(published, abs=5e-6)
@@ -125,7 +125,7 @@ def test_t7_the_flag_for_other_initial_values_is_honoured() -> None:
 def test_t8_one_mini_adapter_is_lora() -> None:
     for shape in SHAPES:
         one, plain = (delta_of(m(r=2, init_lora_weights=False, **o), *shape)
-                      for m, o in ((Melora, {"minis": 1}), (Lora, {})))  # fmt: skip
+                      for m, o in ((MeLora, {"minis": 1}), (PlainLora, {})))  # fmt: skip
         assert type(one) is LowRankDelta
         assert all(torch.equal(p, q) for p, q in zip(one.parameters(), plain.parameters(), strict=True))
         assert torch.equal(one(batch(3, shape[0])), plain(batch(3, shape[0])))
@@ -133,22 +133,22 @@ def test_t8_one_mini_adapter_is_lora() -> None:
 
 @pytest.mark.parametrize("minis", [1, 2, 4, 8])
 def test_t9_parameters_are_those_of_lora_whatever_n_is(minis: int) -> None:
-    delta = delta_of(Melora(r=3, minis=minis), 16, 24)
+    delta = delta_of(MeLora(r=3, minis=minis), 16, 24)
     assert sum(p.numel() for p in delta.parameters()) == 3 * (16 + 24)
-    assert Melora(r=3, minis=minis).method(1, 40).budget == Lora(r=3).method(1, 40).budget
+    assert MeLora(r=3, minis=minis).method(1, 40).budget == PlainLora(r=3).method(1, 40).budget
 
 
 def test_trap_1_the_saving_of_the_instruction_runs_is_64_not_36() -> None:
     sites = 64, 64 * (4096 + 4096)  # query and value of Llama-2-7B
-    mini, full = Melora(r=1, minis=8).method(*sites).budget, Lora(r=64).method(*sites).budget
+    mini, full = MeLora(r=1, minis=8).method(*sites).budget, PlainLora(r=64).method(*sites).budget
     assert (mini.parameters, full.parameters) == (524_288, 33_554_432)
 
 
 @pytest.mark.parametrize(("config", "scale"), [
-    (Melora(), 1.0), (Melora(minis=8), 1.0), (Melora.paper(8), 2.0), (Melora.paper(1, minis=8), 16.0),
-    (Lora(r=64, lora_alpha=16), 0.25), (Melora(alpha_pattern={"value": 4}, rank_pattern={"value": 2}), 2.0),
+    (MeLora(), 1.0), (MeLora(minis=8), 1.0), (MeLora.paper(8), 2.0), (MeLora.paper(1, minis=8), 16.0),
+    (PlainLora(r=64, lora_alpha=16), 0.25), (MeLora(alpha_pattern={"value": 4}, rank_pattern={"value": 2}), 2.0),
 ])  # fmt: skip
-def test_trap_2_the_scale_is_that_of_the_mini_rank(config: Melora | Lora, scale: float) -> None:
+def test_trap_2_the_scale_is_that_of_the_mini_rank(config: MeLora | PlainLora, scale: float) -> None:
     """The published runs with Llama compare 16 with 0.25 at one learning rate."""
     assert delta_of(config, 64, 64).scale == scale
 
@@ -163,11 +163,11 @@ def test_trap_2_the_scale_is_that_of_the_mini_rank(config: Melora | Lora, scale:
 def test_t10_what_does_not_divide_is_refused_with_the_nearest_that_does(minis, k, d, nearest) -> None:
     """The published code drops the last inputs without a word, or fails in the forward pass."""
     with pytest.raises(ConfigError) as caught:
-        delta_of(Melora(minis=minis), k, d)
+        delta_of(MeLora(minis=minis), k, d)
     message = str(caught.value)
     assert f"layer.3.value: minis={minis} does not divide both in={k} and out={d}" in message
     assert f"the nearest that does is {nearest}" in message and f"{{'layer.3.value': {nearest}}}" in message
-    mended = delta_of(Melora(minis=minis, minis_pattern={"layer.3.value": nearest}), k, d)
+    mended = delta_of(MeLora(minis=minis, minis_pattern={"layer.3.value": nearest}), k, d)
     assert getattr(mended, "minis", 1) == nearest
 
 
@@ -204,7 +204,7 @@ def test_t13_blocked_packed_and_loop_agree_in_outputs_and_gradients(minis: int, 
     x, g = batch(2, 7, shape[0]).requires_grad_(), batch(2, 7, shape[1])
     parts = dict(zip("AB", delta.parameters(), strict=True))
     linear = nn.Linear(*shape, dtype=torch.float64)
-    loop = OfficialMelora(linear, minis, 3, 5, lambda name, i, letter, size: parts[letter].detach().chunk(minis)[i])
+    loop = OfficialMeLora(linear, minis, 3, 5, lambda name, i, letter, size: parts[letter].detach().chunk(minis)[i])
     A, B = delta.factors()
     ways = {
         "blocked": (delta.add_to(linear(x), x), [x, *parts.values()]),
@@ -284,7 +284,7 @@ def test_ranks_in_several_blocks_are_the_same_ranks_in_one(shape: tuple[int, int
 
 
 def test_dropout_acts_on_the_whole_input_while_training() -> None:
-    config = Melora(r=3, minis=2, lora_dropout=0.5, init_lora_weights=False)
+    config = MeLora(r=3, minis=2, lora_dropout=0.5, init_lora_weights=False)
     delta, x = delta_of(config, 4, 6), batch(64, 4)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -311,15 +311,15 @@ def test_dropout_acts_on_the_whole_input_while_training() -> None:
 ])  # fmt: skip
 def test_bad_settings_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        MeloraConfig(**options)
+        MeLoraConfig(**options)
 
 
 def test_ranks_by_name_leave_no_budget() -> None:
-    config = Melora(r=4, rank_pattern={"value": 2})
+    config = MeLora(r=4, rank_pattern={"value": 2})
     assert config.method(1, 10).budget.ranks is None and delta_of(config, 4, 6).rank == 2
 
 
 def test_the_preset_is_the_published_script() -> None:
-    paper = MeloraConfig.paper(8)
+    paper = MeLoraConfig.paper(8)
     assert (paper.r, paper.minis, paper.lora_alpha, paper.lora_dropout) == (8, 2, 16, 0.05)
-    assert MeloraConfig.paper(1, minis=8).settings() == Melora.paper(1, minis=8)
+    assert MeLoraConfig.paper(1, minis=8).settings() == MeLora.paper(1, minis=8)

@@ -4,9 +4,10 @@ from .config import CONFIGS
 from .drive import attach, rank_summary
 from .mixtures import refuse_mixtures
 from .model import AdapterModel
-from .register import register_methods, tell_ranks
+from .register import read_old_types, register_methods, tell_ranks
 
 register_methods()
+read_old_types()
 tell_ranks()
 refuse_mixtures()
 

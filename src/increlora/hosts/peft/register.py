@@ -2,17 +2,22 @@
 
 peft has no plug-in mechanism and refuses names that are not members of the enum; plain strings in its tables break
 `load_adapter` and `get_model_status`. So members are made at import, the way the enum module makes them.
+
+Adapter folders once named their types without a prefix. peft may come to have methods of these names, so they are not
+registered: whatever of peft reads an adapter_config.json calls `from_json_file`, and it translates what is ours.
 """
 
 import functools
 import warnings
+from typing import Any
 
 from peft import PeftModel, PeftType
+from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 from ...errors import ConfigError
-from .config import CONFIGS
+from .config import CONFIGS, with_current_type
 from .drive import rank_summary
 from .model import AdapterModel
 
@@ -45,6 +50,20 @@ def register_methods() -> None:
             warnings.simplefilter("ignore")
             PEFT_TYPE_TO_CONFIG_MAPPING.pop(peft_type, None)
             register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=AdapterModel, prefix="lora_")
+
+
+def read_old_types() -> None:
+    """Let peft load folders of ours that were written before our types had their prefix. Idempotent."""
+    original = PeftConfigMixin.from_json_file.__func__
+    if hasattr(original, "reads_old_types"):
+        return
+
+    @functools.wraps(original)
+    def from_json_file(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return with_current_type(original(cls, *args, **kwargs))
+
+    from_json_file.reads_old_types = True  # type: ignore[attr-defined]
+    PeftConfigMixin.from_json_file = classmethod(from_json_file)
 
 
 def tell_ranks() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...deltas import Delta
 from ...errors import ConfigError
 from ...ops.truncation import truncated
-from .config import CONFIGS
+from .config import CONFIGS, type_name
 from .layer import adapter_layers, check_name
 
 
@@ -112,7 +112,7 @@ def config_of(factors: Mapping[str, Tensor], like: Any) -> Any:
     longest_first = sorted(ranks, key=len, reverse=True)  # a pattern also fits names that end in it; the first counts
     patterns = {re.escape(name): ranks[name] for name in longest_first}
     top = max(ranks.values())
-    return CONFIGS["PLAINLORA"](
+    return CONFIGS[type_name("lora")](
         r=top, lora_alpha=top, rank_pattern=patterns, alpha_pattern=dict(patterns), target_modules=set(ranks),
         task_type=like.task_type, base_model_name_or_path=like.base_model_name_or_path,
     )  # fmt: skip

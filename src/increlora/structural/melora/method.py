@@ -25,7 +25,7 @@ from .delta import BlockDiagonalDelta
 
 
 @dataclass(frozen=True)
-class Melora(Settings):
+class MeLora(Settings):
     """Settings of MELoRA; by name or its ending (regex, first match) a module may have its own.
 
     Attributes:

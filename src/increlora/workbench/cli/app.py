@@ -7,7 +7,7 @@ import typer
 from peft import NoMatchingPeftModuleError
 from typer.core import TyperGroup
 
-from ...errors import IncreloraError
+from ...errors import IncreLoraError
 from ...naming import nearest
 from .check import check
 from .export import export
@@ -27,7 +27,7 @@ class OneSentence(TyperGroup):
             code = super().main(args, *more, **kwargs | {"standalone_mode": False})
         except USAGE_ERROR as error:
             code = complain(unknown_option(error) or error.format_message())
-        except (IncreloraError, NoMatchingPeftModuleError, OSError) as error:
+        except (IncreLoraError, NoMatchingPeftModuleError, OSError) as error:
             code = complain(str(error))
         if standalone_mode:
             raise SystemExit(code)

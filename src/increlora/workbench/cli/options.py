@@ -8,7 +8,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ...errors import ConfigError
-from ...hosts.peft.config import CONFIGS, OURS, default_of
+from ...hosts.peft.config import CONFIGS, OURS, type_name
+from ...hosts.peft.options import default_of
 from ...naming import nearest
 from ...registry import METHODS
 
@@ -22,7 +23,7 @@ def config_class(method: str) -> Any:
     """The peft config class of a method. Raises ConfigError for an unknown name, with the nearest known one."""
     if method not in METHODS:
         raise ConfigError(f"--method {method}: not known; did you mean {nearest(method, METHODS)!r}?")
-    return next(c for c in CONFIGS.values() if getattr(c, "settings_cls", None) is METHODS[method])
+    return CONFIGS[type_name(method)]
 
 
 def option_names(method: str) -> list[str]:

@@ -36,7 +36,7 @@ def train(settings: TrainSettings, folder: RunFolder, console: Console, *, resum
     """Train, and leave a complete run folder; `resume` continues the run that is there.
 
     Everything that can be refused is refused before the folder is touched.
-    Raises: IncreloraError, peft's and the file system's errors; run.json then says `failed`, and `interrupted` after
+    Raises: IncreLoraError, peft's and the file system's errors; run.json then says `failed`, and `interrupted` after
     Ctrl-C.
     """
     began = time.perf_counter()

@@ -1,0 +1,105 @@
+"""Options of our configs: the method's own, and those of LoraConfig that mean the same here; others are refused."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from inspect import Parameter, Signature
+from typing import Any, get_type_hints
+
+from peft import LoraConfig, TaskType
+
+from ...errors import ConfigError
+
+# Options of peft's LoraConfig that mean the same here: (type, meaning).
+Modules = str | list[str] | set[str] | None
+SHARED: dict[str, tuple[Any, str]] = {
+    "target_modules": (Modules, '"all-linear", names of modules (or their endings), or a regular expression.'),
+    "exclude_modules": (Modules, "modules to leave out, named in the same way."),
+    "layers_to_transform": (int | list[int] | None, "numbers of the layers to adapt; default: all."),
+    "layers_pattern": (str | list[str] | None, "name of the list of layers, where peft does not know it."),
+    "modules_to_save": (list[str] | None, "modules that are trained in full and saved beside the adapter."),
+    "fan_in_fan_out": (bool, "weights are stored as (in, out); set by itself for Conv1D."),
+    "task_type": (str | TaskType | None, 'peft\'s name of the task, "CAUSAL_LM" for instance.'),
+    "base_model_name_or_path": (str | None, "the base model; filled in from the model."),
+    "revision": (str | None, "of the base model."),
+    "inference_mode": (bool, "load without gradients."),
+}  # fmt: skip
+WRITTEN = {"peft_type", "auto_mapping", "peft_version", "runtime_config"}  # by peft or by us, not by the user
+
+ELSEWHERE = "leave it out, or train with peft's LoraConfig"  # for whatever else there is
+INSTEAD = {
+    "use_dora": ELSEWHERE,
+    "use_rslora": "leave it out: MoRA, which alone refuses it, has no scale",
+    "bias": "add bias modules to `modules_to_save`",
+    "rank_pattern": "the method chooses the ranks; leave it out (IncreLoRA: `capacity_pattern` bounds them)",
+    "alpha_pattern": "one `lora_alpha` serves all modules",
+    "target_parameters": "name the linear modules in `target_modules`",
+    "trainable_token_indices": "add the embedding to `modules_to_save`",
+    "init_lora_weights": "use True; PiSSA, OLoRA, EVA, LoftQ and the like change the base weights or the ranks",
+    "layer_replication": "replicate the layers in the model, then adapt it",
+    "use_qalora": "leave it out: a quantised base needs no option",
+    "alora_invocation_tokens": "leave it out (the adapter then works on all tokens), or train with peft's LoraConfig",
+}
+
+
+class UnknownOptionError(ConfigError, TypeError):
+    """An option that does not exist; also a TypeError, so that peft can drop options of newer versions on loading."""
+
+
+def default_of(option: Field[Any]) -> Any:
+    return option.default_factory() if option.default_factory is not MISSING else option.default
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Raise ConfigError for a LoRA option without meaning here, with the alternative."""
+    known = {*SHARED, *WRITTEN, *(f.name for f in fields(config.settings_cls))}
+    for option in fields(LoraConfig):
+        value = getattr(config, option.name)
+        if option.name not in known and value and value != default_of(option):
+            remedy = INSTEAD.get(option.name, ELSEWHERE)
+            raise ConfigError(f"{type(config).__name__}: {option.name}={value!r} is not supported: {remedy}")
+    if not isinstance(config.init_lora_weights, bool):
+        remedy = INSTEAD["init_lora_weights"]
+        raise ConfigError(f"{type(config).__name__}: init_lora_weights={config.init_lora_weights!r}: {remedy}")
+
+
+def naming_nearest(init: Callable[..., None], name: str) -> Callable[..., None]:
+    """`init` with an error for unknown options that names the nearest known one."""
+    known = list(inspect.signature(init).parameters)
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for option in kwargs:
+            if option not in known:
+                near = difflib.get_close_matches(option, known, 1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise UnknownOptionError(f"{name}() got an unexpected keyword argument {option!r}{hint}")
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+# -- what `help`, `inspect.signature`, editors and the generated stub show ---------------------------------------------
+
+
+def signature_of(settings_cls: type) -> Signature:
+    """Every option that has a meaning; `__init__` also takes LoraConfig's others, to say what to use instead."""
+    hints, lora = get_type_hints(settings_cls), {f.name: f for f in fields(LoraConfig)}
+    known = [(f, hints[f.name]) for f in fields(settings_cls)]
+    known += [(lora[name], hint) for name, (hint, _) in SHARED.items()]
+    return Signature([Parameter(f.name, Parameter.KEYWORD_ONLY, default=default_of(f), annotation=hint)
+                      for f, hint in known])  # fmt: skip
+
+
+def settings_doc(settings_cls: type) -> str:
+    """The docstring of the class that has the fields."""
+    owner = next(c for c in settings_cls.__mro__ if "__annotations__" in vars(c))
+    return inspect.cleandoc(owner.__doc__ or "")
+
+
+def config_doc(settings_cls: type) -> str:
+    """The meaning of every option."""
+    shared = "\n".join(f"    {name}: {meaning}" for name, (_, meaning) in SHARED.items())
+    return f"{settings_doc(settings_cls)}\nAs in peft's LoraConfig\n{shared}"
