@@ -62,7 +62,7 @@ def without_the_gate(process: int) -> str:
 
 def with_own_scores(process: int) -> dict[str, Any]:
     """The run in which every process trusts its own scores."""
-    with patch("increlora.runtime.controller.mean_over_processes", side_effect=lambda scores: scores):
+    with patch("increlora.rules.grow.mean_over_processes", side_effect=lambda scores: scores):
         return train("plain", process)
 
 

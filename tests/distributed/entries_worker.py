@@ -86,7 +86,9 @@ def uneven_use(process: int) -> Tensor:
     deltas: dict[str, LowRankDelta] = {}
     for name in ("one", "two"):
         deltas[name] = PriLora(r=1).method(1, 7).make_delta(Site(name, 4, 3, 1, 7, torch.float64))  # type: ignore[assignment]
-    norms = InputNorms(deltas, beta=0.9)
+    for delta in deltas.values():
+        delta.reserve_statistics(0, 5, torch.float64)
+    norms = InputNorms(list(deltas.values()), 0, beta=0.9)
     norms.lay_out(afresh=True)
     for step in range(2):
         if process == 0:

@@ -11,6 +11,7 @@ from increlora.decide.scores import weighted_magnitude
 from increlora.deltas import LowRankDelta
 from increlora.errors import BudgetError, ConfigError, ScheduleError
 from increlora.methods import PriLora, Site
+from increlora.rules.base import dtype_of
 from increlora.rules.input_norms import InputNorms
 
 X1, X2 = [[3, 0, 1, 0], [4, 0, 0, 2]], [[0, 2, 1, 0], [0, 0, 0, 2]]
@@ -33,7 +34,9 @@ def delta_of(config: PriLora, in_features: int = 4, out_features: int = 6) -> Lo
 
 
 def norms_of(*deltas: LowRankDelta) -> InputNorms:
-    norms = InputNorms({f"m{i}": delta for i, delta in enumerate(deltas)}, beta=0.9)
+    for delta in deltas:
+        delta.reserve_statistics(0, delta.in_features + 1, dtype_of(delta))
+    norms = InputNorms(deltas, 0, beta=0.9)
     norms.lay_out(afresh=True)
     return norms
 
