@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from increlora.workbench.cli.app import app
-from increlora.workbench.cli.options import parse_option
+from increlora.workbench.cli.settings import parse_options
 from tests.docs.blocks import PAGES, ROOT, commands, python_blocks, snippets
 from tests.docs.stand_ins import STAND_INS, language_model
 
@@ -47,8 +47,7 @@ def test_commands_of_ours_parse(page):
         command = group.commands[words[1]]
         context = command.context_class(command, info_name=words[1])
         given, _, _ = command.make_parser(context).parse_args([w for w in words[2:] if w != "…"])
-        for pair in given.get("set_") or []:
-            parse_option(given.get("method") or "increlora", pair)
+        parse_options(given.get("method") or "increlora", given.get("set_") or [])
 
 
 @pytest.mark.parametrize("page", PAGES)
