@@ -118,9 +118,7 @@ def test_a_declared_option_is_a_flag_with_its_help_type_and_default():
     assert "--label <str> A label. [default: (the author's)]" in shown
     given = CliRunner().invoke(app, "--share .25 --size 3 --label 7 --packed true".split()).output
     assert given == "{'share': 0.25, 'size': 3, 'label': '7', 'packed': True}\n"
-    assert (
-        CliRunner().invoke(app, ["--label", "none"]).output == "{'label': None}\n"
-    )
+    assert CliRunner().invoke(app, ["--label", "none"]).output == "{'label': None}\n"
 
 
 @pytest.mark.parametrize(

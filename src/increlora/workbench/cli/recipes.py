@@ -12,11 +12,11 @@ The config.toml of a run folder is a recipe, too.
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from ...errors import ConfigError, TaskError
 from .options import checked
-from .settings import TrainSettings, check_options
+from .settings import FLAGS, TrainSettings, check_options
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); give a TOML file") from error
     try:
-        recipe = checked(table, get_type_hints(TrainSettings), "increlora train")
+        recipe = checked(table, FLAGS, "increlora train")
         recipe["options"] = check_options(recipe.get("method", TrainSettings.method), recipe.get("options", {}))
         TrainSettings(**recipe)
     except (ConfigError, TaskError) as error:

@@ -97,10 +97,10 @@ class TrainSettings:
     def command(self, out: Path) -> str:
         """The command that makes this run, naming what differs from the defaults."""
         usual = self._usual_options()
-        words = ["increlora", "train", "--method", self.method, "--task", self.task]
-        for declared in fields(self)[2:-1]:
+        words = ["increlora", "train"]
+        for declared in fields(self)[:-1]:
             value = getattr(self, declared.name)
-            if value != declared.default:
+            if value != declared.default or declared.name in ("method", "task"):
                 words += [flag(declared.name), to_text(value)]
         for name, value in (usual | dict(self.options)).items():
             if value != usual.get(name):
@@ -149,7 +149,7 @@ def option_types(method: str) -> dict[str, Any]:
 
 def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with every value checked. Raises ConfigError at the first wrong name or value."""
-    for name in get_type_hints(TrainSettings).keys() & options:
+    for name in FLAGS.keys() & options:
         raise ConfigError(f"{name}={options[name]}: use {flag(name)}")
     return checked(options, option_types(method), method)
 

@@ -15,15 +15,18 @@ from .settings import TrainSettings, refuse_changes, resolve
 
 def train(
     *,
-    config: Annotated[Path | None, typer.Option(help="A recipe (TOML); flags beside it count before its keys.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A recipe (TOML); options given beside it override it.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder.", show_default="runs/METHOD-TASK, or runs/RECIPE")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print modules, budget, events, memory.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print modules, budget, events and memory; train nothing.")
+    ] = False,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; may be given again."),
     ] = None,
     **texts: str | None,
 ) -> None:
