@@ -1,6 +1,6 @@
 """Recipes: TOML files with the settings of a run; what they do not say has its default.
 
-    # increlora train --config recipes/paper/increlora_rte_r2.toml
+    # increlora train --config recipes/paper/increlora-rte-r2.toml
     task = "glue/rte"
     epochs = 50
     [options]
