@@ -13,14 +13,14 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from increlora.decide.allocation import Holding
+from increlora.decide.schedules import Run
 from increlora.errors import ConfigError, TaskError
 from increlora.hosts.peft.config import CONFIGS
 from increlora.methods import Site
 from increlora.workbench.cli.app import app
 from increlora.workbench.cli.build import target_modules
 from increlora.workbench.cli.options import flags, from_flags, option
-from increlora.workbench.cli.plan import kinds, simulated
+from increlora.workbench.cli.plan import kinds
 from increlora.workbench.cli.recipes import read_recipe
 from increlora.workbench.cli.run import total_steps
 from increlora.workbench.cli.settings import FLAGS, TrainSettings, parse_options, resolve
@@ -236,17 +236,19 @@ def test_the_plan_of_a_paper_recipe_has_the_published_events(name):
 
 def test_the_forecast_of_every_recipe_agrees_with_the_published_scripts(deberta):
     """All recipes, from the allocator alone: one set of shapes serves them all."""
-    shapes = {n: deberta.get_submodule(n) for n in target_modules(None, deberta)}
-    totals = len(shapes), sum(m.in_features + m.out_features for m in shapes.values())
+    modules = {name: deberta.get_submodule(name) for name in target_modules(None, deberta)}
+    shapes = {name: (module.in_features, module.out_features) for name, module in modules.items()}
+    totals = len(shapes), sum(map(sum, shapes.values()))
     for path in (path for path in RECIPES if path.stem.startswith("increlora-")):
         settings = TrainSettings(**read_recipe(path))
         method = settings.peft_config().settings().method(*totals)
-        size = method.make_delta(Site("x", 768, 768, *totals)).sizes
-        holdings = [Holding(n, 1, tuple(size[1:]), m.in_features + m.out_features) for n, m in shapes.items()]
+        made = {site: method.make_delta(Site("x", *site, *totals)) for site in set(shapes.values())}
+        deltas = {name: made[site] for name, site in shapes.items()}  # one delta for all modules of a shape
+        [rule] = [rule.bind(deltas, method.budget, slot) for slot, rule in enumerate(method.rules)]
         steps = total_steps(settings, GLUE[settings.task.removeprefix("glue/")].train_size)
-        found = simulated(method, holdings, steps)
+        found = rule.forecast(rule.holdings(), Run(steps, len(deltas))).events
         events, last, ranks = PUBLISHED[path.stem.removeprefix("increlora-")]
-        assert (len(found) - 1, found[-1].step, found[-1].ranks) == (events, last, ranks), path.stem
+        assert (len(found), found[-1].step, found[-1].ranks) == (events, last, ranks), path.stem
 
 
 def test_a_method_without_growth_has_a_plan_too():
