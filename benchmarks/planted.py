@@ -15,9 +15,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from increlora.workbench.cli.options import parse_options
 from increlora.workbench.cli.run import train
-from increlora.workbench.cli.settings import TrainSettings
+from increlora.workbench.cli.settings import TrainSettings, parse_options
 from increlora.workbench.runs import RunFolder
 from increlora.workbench.tasks.planted import planted_ranks
 

@@ -10,7 +10,8 @@ import pytest
 import typer
 
 from increlora.workbench.cli.app import app
-from increlora.workbench.cli.options import parse_option
+from increlora.workbench.cli.options import from_flags
+from increlora.workbench.cli.settings import FLAGS, TrainSettings, parse_options
 from tests.docs.blocks import PAGES, ROOT, commands, python_blocks, snippets
 from tests.docs.stand_ins import STAND_INS, language_model
 
@@ -47,8 +48,9 @@ def test_commands_of_ours_parse(page):
         command = group.commands[words[1]]
         context = command.context_class(command, info_name=words[1])
         given, _, _ = command.make_parser(context).parse_args([w for w in words[2:] if w != "…"])
-        for pair in given.get("set_") or []:
-            parse_option(given.get("method") or "increlora", pair)
+        if words[1] == "train":
+            from_flags(TrainSettings, {name: text for name, text in given.items() if name in FLAGS})
+            parse_options(given.get("method") or "increlora", given.get("set_") or [])
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -99,6 +101,7 @@ def test_shown_files_are_examples():
         ("see `increlora tarin`", "no such command"),
         ("Run:\n\n    increlora train --set top=3 # all of it\n", "no such option; did you mean 'top_h'"),
         ("```sh\nincrelora train \\\n  --sead 1\n```", "--sead"),
+        ("```sh\nincrelora train --r half\n```", "--r=half: give an int"),
     ),
 )
 def test_a_wrong_command_would_be_seen(text, complaint, tmp_path, monkeypatch):

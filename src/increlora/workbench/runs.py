@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,19 +72,14 @@ class RunFolder:
 
     # -- going on ------------------------------------------------------------------------------------------------
 
-    def config(self) -> dict[str, Any]:
-        """Settings of the run that is here. Raises RunFolderError if there is no run, or no run to continue."""
+    def config(self) -> Path:
+        """Settings file of the run that is here. Raises RunFolderError if there is no run, or none to continue."""
         state = self.state()
         if state is None:
             raise RunFolderError(f"{self.path} holds no run to resume; leave out --resume to start one")
         if state["status"] not in UNFINISHED:
             raise RunFolderError(f"{self.path} is {state['status']}: nothing is left to resume; give another --out")
-        try:
-            return tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunFolderError(
-                f"{self.path}/config.toml cannot be read ({error}); start anew with --overwrite"
-            ) from error
+        return self.path / "config.toml"
 
     def checkpoint(self) -> Path | None:
         """The latest complete checkpoint: its state file is the last one written."""

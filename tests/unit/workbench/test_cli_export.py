@@ -100,7 +100,7 @@ def test_a_merged_model_has_the_adapters_logits(run: Path, tmp_path: Path, monke
     (["--merge", "--max-rank", "2"], "leave out --layout, --max-rank and --tolerance"),
     (["--merge", "--tolerance", "0.2"], "leave out --layout, --max-rank and --tolerance"),
     (["--tolerance", "2"], "tolerance=2.0: give a share of ΔW in [0, 1]"),
-    (["--base", "x"], "give --merge"),
+    (["--base", "x"], "add --merge"),
     (["--layout", "wide"], "wide"),
     (["--max-rank", "0"], "max_rank=0: give an int of at least 1"),
     (["--merge", "--layout", "uniform"], "error: --merge writes a whole model"),

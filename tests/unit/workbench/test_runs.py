@@ -20,7 +20,7 @@ def folder(tmp_path):
 
 def test_a_new_run_holds_its_state_and_config(folder):
     assert folder.state() == {"format": FORMAT, "status": "running", "value": None}
-    assert folder.config() == {"method": "x"}
+    assert folder.config().read_text() == "method = 'x'\n"
     assert sorted(p.name for p in folder.path.iterdir()) == ["config.toml", "run.json"]
 
 
@@ -161,9 +161,6 @@ def test_the_latest_complete_checkpoint_counts(folder):
 def test_only_an_unfinished_run_of_ours_can_be_resumed(folder, tmp_path):
     with pytest.raises(RunFolderError, match="nowhere holds no run to resume"):
         RunFolder(tmp_path / "nowhere").config()
-    (folder.path / "config.toml").write_text("= broken")
-    with pytest.raises(RunFolderError, match="config.toml cannot be read"):
-        folder.config()
     folder.write_state({"status": "finished"})
     with pytest.raises(RunFolderError, match="run is finished: nothing is left to resume"):
         folder.config()

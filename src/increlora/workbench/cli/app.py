@@ -45,8 +45,6 @@ def unknown_option(error: Any) -> str | None:
         return None
     parameters = error.ctx.command.get_params(error.ctx)  # --help among them
     known = [name for parameter in parameters for name in parameter.opts if name.startswith("--")]
-    if not known:
-        return f"no option {error.option_name}"
     return f"no option {error.option_name}; did you mean {nearest(error.option_name, known)}?"
 
 

@@ -17,10 +17,10 @@ def check(
         str | None, typer.Option(help=f"{', '.join([*ENGINES, *ALIASES])}.", show_default="all of them")
     ] = None,
     max_lora_rank: Annotated[
-        int | None, typer.Option(help="The limit that the server runs with.", show_default="one that fits")
+        int | None, typer.Option(help="The rank limit that the server runs with.", show_default="one that fits")
     ] = None,
 ) -> None:
-    """Say what an engine would refuse or compute wrongly, and what mends it. Exit code 1 if there is anything."""
+    """Report what an engine would refuse or compute wrongly, with the remedy. Exit code 1 if there is anything."""
     report = check_export(adapter_folder(path, "lora"), engine, max_lora_rank=max_lora_rank)
     Console(highlight=False, markup=False).print(verdicts(report))
     if not report.ok:

@@ -22,25 +22,26 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     layout: Annotated[
         Literal["uniform", "pattern"] | None,
-        typer.Option(help="One rank for all modules, or each its own.", show_default="uniform"),
+        typer.Option(help="One rank for all modules, or a rank for each.", show_default="uniform"),
     ] = None,
     max_rank: Annotated[int | None, typer.Option(help="Truncate each module to this rank.", show_default="no")] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="Most a truncated module may lose, as a share of its ΔW.", show_default="0.01 where ΔW has no low rank"
+            help="Largest error of a truncated module, relative to its ΔW.",
+            show_default="0.01 where ΔW has no low rank",
         ),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write the whole model with the adapter in it.")] = False,
     base: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="To merge into.", show_default="the adapter's own")
+        str | None, typer.Option(metavar="MODEL", help="Base model to merge into.", show_default="the adapter's own")
     ] = None,
 ) -> None:
     """Write an adapter (ours, LoRA, or peft's AdaLoRA) as a plain LoRA adapter, and say which engines serve it."""
     if merge and any(option is not None for option in (layout, max_rank, tolerance)):
         raise ConfigError("--merge writes a whole model: leave out --layout, --max-rank and --tolerance")
     if base is not None and not merge:
-        raise ConfigError("--base is the model to merge into: give --merge, too")
+        raise ConfigError("--base is the model to merge into: add --merge, or leave out --base")
     console = Console(highlight=False, markup=False)
     if merge:
         merged(source, out, base)

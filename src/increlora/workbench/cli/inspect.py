@@ -16,7 +16,7 @@ from .display import of, rank_map
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter folder (ours, LoRA, AdaLoRA), or a run.")],
 ) -> None:
-    """Print the rank of every module of an adapter, and what it adds up to; no model is loaded."""
+    """Print the rank of every module of an adapter, and the totals; no model is loaded."""
     folder = adapter_folder(path)
     adapter = read_adapter(folder)
     console = Console(highlight=False, markup=False)

@@ -1,109 +1,121 @@
-"""Options of a method: read from `key=value` pairs or a table, checked against their declared types."""
+"""Options are declared once, as fields of a dataclass; flags, help, TOML keys and type checks are made from these."""
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import field, fields
+from inspect import Parameter
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
 
 from ...errors import ConfigError
-from ...hosts.peft.config import CONFIGS, OURS, type_name
-from ...hosts.peft.options import default_of
 from ...naming import nearest
-from ...registry import METHODS
 
-OWN_FLAG = {"r": "--r", "seed": "--seed", "target_modules": "--target-modules"}
-SET_HERE = {
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode", *OURS
+WORDS = {
+    int: "an int", float: "a number", bool: "true or false", str: "a word", list: "a list of words",
+    Mapping: "a table such as {query = 4}", NoneType: "none",
 }  # fmt: skip
 
 
-def config_class(method: str) -> Any:
-    """The peft config class of a method. Raises ConfigError for an unknown name, with the nearest known one."""
-    if method not in METHODS:
-        raise ConfigError(f"--method {method}: not known; did you mean {nearest(method, METHODS)!r}?")
-    return CONFIGS[type_name(method)]
+def option(
+    default: Any, text: str, *, unset: str = "none", valid: tuple[Callable[[Any], bool], str] | None = None
+) -> Any:
+    """A dataclass field that is also a flag and a TOML key.
+
+    Args:
+        text: what `--help` says about it.   unset: what a default of None stands for.
+        valid: a test of every value but None, and what to give when it fails."""
+    return field(default=default, metadata={"text": text, "unset": unset, "valid": valid})
 
 
-def option_names(method: str) -> list[str]:
-    """Options of a method that have no flag of their own."""
-    return [option.name for option in fields(config_class(method).settings_cls) if option.name not in OWN_FLAG]
+# -- the command line ------------------------------------------------------------------------------------------------
 
 
-def default_options(method: str) -> dict[str, Any]:
-    """These options with their defaults."""
-    settings = fields(config_class(method).settings_cls)
-    return {option.name: default_of(option) for option in settings if option.name in option_names(method)}
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-def parse_options(method: str, pairs: Iterable[str]) -> dict[str, Any]:
-    """`key=value` pairs, values as in TOML (bare words are strings, `none` is None where that means something)."""
-    config_class(method)
-    return dict(parse_option(method, pair) for pair in pairs)
+def flags(settings_cls: Any) -> Iterator[Parameter]:
+    """The declared options as parameters of a typer command: each is the text that was given, or None."""
+    hints = get_type_hints(settings_cls)
+    for declared in fields(settings_cls):
+        if "text" in declared.metadata:
+            kinds = [kind for kind in members(hints[declared.name]) if kind is not NoneType]
+            shown = typer.Option(
+                help=declared.metadata["text"],
+                metavar="<" + "|".join(getattr(kind, "__name__", str(kind)) for kind in kinds) + ">",
+                show_default=declared.metadata["unset"] if declared.default is None else str(declared.default),
+            )
+            yield Parameter(
+                declared.name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, shown]
+            )
 
 
-def parse_option(method: str, pair: str) -> tuple[str, Any]:
-    key, equals, text = pair.partition("=")
-    key = key.strip()
-    if not equals:
-        raise ConfigError(f"--set {pair}: write it as key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    try:
-        return key, checked(method, key, value)
-    except ConfigError as error:
-        raise ConfigError(f"--set {error}") from None
+def from_flags(settings_cls: Any, texts: Mapping[str, str | None]) -> dict[str, Any]:
+    """Values of the flags that were given. Raises ConfigError for one that is not of its type."""
+    hints, given = get_type_hints(settings_cls), {name: text for name, text in texts.items() if text is not None}
+    return {name: typed(flag(name), from_text(text, hints[name]), hints[name]) for name, text in given.items()}
 
 
-def checked(method: str, key: str, value: Any) -> Any:
-    """The value, None for "none". Raises ConfigError if there is no such option, or the value is not of its type."""
-    if key in OWN_FLAG:
-        raise ConfigError(f"{key}={value}: use {OWN_FLAG[key]}")
-    known = [option.name for option in fields(config_class(method)) if option.name not in SET_HERE]
-    if key not in known:
-        raise ConfigError(f"{key}: {method} has no such option; did you mean {nearest(key, known)!r}?")
-    return typed(key, value, get_type_hints(config_class(method).settings_cls).get(key, Any))
+def from_text(text: str, hint: Any) -> Any:
+    """A value from the command line: TOML or a number as Python writes it, if that has the type; else a bare word."""
+    readers: tuple[Callable[[str], Any], ...] = (lambda text: tomllib.loads(f"value = {text}")["value"], int, float)
+    for read in readers:
+        with suppress(ValueError):
+            if fits(value := read(text), hint):
+                return value
+    return text.strip()
+
+
+def to_text(value: Any) -> str:
+    """A value as the command line reads it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)} = {json.dumps(item)}" for key, item in value.items()) + "}"
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+
+
+# -- types -----------------------------------------------------------------------------------------------------------
+
+
+def checked(table: Mapping[str, Any], hints: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """The table with its values as `typed`. Raises ConfigError for an option that `owner` does not have."""
+    for key in table:
+        if key not in hints:
+            raise ConfigError(f"{key}: {owner} has no such option; did you mean {nearest(key, hints)!r}?")
+    return {key: typed(key, value, hints[key]) for key, value in table.items()}
 
 
 def typed(key: str, value: Any, hint: Any) -> Any:
-    """The value, None for "none". Raises ConfigError if it is not of this type."""
-    if fits(value, hint):
-        return value
+    """The value; None for "none" where the type allows it. Raises ConfigError if the value is not of this type."""
     if value == "none" and fits(None, hint):
         return None
-    shown = json.dumps(value) if isinstance(value, bool) else value
-    raise ConfigError(f"{key}={shown}: give {described(hint)}")
+    if not fits(value, hint):
+        raise ConfigError(f"{key}={to_text(value)}: give {described(hint)}")
+    return value
 
 
 def fits(value: Any, hint: Any) -> bool:
     """Is the value of this type? An int is a float, a bool is no int."""
-    if get_origin(hint) in (Union, UnionType):
-        return any(fits(value, member) for member in get_args(hint))
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    kinds = {int: (int,), float: (int, float), bool: (bool,), str: (str,), NoneType: (NoneType,)}
-    if hint in kinds:
-        return isinstance(value, kinds[hint]) and isinstance(value, bool) == (hint is bool)
-    return hint is Any or isinstance(value, get_origin(hint) or hint)
+
+    def is_a(kind: Any) -> bool:
+        kind = get_origin(kind) or kind
+        if kind is Any or not isinstance(kind, type):  # not a type: one of the values of a Literal
+            return kind is Any or (type(value), value) == (type(kind), kind)
+        return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+
+    return any(map(is_a, members(hint)))
 
 
 def described(hint: Any) -> str:
     """A type in words."""
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(described(member) for member in get_args(hint))
-    if get_origin(hint) is Literal:
-        return " or ".join(repr(member) for member in get_args(hint))
-    if get_origin(hint) is list:
-        return "a list of words"
-    words = {int: "an int", float: "a number", bool: "true or false", str: "a word", NoneType: "none"}
-    return words.get(hint, "a table such as {query = 4}")
+    return " or ".join(WORDS.get(get_origin(member) or member, repr(member)) for member in members(hint))
 
 
-def toml_value(value: Any) -> str:
-    """A value as `--set` reads it."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
-    return "none" if value is None else json.dumps(value)
+def members(hint: Any) -> list[Any]:
+    """The types, and the values of a Literal, that a type allows."""
+    if get_origin(hint) in (Union, UnionType, Literal):
+        return [member for part in get_args(hint) for member in members(part)]
+    return [hint]

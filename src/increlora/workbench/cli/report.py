@@ -15,10 +15,10 @@ EXTRA = {"altair", "jinja2", "markupsafe", "vl_convert"}
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders that `increlora train` wrote.")],
     out: Annotated[
-        Path | None, typer.Option(help="The page.", show_default="RUN/report.html; report.html for several")
+        Path | None, typer.Option(help="The page to write.", show_default="RUN/report.html; report.html for several")
     ] = None,
-    figures: Annotated[Path | None, typer.Option(help="Write every figure into this folder, too.")] = None,
-    format_: Annotated[Literal["png", "svg"], typer.Option("--format", help="Of the figures.")] = "svg",
+    figures: Annotated[Path | None, typer.Option(help="Also write every figure into this folder.")] = None,
+    format_: Annotated[Literal["png", "svg"], typer.Option("--format", help="Format of the figures.")] = "svg",
 ) -> None:
     """Show where the rank went, when, and what it bought: one HTML file that needs no network."""
     try:

@@ -1,11 +1,9 @@
 """One training run, from settings to a finished run folder."""
 
-import contextlib
 import math
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from .tracer import Tracer
 from .trainer import SampledTrainer, check_logger, training_arguments
 
 CHECKPOINTS = 4  # per run
-EVALUATION_BATCHES = 2  # training batches that are measured together: no gradients, so twice the examples fit
+EVALUATION_BATCHES = 2  # training batches in one batch of evaluation: without gradients twice the examples fit
 CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
@@ -50,17 +48,28 @@ def train(settings: TrainSettings, folder: RunFolder, console: Console, *, resum
     total = total_steps(settings, len(task.train))
     check_schedule(model, total)
     state = (folder.state() if resume else None) or initial_state(settings, model, task, folder.path)
-    open_folder(settings, folder, state, checkpoint, resume=resume, overwrite=overwrite)
-    with recorded(folder, state, began):
-        fit(settings, folder, model, task, console, checkpoint=checkpoint, total=total)
+    done = checkpoint_step(checkpoint) if checkpoint else 0
+    if resume:
+        rewind(folder, state, done)
+    else:
+        folder.create(settings.toml(folder.path), state, overwrite=overwrite)
+    status, message = "finished", ""
+    try:
+        fit(settings, folder, model, task, console, checkpoint=checkpoint, done=done, total=total)
         save(settings, folder, model)
         finish(state, folder, model)
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        status, message = ("interrupted", "") if interrupted else ("failed", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        close(state, status, message, seconds=time.perf_counter() - began)
+        folder.write_state(state)
     show_result(console, state, folder.path)
 
 
 def save(settings: TrainSettings, folder: RunFolder, model: Any) -> None:
-    """adapter/ and, where it is exact, lora/. They name the base model as the user did, not where it lies on this
-    machine."""
+    """Write adapter/ and, where it is exact, lora/. They name the base model as the user did, not its path here."""
     base = model.get_base_model()
     if isinstance(base, PreTrainedModel):
         name = model_name(settings.task, settings.model)
@@ -83,15 +92,8 @@ def total_steps(settings: TrainSettings, examples: int) -> int:
 # -- the folder ------------------------------------------------------------------------------------------------------
 
 
-def open_folder(
-    settings: TrainSettings, folder: RunFolder, state: dict[str, Any], checkpoint: Path | None, *, resume: bool,
-    overwrite: bool,
-) -> None:  # fmt: skip
-    """Begin the run's files, or cut them back to the checkpoint."""
-    if not resume:
-        folder.create(settings.toml(folder.path), state, overwrite=overwrite)
-        return
-    done = checkpoint_step(checkpoint) if checkpoint else 0
+def rewind(folder: RunFolder, state: dict[str, Any], done: int) -> None:
+    """Cut the run's files back to a checkpoint after `done` steps."""
     for name in ("metrics.jsonl", "trace.jsonl", "spectra.jsonl"):
         folder.keep_rows(name, before=done + 1)  # counts steps done
     folder.keep_rows("events.jsonl", before=done)  # names the step, from 0
@@ -108,37 +110,15 @@ def check_checkpoint(path: Path) -> None:
     try:
         check_folder(path)
         for name in CHECKPOINT_FILES:
-            check_archive(path / name)
+            with zipfile.ZipFile(path / name) as file:
+                if bad := file.testzip():
+                    raise zipfile.BadZipFile(f"bad checksum of {bad}")
     except CheckpointError as error:
         raise CheckpointError(f"{error}; or {remedy}") from error
-
-
-def check_archive(path: Path) -> None:
-    """Raise CheckpointError if a file written by torch.save is not whole."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            if bad := file.testzip():
-                raise zipfile.BadZipFile(f"bad checksum of {bad}")
     except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({error}); restore it from a copy") from error
-
-
-@contextlib.contextmanager
-def recorded(folder: RunFolder, state: dict[str, Any], began: float) -> Iterator[None]:
-    """Whatever happens inside, run.json says how it ended."""
-    status, message = "failed", ""
-    try:
-        yield
-        status = "finished"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    except BaseException as error:
-        message = f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        close(state, status, message, seconds=time.perf_counter() - began)
-        folder.write_state(state)
+        raise CheckpointError(
+            f"{path / name} is damaged or truncated ({error}); restore it from a copy, or {remedy}"
+        ) from error
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -146,9 +126,9 @@ def recorded(folder: RunFolder, state: dict[str, Any], began: float) -> Iterator
 
 def fit(
     settings: TrainSettings, folder: RunFolder, model: Any, task: Task, console: Console, *, checkpoint: Path | None,
-    total: int,
+    done: int, total: int,
 ) -> None:  # fmt: skip
-    """Measure, train `total` steps (the rest of them after a checkpoint), measure in between and at the end."""
+    """Evaluate, train from step `done` to `total`, evaluate in between and at the end."""
     trainer = SampledTrainer(
         model=model,
         args=training_arguments(
@@ -161,7 +141,6 @@ def fit(
     together = EVALUATION_BATCHES * settings.batch_size
     if not folder.rows("metrics.jsonl"):
         folder.append("metrics.jsonl", {"step": 0, **task.evaluate(model, batch_size=together)})
-    done = checkpoint_step(checkpoint) if checkpoint else 0
     budget = controllers_of(model)[0].method.budget.ranks if controllers_of(model) else None
     every = math.ceil(total / settings.evaluations)
     with Progression(console, total=total, done=done, budget=budget) as progress:

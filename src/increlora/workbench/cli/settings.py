@@ -2,76 +2,74 @@
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import tomli_w
 
-from ...decide.schedules import Time
 from ...errors import ConfigError, RunFolderError
-from ..tasks import TaskOptions
-from .options import config_class, default_options, option_names, parse_options, toml_value
+from ...hosts.peft.config import CONFIGS, OURS, type_name
+from ...naming import nearest
+from ...registry import METHODS
+from ..tasks import TASKS, TaskOptions
+from .options import checked, flag, from_text, option, to_text
 
-PRESETS = ("paper",)
+SET_HERE = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode", *OURS
+}  # fmt: skip
+ABOVE_0 = (lambda value: 0 < value < inf), "a number above 0"
+SHARE = (lambda value: 0 <= value < 1), "a number in [0, 1)"
+
+
+def at_least(least: int) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: least <= value < inf), f"at least {least}"
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """Settings of a run; the defaults are those of the demo.
 
-    Attributes:
-        method, task: by name.   model: name on the hub, or a folder; None for the task's default.
-        data: folder or file with the task's data; None for the task's own source.
-        r: LoRA's rank, or the average rank the budget pays for.   preset: `paper` for the published code's settings.
-        target_modules: None for the linear maps of the trunk (no pooler, no head); names separated by commas,
-            `all-linear`, or a regular expression.
-        epochs: passes over the training examples, fractions allowed.   batch_size: examples per step.
-        lr: peak learning rate; it rises during `lr_warmup` (steps, or a share of the run), then falls linearly to 0.
-        weight_decay: of all trained parameters.   max_grad_norm: gradients are clipped to it.
-        max_length: tokens per example.   max_train_samples, max_eval_samples: None for all.
-        head_dropout: before a classification head; None for the model's own.
-        evaluations: how often the validation examples are measured.   report_to: the Trainer's loggers, or `none`.
-        seed: of data order, head, adapter and dropout.   options: further options of the method, by name.
-    """
+    Every option is declared here and nowhere else: `max_length` is the flag `--max-length`, the key `max_length` of a
+    recipe and of config.toml. `options` holds those of the method, by name: `--set` and the table `[options]`."""
 
-    method: str = "increlora"
-    task: str = "stdlib-docs"
-    model: str | None = None
-    data: str | None = None
-    r: int = 8
-    preset: str | None = None
-    target_modules: str | None = None
-    epochs: float = 2.0
-    lr: float = 1e-3
-    batch_size: int = 32
-    max_length: int = 64
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
-    lr_warmup: Time = 0.06
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    head_dropout: float | None = None
-    evaluations: int = 4
-    report_to: str = "none"
-    seed: int = 0
+    method: str = option("increlora", f"{', '.join(METHODS)}.")
+    task: str = option("stdlib-docs", f"{', '.join(TASKS)}.")
+    model: str | None = option(None, "Name on the hub, or a folder.", unset="the task's")
+    data: str | None = option(None, "Folder or file with the task's data.", unset="the task's own source")
+    r: int = option(8, "LoRA's rank, or the average rank per module that the budget allows.")
+    preset: Literal["paper"] | None = option(None, "`paper`: settings of the published code.")
+    target_modules: str | None = option(
+        None,
+        "Modules to adapt: names separated by commas, all-linear, or a regular expression.",
+        unset="linear layers of the trunk, without pooler and head",
+    )
+    epochs: float = option(2.0, "Passes over the training examples; fractions are allowed.", valid=ABOVE_0)
+    lr: float = option(1e-3, "Peak learning rate; after it the rate falls linearly to 0.", valid=ABOVE_0)
+    lr_warmup: int | float = option(
+        0.06, "The learning rate rises for so many steps (an int) or this share of the run (0.1).", valid=at_least(0)
+    )
+    weight_decay: float = option(0.0, "Weight decay of all trained parameters.", valid=at_least(0))
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", valid=ABOVE_0)
+    head_dropout: float | None = option(None, "Dropout before a classification head.", unset="the model's", valid=SHARE)
+    batch_size: int = option(32, "Examples per step.", valid=at_least(1))
+    max_length: int = option(64, "Tokens per example.", valid=at_least(8))
+    max_train_samples: int | None = option(None, "Most examples to train on.", unset="all")
+    max_eval_samples: int | None = option(None, "Most examples to evaluate on.", unset="all")
+    evaluations: int = option(4, "How often the validation examples are evaluated.", valid=at_least(1))
+    report_to: str = option("none", "Logger of the Trainer, such as tensorboard.")
+    seed: int = option(0, "Seed of data order, head, adapter and dropout.", valid=at_least(0))
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, least in {"batch_size": 1, "max_length": 8, "evaluations": 1, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{flag(name)} {getattr(self, name)}: give at least {least}")
-        for name in ("epochs", "lr", "max_grad_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{flag(name)} {getattr(self, name)}: give a number above 0")
-        for name in ("lr_warmup", "weight_decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{flag(name)} {getattr(self, name)}: give a number of at least 0")
-        if self.head_dropout is not None and not 0 <= self.head_dropout < 1:
-            raise ConfigError(f"--head-dropout {self.head_dropout}: give a number in [0, 1)")
-        if self.preset is not None and (self.preset not in PRESETS or not hasattr(config_class(self.method), "paper")):
-            raise ConfigError(f"--preset {self.preset}: {self.method} has {self._presets()}")
+        for declared in fields(self):
+            value, valid = getattr(self, declared.name), declared.metadata.get("valid")
+            if valid and value is not None and not valid[0](value):
+                raise ConfigError(f"{flag(declared.name)} {value}: give {valid[1]}")
+        if self.preset is not None and not hasattr(config_class(self.method), self.preset):
+            raise ConfigError(f"--preset {self.preset}: {self.method} has no such preset: leave it out")
         try:
             re.compile(self.target_modules or "")
         except re.error as error:
@@ -83,9 +81,6 @@ class TrainSettings:
         """What the settings say about the data. Raises TaskError for limits out of range or data that is not there."""
         data = Path(self.data) if self.data else None
         return TaskOptions(data, self.max_length, self.max_train_samples, self.max_eval_samples, self.seed)
-
-    def _presets(self) -> str:
-        return "the preset 'paper'" if hasattr(config_class(self.method), "paper") else "no presets: leave it out"
 
     def peft_config(self, target_modules: Any = "all-linear", **own: Any) -> Any:
         """The method's peft config. Raises ConfigError, whoever refuses a value."""
@@ -101,63 +96,100 @@ class TrainSettings:
 
     def command(self, out: Path) -> str:
         """The command that makes this run, naming what differs from the defaults."""
-        words = ["increlora", "train", "--method", self.method, "--task", self.task]
-        for option in fields(self)[2:]:
-            value = getattr(self, option.name)
-            if option.name != "options" and value != option.default:
-                words += [flag(option.name), str(value)]
         usual = self._usual_options()
+        words = ["increlora", "train"]
+        for declared in fields(self)[:-1]:
+            value = getattr(self, declared.name)
+            if value != declared.default or declared.name in ("method", "task"):
+                words += [flag(declared.name), to_text(value)]
         for name, value in (usual | dict(self.options)).items():
             if value != usual.get(name):
-                words += ["--set", f"{name}={value if isinstance(value, str) else toml_value(value)}"]
+                words += ["--set", f"{name}={to_text(value)}"]
         return shlex.join([*words, "--out", str(out)])
-
-    def _usual_options(self) -> dict[str, Any]:
-        """Options as they are when none is given."""
-        if self.preset is None:
-            return default_options(self.method)
-        config = getattr(config_class(self.method), self.preset)(r=self.r)
-        return {name: getattr(config, name) for name in option_names(self.method)}
 
     def toml(self, out: Path) -> str:
         """config.toml: every setting, the method's options included, under the command that makes the run.
 
         TOML has no null: settings that are None are left out, options that are None against their default say "none".
         """
-        usual = self._usual_options()
-        every = {name: getattr(self.peft_config(), name) for name in usual} | dict(self.options)
+        usual, config = self._usual_options(), self.peft_config()
+        every = {name: getattr(config, name) for name in usual} | dict(self.options)
         options = {name: value for name, value in every.items() if value is not None or usual.get(name) is not None}
-        table = {option.name: getattr(self, option.name) for option in fields(self)}
+        table = {declared.name: getattr(self, declared.name) for declared in fields(self)}
         table["options"] = {name: "none" if value is None else value for name, value in options.items()}
         return f"# {self.command(out)}\n" + tomli_w.dumps({k: v for k, v in table.items() if v is not None})
 
+    def _usual_options(self) -> dict[str, Any]:
+        """The method's own options as they are when none is given."""
+        config_cls = config_class(self.method)
+        usual = config_cls() if self.preset is None else getattr(config_cls, self.preset)(r=self.r)
+        return {own.name: getattr(usual, own.name) for own in fields(usual.settings_cls) if own.name not in FLAGS}
 
-def resolve(given: Mapping[str, Any], pairs: Sequence[str], recipe: Mapping[str, Any] | None = None) -> TrainSettings:
-    """Settings from options given on the command line (None: not given), `--set key=value` pairs, and a recipe's table.
+
+FLAGS = get_type_hints(TrainSettings)
+
+
+# -- options of the method -------------------------------------------------------------------------------------------
+
+
+def config_class(method: str) -> Any:
+    """The peft config class of a method. Raises ConfigError for an unknown name, with the nearest known one."""
+    if method not in METHODS:
+        raise ConfigError(f"--method {method}: not known; did you mean {nearest(method, METHODS)!r}?")
+    return CONFIGS[type_name(method)]
+
+
+def option_types(method: str) -> dict[str, Any]:
+    """Types of the options that `--set` and `[options]` take: those of the config class that have no flag."""
+    config_cls = config_class(method)
+    hints = get_type_hints(config_cls.settings_cls)
+    own = [declared.name for declared in fields(config_cls) if declared.name not in SET_HERE | FLAGS.keys()]
+    return {name: hints.get(name, Any) for name in own}
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with every value checked. Raises ConfigError at the first wrong name or value."""
+    for name in FLAGS.keys() & options:
+        raise ConfigError(f"{name}={options[name]}: use {flag(name)}")
+    return checked(options, option_types(method), method)
+
+
+def parse_options(method: str, pairs: Iterable[str]) -> dict[str, Any]:
+    """`key=value` pairs, values as in TOML (bare words are strings, `none` is None where that means something)."""
+    types, options = option_types(method), {}
+    for key, equals, text in (pair.partition("=") for pair in pairs):
+        if not equals:
+            raise ConfigError(f"--set {key}: write it as key=value")
+        options[key.strip()] = from_text(text, types.get(key.strip(), Any))
+    try:
+        return check_options(method, options)
+    except ConfigError as error:
+        raise ConfigError(f"--set {error}") from None
+
+
+# -- settings of a new run, and of one that is resumed ---------------------------------------------------------------
+
+
+def resolve(
+    given: Mapping[str, Any], pairs: Iterable[str] = (), recipe: Mapping[str, Any] | None = None
+) -> TrainSettings:
+    """Settings from flags that were given, `--set key=value` pairs, and a recipe's table.
 
     What is given on the command line counts; the recipe's preset and method options are dropped with its method."""
-    table = dict(recipe or {})
-    chosen = {name: value for name, value in given.items() if value is not None}
-    method = chosen.get("method", table.get("method", TrainSettings.method))
-    if method != table.get("method", TrainSettings.method):
+    table = {"method": TrainSettings.method, "options": {}, **(recipe or {})}
+    method = given.get("method", table["method"])
+    if method != table["method"]:
         table |= {"options": {}, "preset": None}
-    if chosen.get("preset") == "none":
-        chosen["preset"] = None
-    kept = table.pop("options", {})
-    return TrainSettings(**(table | chosen), options={**kept, **parse_options(method, pairs)})
+    return TrainSettings(**table | dict(given) | {"options": table["options"] | parse_options(method, pairs)})
 
 
-def refuse_changes(settings: TrainSettings, given: Mapping[str, Any], pairs: Sequence[str], out: Path) -> None:
+def refuse_changes(settings: TrainSettings, given: Mapping[str, Any], pairs: Iterable[str], out: Path) -> None:
     """A resumed run keeps its settings. Raises RunFolderError naming the one that was given another value."""
     options = settings._usual_options() | dict(settings.options)
-    asked = [(flag(n), getattr(settings, n), v) for n, v in given.items() if v is not None]
+    asked = [(flag(n), getattr(settings, n), v) for n, v in given.items()]
     asked += [(f"--set {n}", options.get(n), v) for n, v in parse_options(settings.method, pairs).items()]
     for name, here, value in asked:
         if value != here:
             raise RunFolderError(
                 f"{out} runs with {name} {here}, not {value}: leave it out to resume, or start another run with --out"
             )
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
