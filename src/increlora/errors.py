@@ -6,15 +6,15 @@ class IncreLoraError(Exception):
 
 
 class ConfigError(IncreLoraError, ValueError):
-    """A setting is unknown, out of range, or does not go with another one."""
+    """A setting is unknown, out of range, or incompatible with another one."""
 
 
 class BudgetError(ConfigError):
-    """The budget lies below the start, above the capacity, or cannot be met exactly."""
+    """The budget is below the ranks at the start, above the capacity, or cannot be met exactly."""
 
 
 class ScheduleError(ConfigError):
-    """The schedule does not fit the run: no length known, or too few events to spend the budget."""
+    """The schedule does not fit the run: its length is unknown, or it has too few events to spend the budget."""
 
 
 class DriveError(IncreLoraError, RuntimeError):
@@ -22,19 +22,19 @@ class DriveError(IncreLoraError, RuntimeError):
 
 
 class NonFiniteError(IncreLoraError, FloatingPointError):
-    """Nothing but non-finite gradients for many steps in a row."""
+    """All gradients were non-finite for many steps in a row."""
 
 
 class CheckpointError(IncreLoraError, ValueError):
-    """An adapter folder is damaged, foreign, or newer than this library."""
+    """An adapter folder is damaged, not ours, or newer than this library."""
 
 
 class ExportError(IncreLoraError, ValueError):
-    """An adapter cannot leave in the requested form."""
+    """An adapter cannot be exported in the requested form."""
 
 
 class BackboneError(IncreLoraError, RuntimeError):
-    """The pretrained weights are missing, altered, or do not load."""
+    """The pretrained weights are missing, were changed, or do not load."""
 
 
 class TaskError(IncreLoraError, ValueError):
@@ -42,4 +42,4 @@ class TaskError(IncreLoraError, ValueError):
 
 
 class RunFolderError(IncreLoraError, ValueError):
-    """A run folder is in the way, unfinished, or not one of ours."""
+    """A run folder already exists, is unfinished, or is not one of ours."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: temporary name, fsync, rename."""
+"""Write files and folders atomically: temporary name, fsync, rename."""
 
 import contextlib
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically: after a crash it has its old content or the new one.
+    """Replace a file atomically: after a crash it has either its old or its new content.
 
-    Raises FileNotFoundError, which names the folder, if there is none to put it in."""
+    Raises FileNotFoundError, which names the folder, if the parent folder does not exist."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it first")
     with whole_file(path) as new:
@@ -19,7 +19,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write a file under; it replaces `path` only once its content is on disk."""
+    """Yields a temporary path to write to; it replaces `path` only once its content is on disk."""
     new = _temporary(path, "new")
     try:
         yield new
@@ -32,8 +32,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A name to make a folder under; it becomes `path` only once everything in it is on disk, and what was there
-    stays until then."""
+    """Yields a temporary path for a folder; it becomes `path` only once everything in it is on disk. An existing folder
+    stays in place until then."""
     new, old = _temporary(path, "new"), _temporary(path, "old")
     remove(new)
     try:
@@ -51,7 +51,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a folder with all in it, or a link (never what it points to); fine if nothing is there."""
+    """Delete a file, a folder with its contents, or a link (never its target). `path` need not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

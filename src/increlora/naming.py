@@ -1,4 +1,4 @@
-"""Names: where a module stands in its model (layer and module type), and which known name comes nearest."""
+"""Module names: the layer and module type of a module, and the known name closest to an unknown one."""
 
 import difflib
 import re
@@ -12,7 +12,7 @@ def place(name: str) -> tuple[str, str]:
 
 
 def places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """`place` of each name; with several stacks of layers, the layer says in which: "decoder.block.3"."""
+    """`place` of each name; if there are several stacks of layers, the layer includes its stack: "decoder.block.3"."""
     found = {name: parts(name) for name in names}
     several = len({stack for stack, layer, _ in found.values() if stack}) > 1
     return {
@@ -27,7 +27,7 @@ def parts(name: str) -> tuple[str, str, str]:
 
 
 def short(names: Iterable[str]) -> list[str]:
-    """Each name from its last component on, or from as far to the left as it takes to tell it from the others."""
+    """The shortest suffix of each name, in whole components, that distinguishes it from the others."""
     split = [name.split(".") for name in names]
 
     def shortest(name: list[str]) -> str:
@@ -40,10 +40,10 @@ def short(names: Iterable[str]) -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The one of `known` names (not empty) that looks most like `name`."""
+    """The name in `known` (not empty) that is most similar to `name`."""
     return difflib.get_close_matches(name, list(known), 1, cutoff=0)[0]
 
 
 def natural(name: str) -> list[str | int]:
-    """Sort key that puts layer 2 before layer 10; the order of the model is lost in a saved config."""
+    """Sort key that puts layer 2 before layer 10; a saved config does not keep the order of the model."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]

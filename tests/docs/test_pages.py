@@ -4,6 +4,7 @@ import argparse
 import re
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ from increlora.workbench.cli.settings import FLAGS, TrainSettings, parse_options
 from tests.docs.blocks import PAGES, ROOT, commands, python_blocks, snippets
 from tests.docs.stand_ins import STAND_INS, language_model
 
-TEST = re.compile(r"`(?:tests/)?((?:contract|distributed|hosts|parity|unit)/test_\w+\.py)(?:::(\w+))?`")
+TEST = re.compile(r"`(?:tests/)?((?:contract|distributed|hosts|parity|unit)/(?:\w+/)*test_\w+\.py)(?:::(\w+))?`")
+LONGEST = 120  # characters of a line of text
+UNWRAPPED = {"docs/architecture.md"}  # until it is rewritten
+CODE = re.compile(r"^```.*?^```$|^<!-- test:.*?^-->$", re.DOTALL | re.MULTILINE)
 WITH_PYTHON = [page for page in PAGES if python_blocks(page)]
 
 # Code that stands between two blocks of a page without being worth showing: (page, number of the block it precedes).
@@ -87,6 +91,39 @@ def test_tests_on_the_pages_exist(page):
     for file, name in TEST.findall((ROOT / page).read_text()):
         path = ROOT / "tests" / file
         assert path.is_file() and (not name or f"def {name}(" in path.read_text()), f"{page}: {file}::{name}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in UNWRAPPED])
+def test_lines_are_short_enough_to_edit(page):
+    long = [f"{page}:{number}: {len(line)} characters" for number, line in prose(page) if len(line) > LONGEST]
+    assert not long, "\n".join(long)
+
+
+def prose(page: str) -> Iterator[tuple[int, str]]:
+    """(number, line) of a page, without code, hidden checks, tables, and the targets of links."""
+    text = CODE.sub(lambda found: "\n" * found[0].count("\n"), (ROOT / page).read_text())
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.startswith(("|", "    ")):
+            yield number, re.sub(r"\]\([^)]*\)", "]", line)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    (
+        ("a\n" + "b" * 121, True),
+        ("b" * 120, False),
+        ("- " + "b" * 119, True),
+        (f"[{'b' * 100}](https://example.org/{'c' * 100})", False),
+        (f"| {'b' * 121} |", False),
+        (f"```sh\n{'b' * 121}\n```\n", False),
+        (f"<!-- test:\n{'b' * 121}\n-->\n", False),
+        (f"```sh\nb\n```\n{'b' * 121}", True),
+    ),
+)
+def test_a_long_line_would_be_seen(text, found, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.docs.test_pages.ROOT", tmp_path)
+    (tmp_path / "page.md").write_text(text)
+    assert any(len(line) > LONGEST for _, line in prose("page.md")) == found
 
 
 def test_shown_files_are_examples():

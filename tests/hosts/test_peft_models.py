@@ -24,8 +24,8 @@ from torch import nn
 from increlora import IncreLoraConfig, PlainLoraConfig, PriLoraConfig, attach, export_lora, rank_summary
 from increlora.deltas import Status
 from increlora.errors import ConfigError, DriveError
-from increlora.hosts.peft.layer import adapter_layers
 from increlora.hosts.peft.handle import described_states
+from increlora.hosts.peft.layer import adapter_layers
 from increlora.runtime import controllers_of
 from tests.hosts.tiny import BUILDERS, adapter_only, grow, growing, inputs_for, logits, mid_growth
 

@@ -1,1 +1,1 @@
-"""Who deserves rank, and when: pure functions on data, which know torch alone."""
+"""Which modules get rank, and when: pure functions on data that depend only on torch."""

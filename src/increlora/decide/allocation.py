@@ -1,4 +1,4 @@
-"""Decisions as data: what a module holds, and the events that change it. Nothing here touches a tensor."""
+"""Decisions as data: the ranks a module has, and the events that change them. No tensors are used here."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +12,7 @@ class Holding:
     """One module as an allocator sees it.
 
     Attributes:
-        name: full module name.   rank: active ranks.   free: sizes of the blocks not yet active, in the order of birth.
+        name: full module name.   rank: active ranks.   free: sizes of the inactive blocks, in the order of birth.
         cost: parameters of one rank, in + out.
     """
 
@@ -33,7 +33,7 @@ class Grant:
 
 @dataclass(frozen=True)
 class Plan:
-    """Outcome of one allocation: grants in order, modules passed over because they are full, and whether it is done."""
+    """Result of one allocation: grants in order, modules skipped because they are full, whether the budget is spent."""
 
     grants: tuple[Grant, ...] = ()
     saturated: tuple[int, ...] = ()
@@ -42,9 +42,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a module at a step; the row of `events.jsonl`.
+    """A change to a module at a step; one row of `events.jsonl`.
 
-    ranks: by how many the module's rank changed; below 0 for a retirement.   rank: active rank afterwards."""
+    ranks: change of the module's rank; negative for a retirement.   rank: active rank afterwards."""
 
     step: int
     kind: Kind

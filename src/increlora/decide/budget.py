@@ -1,4 +1,4 @@
-"""How much: the budget in ranks or parameters, and how a module's capacity is cut into blocks."""
+"""The budget in ranks or parameters, and how the capacity of a module is divided into blocks."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from ..errors import BudgetError
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be active at the end.
+    """The most that may be active at the end.
 
     Attributes:
         ranks: total ranks over all modules, or None if counted in parameters only.
         parameters: upper bound on Σ rank · (in + out), the adapter parameters in LoRA form, or None.
-        exact: refuse a budget in ranks that the blocks cannot add up to (the published code overshoots instead).
-    With `ranks` the budget is met exactly. A bound beside it shapes *where* ranks may go, never how many.
+        exact: raise for a budget in ranks that the blocks cannot add up to (the published code overshoots instead).
+    With `ranks` the budget is met exactly. An additional parameter bound limits *where* ranks may go, never how many.
     """
 
     ranks: int | None
@@ -24,9 +24,9 @@ class Budget:
 def resolve(
     *, r: int, total_ranks: int | None, total_parameters: int | None, uniform_parameters: int, modules: int
 ) -> Budget:
-    """Budget from the user's three ways to say it; the more specific one counts.
+    """Budget from the three settings a user may give; the most specific one is used.
 
-    `r` (average rank per module) promises a drop-in for LoRA of rank r: r · modules ranks in total and at most LoRA's
+    `r` (average rank per module) replaces LoRA of rank r: r · modules ranks in total, and at most LoRA's
     parameters, `r · uniform_parameters` with uniform_parameters = Σ_modules (in + out).
     """
     if total_ranks is not None and total_parameters is not None:
@@ -43,7 +43,7 @@ def block_sizes(*, start: int, grow_by: int, capacity: int, tails: int) -> list[
 
         block_sizes(start=1, grow_by=4, capacity=12, tails=1) == [1, 4, 4, 1, 1]
 
-    The sum is exactly `capacity`: what does not fill a block of `grow_by` joins the one-rank tail.
+    The sum is exactly `capacity`: ranks that do not fill a block of `grow_by` become one-rank blocks.
     """
     if not 1 <= start <= capacity:
         raise BudgetError(f"a start of {start} ranks does not fit a capacity of {capacity}: lower `init_r`")
@@ -53,16 +53,17 @@ def block_sizes(*, start: int, grow_by: int, capacity: int, tails: int) -> list[
 
 
 def default_capacity(r: int, in_features: int, out_features: int) -> int:
-    """max(8, 4 r), never more than a matrix of this shape can use."""
+    """max(8, 4 r), limited to the largest rank a matrix of this shape can have."""
     return min(max(8, 4 * r), in_features, out_features)
 
 
 def falling(start: Budget, end: Budget, ranks: int) -> Budget:
-    """The budget on the way from `start` to `end` when it pays for `ranks`: its parameter bound falls in proportion.
+    """The budget between `start` and `end` that allows `ranks` ranks: its parameter bound falls in proportion.
 
         P = P_end + ⌊(P_start − P_end) (ranks − r_end)/(r_start − r_end)⌋
 
-    The cheapest choice of `ranks` ranks is convex in their number, so it fits at every step if it fits at the end.
+    The cost of the cheapest `ranks` ranks is convex in `ranks`, so the bound holds at every step if it holds at both
+    ends.
     """
     assert start.ranks is not None and end.ranks is not None
     if end.parameters is None or start.parameters is None or start.ranks == end.ranks:

@@ -1,7 +1,7 @@
-"""Regularisers as gradients in closed form; the reported loss never contains them.
+"""Regularisers, with their gradients in closed form; they are never part of the reported loss.
 
 trainer   R = (1/2M) Σ_modules ( ‖A Aᵀ − I‖_F + ‖Bᵀ B − I‖_F )        norms not squared, as the published trainer
-squared   R = Σ_modules ( ‖A Aᵀ − I‖²_F + ‖Bᵀ B − I‖²_F )             as the papers print it
+squared   R = Σ_modules ( ‖A Aᵀ − I‖²_F + ‖Bᵀ B − I‖²_F )             as printed in the papers
 l1        R = (1/N) Σ |e|                                               over the N gates of all modules
 """
 

@@ -1,4 +1,4 @@
-"""What is done to parameters after the host's step, in place; plain functions on tensors."""
+"""Changes to parameters after the optimizer's step; plain functions on tensors."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -11,10 +11,10 @@ Group = Literal["row", "matrix"]
 
 
 def zero_dropped(values: list[Tensor], kept: list[Tensor]) -> None:
-    """values ← values ∘ kept, for many tensors at once: where `kept` is 0 a value becomes 0, where it is 1 it stays.
+    """values ← values ∘ kept, in place, for many tensors at once: values become 0 where `kept` is 0.
 
-    A projection, not a freeze: the optimizer may move it again at the next step. Lists of equal length, pairwise equal
-    shapes, dtypes and devices.
+    This is a projection, not a freeze: the optimizer may move the value again at the next step. The lists have equal
+    length, and pairwise equal shapes, dtypes and devices.
     """
     torch._foreach_mul_(values, kept)
 
@@ -27,7 +27,7 @@ def soft_threshold(values: Tensor, threshold: float) -> Tensor:
 
 
 def published_shrink(values: Tensor, threshold: float) -> Tensor:
-    """What SoRA's published code does in place of T_ξ: the dead zone is twice as wide.
+    """SoRA's published code uses this instead of T_ξ: its dead zone is twice as wide.
 
     v − sign(v) ξ   if |v| ≥ 2ξ           v   if |v| = ξ exactly           0   otherwise
     """
@@ -36,7 +36,7 @@ def published_shrink(values: Tensor, threshold: float) -> Tensor:
 
 
 def shrink_together(tensors: list[Tensor], operator: Callable[[Tensor, float], Tensor], threshold: float) -> None:
-    """tensors ← operator(tensors, ξ), in place; all tensors of one device and dtype in a single pass."""
+    """tensors ← operator(tensors, ξ), in place; all tensors with the same device and dtype in a single pass."""
     groups: dict[object, list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
@@ -49,10 +49,10 @@ def shrink_together(tensors: list[Tensor], operator: Callable[[Tensor, float], T
 def zero_least(A: Tensor, importance: Tensor, *, share: float, group: Group) -> Tensor:
     """A copy of A with zero for the ⌊share · n⌋ least important of the n entries of each row, or of the whole matrix.
 
-    Exactly so many under ties, which go to the earlier row and column first; entries that are not a number come last.
+    The number is exact under ties: earlier rows and columns are zeroed first. NaN entries come last.
 
-    Args: A, importance: (…, r, in).   share: in [0, 1), taken as it is written: 0.29 of 100 is 29, although the float
-        is a little less.   group: what n counts.
+    Args: A, importance: (…, r, in).   share: in [0, 1), as a decimal number: 0.29 of 100 is 29, although the float is
+        slightly less.   group: the entries that n counts.
     Source: PRILoRA.   Differs: the published group is not known.
     """
     scores = importance.flatten(-2) if group == "matrix" else importance
@@ -63,7 +63,7 @@ def zero_least(A: Tensor, importance: Tensor, *, share: float, group: Group) -> 
 
 
 def nonzero_marks(values: list[Tensor]) -> list[Tensor]:
-    """1 where an entry is not zero, 0 where it is, for many tensors at once; for `zero_dropped`."""
+    """1 where an entry is nonzero, else 0, for many tensors at once; for use with `zero_dropped`."""
     marks = torch._foreach_sign(values)
     torch._foreach_abs_(marks)
     return list(marks)

@@ -1,8 +1,8 @@
-"""Ranks that change with depth: where a layer stands, what the ramp gives it, and whole numbers that add up exactly.
+"""Ranks that change linearly with depth, as whole numbers that add up to the budget exactly.
 
     r(u) = mean + (last − first)(u − 1/2)        u = 0 at the first adapted layer, 1 at the last
 
-Exact arithmetic throughout: every process and machine finds the same ranks.
+All arithmetic is exact, so every process and machine gets the same ranks.
 """
 
 import heapq
@@ -14,15 +14,15 @@ from ..naming import parts
 from .budget import Budget
 
 MIDDLE = Fraction(1, 2)
-SLOPES = 64  # where the whole slope is too expensive, multiples of its 64th are tried
+SLOPES = 64  # if the full slope is too expensive, multiples of 1/64 of it are tried
 
 
 def depths(names: Sequence[str], *, restart: bool) -> list[Fraction]:
-    """Place u of every module's layer among the layers that occur, from 0 to 1.
+    """Position u of each module's layer among the layers that occur, from 0 to 1.
 
-    Layers count by their number within a stack ("encoder.block", "decoder.block"). `restart`: each stack runs from 0
-    to 1; otherwise all of them together do, in the order in which they appear. Modules outside numbered layers, and a
-    layer on its own, stand in the middle.
+    Layers are ordered by their number within a stack ("encoder.block", "decoder.block"). With `restart`, each stack
+    runs from 0 to 1; otherwise all stacks together do, in the order in which they appear. Modules outside numbered
+    layers, and a single layer, are in the middle.
     """
     stacks: dict[str, set[int]] = {}
     places = []
@@ -40,9 +40,9 @@ def depths(names: Sequence[str], *, restart: bool) -> list[Fraction]:
 
 
 def first_of(mean: Fraction, first: float | None) -> Fraction:
-    """Rank at the first layer: as given, or half the mean, at least 1.
+    """Rank at the first layer: the given one, or half the mean, at least 1.
 
-    Raises: BudgetError if it or its counterpart at the last layer is below 1."""
+    Raises: BudgetError if it, or the rank at the last layer that follows from it, is below 1."""
     if first is None:
         return max(Fraction(1), mean / 2)
     if not 1 <= first <= 2 * mean - 1:
@@ -56,15 +56,15 @@ def first_of(mean: Fraction, first: float | None) -> Fraction:
 def ramp_ranks(
     places: Sequence[Fraction], *, first: Fraction, budget: Budget, shapes: Sequence[tuple[int, int]]
 ) -> list[int]:
-    """Whole ranks along the ramp that add up to `budget.ranks` and cost at most `budget.parameters`.
+    """Integer ranks along the ramp that add up to `budget.ranks` and cost at most `budget.parameters`.
 
-    Where the whole slope costs too much (later layers are wider), it is flattened until it does not; flat, every
-    module has the mean. Modules at one place share their rank as far as the sum permits.
+    If the full slope costs too much (later layers are wider), it is flattened until it fits; a flat ramp gives every
+    module the mean. Modules at the same position get the same rank as far as the sum permits.
 
     Args: places: u of each module, in model order.   first: rank at u = 0.   shapes: (in, out); a rank lies between 1
         and the smaller of the two.
     Returns: one rank per module.
-    Raises: BudgetError for a sum that cannot be met within these limits, or costs too much even when flat.
+    Raises: BudgetError if the sum cannot be met within these limits, or costs too much even with a flat ramp.
     Source: PRILoRA, linear increase with depth.   Differs: the published rounding is not known; exact sum, limits and
         bound are ours. 4 → 12 over 12 equal layers: 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11, 12.
     """
@@ -86,7 +86,7 @@ def ramp_ranks(
 
 
 def steepest(sloped: Callable[[int], list[int]], budget: Budget, costs: Sequence[int]) -> list[int]:
-    """`sloped(SLOPES)` if the budget's parameters allow it, else a flatter one, found by halving."""
+    """`sloped(SLOPES)` if the budget's parameters allow it, else a flatter ramp, found by bisection."""
 
     def affordable(ranks: Sequence[int]) -> bool:
         cost = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
@@ -107,10 +107,10 @@ def steepest(sloped: Callable[[int], list[int]], budget: Budget, costs: Sequence
 
 
 def nearest(wanted: Sequence[Fraction], *, limits: Sequence[int], total: int) -> list[int]:
-    """Whole numbers from 1 to `limits` that add up to `total`: one by one, each goes where most is missing.
+    """Integers from 1 to `limits` that add up to `total`: each unit goes to the entry furthest below its wanted value.
 
-    Rounding by largest remainder, if the wanted values add up to `total` and lie within the limits; else the same after
-    shifting all of them by one number. Ties go to the earlier.
+    If the wanted values add up to `total` and lie within the limits, this is rounding by largest remainder. Otherwise
+    it is the same after shifting all of them by one number. Ties go to the earlier entry.
     """
     counts = [1] * len(wanted)
     waiting = [(1 - value, i) for i, value in enumerate(wanted) if limits[i] > 1]

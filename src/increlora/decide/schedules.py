@@ -1,4 +1,4 @@
-"""When: fractions of a run to steps, event steps, and the learning-rate clocks of newborn tensors.
+"""Schedules: shares of a run in steps, the steps of events, and the learning-rate clocks of new tensors.
 
 Steps are 0-based optimizer steps. A time is an int (steps) or a float in [0, 1] (a share of the run).
 """
@@ -14,7 +14,7 @@ Time = int | float
 
 @dataclass(frozen=True)
 class Run:
-    """What is known only when training starts: number of optimizer steps (None: not known), number of modules."""
+    """Known only when training starts: the number of optimizer steps (None if unknown), and of modules."""
 
     steps: int | None
     modules: int
@@ -45,7 +45,7 @@ class GrowthSteps:
     interval: int
 
     def due(self, step: int) -> bool:
-        """Is there an event at this step?"""
+        """Whether there is an event at this step."""
         return step > self.warmup and step % self.interval == 0
 
     def next(self, step: int) -> int:
@@ -65,12 +65,12 @@ class CubicDecay:
 
         b(t) = ⌊ end + (start − end) · (1 − (t − warmup)/(total − settle − warmup))³ ⌋      warmup < t ≤ total − settle
 
-    The cut to b(t) happens at multiples of `interval`; from the step of `last_cut` on nothing changes any more.
+    The cut to b(t) takes place at multiples of `interval`; after the step `last_cut` nothing changes.
 
     Args: ranks over all modules, start ≥ end.   warmup, settle: steps at `start` before, at `end` after.
-        interval ≥ 1.   total: steps of the run.   late: the last cut waits one step where total − settle is no multiple
-        of `interval`, as in the published code.
-    Raises: ScheduleError if the phases overlap or the last cut falls behind the run.
+        interval ≥ 1.   total: steps of the run.   late: the last cut comes one step later if total − settle is not a
+        multiple of `interval`, as in the published code.
+    Raises: ScheduleError if the phases overlap or the last cut would come after the end of the run.
     Source: AdaLoRA's published code; the paper's equation 14 exceeds `start` after the warm-up and misses `end`.
     """
 
@@ -91,7 +91,7 @@ class CubicDecay:
 
     @property
     def last_cut(self) -> int:
-        """Step after which what is kept is fixed."""
+        """Step of the last cut; the kept ranks are fixed from then on."""
         falls_until = self.total - self.settle
         return falls_until + (self.late and falls_until % self.interval != 0)
 
@@ -105,26 +105,26 @@ class CubicDecay:
         return int(self.end + (self.start - self.end) * left**3)
 
     def due(self, step: int) -> bool:
-        """Is there a cut at this step? From the last one on: whoever missed it makes it up."""
+        """Whether there is a cut at this step. True from the last cut on, so a missed last cut is made up for."""
         return self.warmup < step and (step % self.interval == 0 or step >= self.last_cut)
 
     def next(self, step: int) -> int:
-        """First cut after this step, which is at or behind the warm-up and before the last cut."""
+        """First cut after this step; the step must be at or after the end of the warm-up and before the last cut."""
         return min((step // self.interval + 1) * self.interval, self.last_cut)
 
     def observed(self, step: int) -> bool:
-        """Do the scores of this step count?"""
+        """Whether the scores of this step count."""
         return step < self.total - self.settle
 
     def cuts(self, first: int = 0) -> list[int]:
-        """Steps of all cuts from `first` on, the last one included."""
+        """Steps of all cuts from `first` on, including the last cut."""
         return [step for step in range(max(first, self.warmup + 1), self.last_cut + 1) if self.due(step)]
 
 
 @dataclass(frozen=True)
 class Levels:
-    """A value that rises in equal phases: `values[0]` while step < warmup, then the others, each for as long, until
-    `until`; 0 from there on.
+    """A value that rises in phases: `values[0]` while step < warmup, then the others in phases of equal length up to
+    `until`; 0 from then on.
 
     Source: SoRA, algorithm 1 (the published script trains each phase anew, at a learning rate that has reached 0)."""
 
@@ -133,7 +133,7 @@ class Levels:
     until: int
 
     def at(self, step: int) -> float:
-        """The value in force at this step."""
+        """The value at this step."""
         if step < self.warmup:
             return self.values[0]
         if step >= self.until:
@@ -162,7 +162,7 @@ def rising(first: float, last: float, count: int, spacing: Literal["linear", "ge
 class PruneSteps:
     """Prunings of entries after optimizer steps number `interval`, 2 · `interval`, …, counted from 1.
 
-    None in the first `warmup` steps, and none in the last `settle` of `total` (None: not known, settle = 0).
+    There is none in the first `warmup` steps, and none in the last `settle` of `total` (None if unknown; settle = 0).
     Raises: ScheduleError if a run of known length has no pruning.   Source: PRILoRA (interval); the phases are ours.
     """
 
@@ -185,25 +185,25 @@ class PruneSteps:
 
     @property
     def last(self) -> int | None:
-        """0-based step of the last one; None in a run of unknown length."""
+        """0-based step of the last pruning; None in a run of unknown length."""
         return None if self.total is None else (self.total - self.settle) // self.interval * self.interval - 1
 
     def due(self, step: int) -> bool:
-        """Is there a pruning after this 0-based step?"""
+        """Whether there is a pruning after this 0-based step."""
         return (step + 1) % self.interval == 0 and self.first <= step and not self.over(step - 1)
 
     def over(self, step: int) -> bool:
-        """Is the last pruning done, once this step is?"""
+        """Whether the last pruning is done after this step."""
         return self.last is not None and step >= self.last
 
 
 @dataclass(frozen=True)
 class RestartSteps:
     """Restarts after optimizer steps number `interval`, 2 · `interval`, …, counted from 1, never after the last of
-    `total` (None: not known; then there may be one).
+    `total` (None if unknown; then there may be one).
 
     Raises: ScheduleError if a run of known length has none, or `warmup`, the steps until a round learns at the full
-    rate, is longer than a round.   Source: ReMoRA; the published code restarts after the last step, too.
+    rate, is longer than a round.   Source: ReMoRA; the published code also restarts after the last step.
     """
 
     interval: int
@@ -222,7 +222,7 @@ class RestartSteps:
             )
 
     def due(self, step: int) -> bool:
-        """Is there a restart after this 0-based step?"""
+        """Whether there is a restart after this 0-based step."""
         return (step + 1) % self.interval == 0 and (self.total is None or step + 1 < self.total)
 
     def over(self, step: int) -> bool:
@@ -247,7 +247,7 @@ def linear_clock(step: int, created: int, *, warmup: int, total: int) -> float:
 
 
 def ramp_clock(step: int, created: int, *, warmup: int) -> float:
-    """Share of the host's learning rate: rises linearly to 1 over `warmup` steps after birth; 1 for the model's own.
+    """Share of the optimizer's learning rate: rises to 1 over `warmup` steps after birth; 1 for the initial tensors.
 
     The first step after birth already moves (1/warmup). Source: ours."""
     if created < 0 or warmup <= 0:

@@ -1,4 +1,4 @@
-"""Who deserves rank: importance of a module (or of a rank) from weights and gradients. Plain functions on tensors.
+"""Importance of a module, or of a rank, from weights and gradients. Plain functions on tensors.
 
 Legend: A (R, in), B (out, R), dW (out, in), G (out, in) = ∂L/∂ΔW, X (N, in) inputs, D (N, out) = ∂L/∂Y, so G = Dᵀ X.
 """
@@ -28,16 +28,16 @@ def delta_sensitivity(
     numel: int | None = None,
     tile_numel: int = TILE_NUMEL,
 ) -> Tensor:
-    """Entry-wise sensitivity of a module, exact, without holding ΔW or G.
+    """Entry-wise sensitivity of a module, exact, without storing ΔW or G.
 
         S = (1/√(mn)) Σ_ij |ΔW_ij · G_ij|      ΔW = B A,  G = Dᵀ X,   one panel of rows at a time
 
     Args:
         A, B: (R, in) and (out, R), scales folded in.   X, D: (N, in) and (N, out), any floating dtype; X None: the
-            identity, so D is Gᵀ.   norm: `sqrt_numel` (published code), `mean` (paper) or `sum`.
-        numel: m·n, where A and X lack columns of zero gradient.   tile_numel: entries of G held at once.
+            identity, so that D is Gᵀ.   norm: `sqrt_numel` (published code), `mean` (paper) or `sum`.
+        numel: m·n, if A and X omit columns of zero gradient.   tile_numel: entries of G stored at once.
     Returns: 0-dim tensor, float32 (float64 for float64 input), ≥ 0.
-    Source: IncreLoRA, section 3.2; the panel form is ours. |·| is inside the sum: scores of parts do not add up.
+    Source: IncreLoRA, section 3.2; the panel form is ours. |·| is inside the sum, so scores of parts do not add up.
     """
     dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
     A, B, D = (t.detach().to(dtype) for t in (A, B, D))
@@ -54,8 +54,8 @@ def delta_sensitivity(
 def signed_sensitivity(B: Tensor, B_grad: Tensor) -> Tensor:
     """|Σ_ij ΔW_ij G_ij| = |⟨B, ∂L/∂B⟩|: the first-order change of the loss if ΔW were removed.
 
-    A cheap alternative to `delta_sensitivity`, and a different criterion: entries of opposite sign cancel (0 where the
-    entry-wise score is 14, specification T2). B, B_grad (out, R); returns a 0-dim tensor ≥ 0 in float32 or float64.
+    A cheap alternative to `delta_sensitivity`, but a different criterion: entries of opposite sign cancel, so it can be
+    0 where the entry-wise score is large. B, B_grad (out, R); returns a 0-dim tensor ≥ 0 in float32 or float64.
     """
     dtype = torch.float64 if B.dtype == torch.float64 else torch.float32
     return (B.detach().to(dtype) * B_grad.to(dtype)).sum().abs()
@@ -74,7 +74,7 @@ def smooth(
         I ← β₁ I + (1 − β₁) S        U ← β₂ U + (1 − β₂) |I − S|      (the updated I; no bias correction)
 
     Non-finite scores leave both unchanged for that entry. All tensors of one shape, β in [0, 1).
-    Source: IncreLoRA, section 3.2 (as in AdaLoRA). Differs: the published code lets a NaN poison the averages for good.
+    Source: IncreLoRA, section 3.2 (as in AdaLoRA). Differs: in the published code a NaN stays in the averages forever.
     """
     finite = score.isfinite()
     updated = beta * sensitivity + (1 - beta) * score

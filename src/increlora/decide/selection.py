@@ -1,5 +1,5 @@
-"""Allocators: importance and holdings in, grants out; or scores of ranks in, what stays out. Pure, deterministic, the
-same on every process."""
+"""Allocators: from importance and holdings to grants, or from scores of ranks to the ranks that stay. They are pure,
+deterministic, and give the same result on every process."""
 
 import math
 from collections import Counter
@@ -13,9 +13,9 @@ from .budget import Budget
 def grow_top(importance: Sequence[float], holdings: Sequence[Holding], *, top_h: int, budget: Budget) -> Plan:
     """The `top_h` most important modules get their next block; ties go to the earlier module; never over budget.
 
-    A block is granted only if the budget can still be met exactly afterwards (and, where a parameter bound stands
-    beside it, within that bound). Where less than a block is left, one-rank blocks fill the rest. A saturated module
-    is passed over and reported, and the next best gets the rank.
+    A block is granted only if the budget can still be met exactly afterwards (within the parameter bound, if there is
+    one). If less than a block is left, one-rank blocks fill the rest. A saturated module is skipped and reported, and
+    the next best one gets the rank.
 
     Args: importance: finite scores, one per holding.   top_h ≥ 1: modules per event.   budget: final budget.
     Returns: Plan with the grants in order of importance.   Raises: nothing; an empty plan means the budget is spent.
@@ -40,8 +40,8 @@ def grow_top(importance: Sequence[float], holdings: Sequence[Holding], *, top_h:
 def grow_published(importance: Sequence[float], holdings: Sequence[Holding], *, top_h: int, budget: Budget) -> Plan:
     """The published rule: every module at or above the k-th largest score grows, k = min(top_h, ranks left).
 
-    Ties make more than top_h modules grow, ranks are counted as modules, so the budget can be overshot; it counts as
-    spent only on exact equality. Source: IncreLoRA, published code (specification, section 3.3).
+    With ties, more than top_h modules grow. Ranks are counted as modules, so the budget can be exceeded; it counts as
+    spent only on exact equality. Source: IncreLoRA, published code.
     """
     assert budget.ranks is not None
     used = ranks_used(holdings)
@@ -55,7 +55,7 @@ def grow_published(importance: Sequence[float], holdings: Sequence[Holding], *, 
 
 
 def spent(holdings: Sequence[Holding], budget: Budget) -> bool:
-    """Is there nothing left that the budget could pay for?"""
+    """Whether the budget allows no further block."""
     if budget.ranks is not None:
         return ranks_used(holdings) >= budget.ranks
     left = parameters_left(holdings, budget)
@@ -68,7 +68,7 @@ def parameters_left(holdings: Sequence[Holding], budget: Budget) -> float:
 
 
 def can_finish(holdings: Sequence[Holding], budget: Budget) -> bool:
-    """Can the free blocks still meet the budget exactly, within its parameter bound?"""
+    """Whether the free blocks can still meet the budget exactly, within its parameter bound."""
     left = parameters_left(holdings, budget)
     if budget.ranks is None:
         return left >= 0
@@ -79,8 +79,9 @@ def can_finish(holdings: Sequence[Holding], budget: Budget) -> bool:
 def cheapest_cover(holdings: Sequence[Holding], ranks: int) -> int | None:
     """Fewest parameters that add exactly `ranks` ranks from the free blocks; None if no choice of blocks does.
 
-    Block sizes are one common size and 1 (see `budget.block_sizes`): the cheapest large blocks, the cheapest ones for
-    the rest, for every number of large blocks (a cheap module's ones may beat an expensive module's block).
+    Block sizes are one common size and 1 (see `budget.block_sizes`). For every number of large blocks, this takes the
+    cheapest large blocks, and the cheapest one-rank blocks for the rest: one-rank blocks of a cheap module may cost
+    less than a large block of an expensive one.
     """
     large = max((size for h in holdings for size in h.free), default=1)
     whole = _sums_of_cheapest(h.cost * size for h in holdings for size in h.free if size == large)
@@ -138,10 +139,10 @@ def keep_top(scores: Sequence[Sequence[float]], costs: Sequence[int], budget: Bu
 
 
 def keep_published(scores: Sequence[Sequence[float]], costs: Sequence[int], budget: Budget) -> list[list[bool]]:
-    """The published rule: with n ranks of which b may stay, all at or below the (n − b)-th smallest score go.
+    """The published rule: of n ranks, b of which may stay, all at or below the (n − b)-th smallest score are dropped.
 
-    Ties at the threshold go together: four equal scores and b = 2 leave nothing. Arguments as for `keep_top`; the
-    bound is not looked at. Source: AdaLoRA, published code.
+    Ties at the threshold are dropped together: four equal scores and b = 2 leave nothing. Arguments as for `keep_top`;
+    the parameter bound is ignored. Source: AdaLoRA, published code.
     """
     assert budget.ranks is not None
     flat = sorted(score for of_module in scores for score in of_module)
@@ -161,7 +162,7 @@ def _best_first(scores: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
 
 
 def _cheapest(undecided: Mapping[int, int], count: int) -> float:
-    """Fewest parameters of `count` ranks out of `undecided` (cost → number); infinite if there are not so many."""
+    """Fewest parameters of `count` ranks out of `undecided` (cost → number); infinite if there are fewer."""
     total = 0
     for cost, there in sorted(undecided.items()):
         taken = min(there, count)

@@ -1,1 +1,1 @@
-"""Products and process helpers that everything else stands on."""
+"""Matrix products and process helpers used by the rest of the library."""

@@ -1,15 +1,15 @@
-"""The fast path: a frozen linear map and a low-rank product beside it as one node of the graph.
+"""The fast path: a frozen linear map plus a low-rank product, as one node of the autograd graph.
 
     forward     y = x Wᵀ + b        h = x Aᵀ         y += s h Bᵀ
     backward    g = ∂L/∂y           ∂L/∂h = s g B    ∂L/∂x = g W + (∂L/∂h) A     ∂L/∂A = (∂L/∂h)ᵀ x     ∂L/∂B = s gᵀ h
 
-W and b are frozen, s is a number; x (N, in), A (R, in), B (out, R), N tokens. As separate calls, the branch and its sum
-with the base, and in the backward pass its share of ∂L/∂x and that sum, are matrices as large as all tokens, written to
-memory and read again for products with R columns that cost next to nothing. Here the products themselves add up
-(`addmm_` with β = 1): nothing of that size is there beside y and ∂L/∂x, which the base makes anyway.
-Kept for the backward pass: x, which q, k and v share, and h (N, R).
+W and b are frozen, s is a number; x (N, in), A (R, in), B (out, R), N tokens. With separate calls,
+the branch and its sum with the base output, and in the backward pass its part of ∂L/∂x and that sum, are matrices as
+large as all tokens. They are written to memory and read again, for products with R columns that cost almost nothing.
+Here the products add into the result (`addmm_` with β = 1), so the only matrices of that size are y and ∂L/∂x, which
+the base needs anyway. Kept for the backward pass: x, which q, k and v share, and h (N, R).
 
-The base layer is not called, so it must be one whose whole forward pass is known: the host makes a `Pending` of it.
+The base layer is not called, so its whole forward pass must be known. The host creates a `Pending` for it.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 NARROW = 16  # float32 numbers in a register of 512 bits
-PLAIN = (Tensor, nn.Parameter)  # no subclasses: sharded and packed tensors have rules of their own
+PLAIN = (Tensor, nn.Parameter)  # no subclasses: sharded and packed tensors behave differently
 
 
 class Pending:
-    """The output of a base layer that is not computed yet, so that what is added to it can be computed with it.
+    """The output of a base layer that is not computed yet, so that a product can be added in the same computation.
 
     Attributes:
         x: input.   weight: W (out, in).   bias: b (out,) or None.   forward: computes the output.
@@ -33,7 +33,7 @@ class Pending:
         self.x, self.weight, self.bias, self.forward = x, weight, bias, forward
 
     def joins(self, x: Tensor, A: Tensor, B: Tensor) -> bool:
-        """Can the product of these be computed with it? It reads the same x, in one dtype."""
+        """Whether the product x Aᵀ Bᵀ can be computed together with the output: same x, one dtype."""
         if x is not self.x or type(A) not in PLAIN or type(B) not in PLAIN:
             return False
         if torch.is_autocast_enabled(x.device.type):
@@ -42,7 +42,7 @@ class Pending:
 
 
 def matched(x: Tensor, A: Tensor) -> Tensor:
-    """x in the adapter's dtype; autocast sees to that itself."""
+    """x in the adapter's dtype; under autocast unchanged, because autocast casts it."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(A.dtype)
 
 
@@ -60,7 +60,7 @@ def add_product(y: Tensor | Pending, x: Tensor, A: Tensor, B: Tensor, scale: flo
     if not h.dtype == y.dtype == B.dtype:
         return y + (nn.functional.linear(h, B) * scale).to(y.dtype)
     total = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=scale)
-    return total if y.dim() == 2 else total.view(y.shape)  # FSDP2 distrusts views that a module returns
+    return total if y.dim() == 2 else total.view(y.shape)  # FSDP2 does not accept views as outputs of a module
 
 
 def with_product(base: Pending, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -75,7 +75,7 @@ def with_product(base: Pending, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 class LinearWithProduct(torch.autograd.Function):
-    """The equations above. Gradients of gradients are those of the same equations, with h computed once more."""
+    """The equations above. Second derivatives follow from the same equations; h is recomputed for them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -111,9 +111,10 @@ class LinearWithProduct(torch.autograd.Function):
 
 
 def is_narrow(h: Tensor) -> bool:
-    """Are products that have h's few columns faster the other way round, (hᵀ g)ᵀ for gᵀ h, and g B with B by columns?
+    """Whether products with as few columns as h are faster transposed: (hᵀ g)ᵀ for gᵀ h, and g B with B by columns.
 
-    Up to four times on a CPU below one vector register of columns; slower above, and not worth a copy for few tokens.
+    On a CPU they are up to four times faster below one vector register of columns, and slower above it. For few tokens
+    the copy does not pay off.
     """
     return h.device.type == "cpu" and h.shape[1] < NARROW < h.shape[0]
 

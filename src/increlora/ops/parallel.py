@@ -1,4 +1,4 @@
-"""Several processes: averages over them, parameters that are sharded (FSDP2's DTensor), idle ones in DDP's graph."""
+"""Several processes: averages over them, sharded parameters (FSDP2's DTensor), and idle parameters in DDP's graph."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,12 +14,12 @@ except ImportError:  # a torch built without distributed support
 
 
 def in_process_group() -> bool:
-    """Has torch.distributed been initialised? Then every parameter must take part in every backward pass: DDP insists,
-    also in a group of one."""
+    """Whether torch.distributed is initialised. If so, every parameter must take part in every backward pass: DDP
+    requires it, even in a group of one process."""
     return dist.is_available() and dist.is_initialized()
 
 
-TOGETHER = 256  # tensors that are copied into one to be looked at
+TOGETHER = 256  # tensors that are concatenated for one check
 
 
 def batched(items: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
@@ -32,7 +32,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor."""
+    """The part of a tensor on this process."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -42,14 +42,14 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, sharded as `like` is."""
+    """A whole tensor, sharded in the same way as `like`."""
     if not is_sharded(like):
         return tensor
     return distribute_tensor(tensor.contiguous(), like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
 def mean_over_processes(scores: Tensor) -> Tensor:
-    """Entry-wise mean over the processes that have a finite score; NaN where none has. Identical on all of them."""
+    """Entry-wise mean over the processes with a finite score; NaN where there is none. The same on all processes."""
     if not in_process_group():
         return scores
     finite = scores.isfinite()
@@ -59,11 +59,11 @@ def mean_over_processes(scores: Tensor) -> Tensor:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """0-dim bool: is every entry finite? Sharded gradients are judged together, so every process hears the same."""
+    """0-dim bool: whether every entry is finite. For sharded gradients, all processes get the same answer."""
     if not tensors:
         return torch.tensor(True)
     parts = [local(t) for t in tensors]
-    if all(t.is_cpu for t in parts):  # where a call costs more than the few numbers it is about
+    if all(t.is_cpu for t in parts):  # a call costs more than the few numbers it processes
         rows = [torch.cat([t.reshape(-1) for t in some]) for some in batched(parts, TOGETHER)]
         finite = torch.stack([row.isfinite().all() for row in rows]).all()
     else:

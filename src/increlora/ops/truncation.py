@@ -1,4 +1,4 @@
-"""The best approximation of ΔW = B A with fewer ranks, from the small factors alone.
+"""The best approximation of ΔW = B A with fewer ranks, computed from the small factors only.
 
 B = Q_b R_b     Aᵀ = Q_a R_a     R_b R_aᵀ = U diag(σ) Vᵀ (r × r)     B' = Q_b U_k √σ_k     A' = √σ_k V_kᵀ Q_aᵀ
 ‖B A − B' A'‖ / ‖B A‖ = √(Σ_{i>k} σ_i²) / √(Σ σ_i²)       (Frobenius; no rank-k matrix comes closer)
@@ -13,7 +13,7 @@ def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """(A', B', error) with at most `rank` ≥ 1 ranks.
 
     Args:
-        A: (r, in).   B: (out, r).   rank: factors that have no more are returned as they are, with error 0.
+        A: (r, in).   B: (out, r).   rank: factors with at most this rank are returned unchanged, with error 0.
     Returns: A' (k, in) and B' (out, k) with k = min(rank, in, out) in the dtype of A and B, computed in float64, and
         the relative Frobenius error. The norm of each component is shared evenly between A' and B'.
     """
