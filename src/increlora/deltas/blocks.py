@@ -204,6 +204,11 @@ class BlockDelta(Delta):
         y = self._add_product(y, x, A, B)  # the same arithmetic, observed or not: resuming must not change a bit
         return observer.tap_output(y, x) if observer is not None and wanted else y
 
+    def _no_factors(self) -> tuple[Tensor, Tensor]:
+        """The factors of a module that has no rank left."""
+        like = next(self.parameters(), torch.empty(0))
+        return like.new_empty(0, self.in_features), like.new_empty(self.out_features, 0)
+
     def _operands(self) -> tuple[Tensor, Tensor]:
         """What `_add_product` multiplies x with; a delta with structure has a cheaper form of it than its factors."""
         return self.factors()

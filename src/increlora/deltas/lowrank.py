@@ -13,6 +13,8 @@ class LowRankDelta(BlockDelta):
     letters = ("A", "B")
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        if not self.live:
+            return self._no_factors()
         A, B = self._operands()
         if self.in_features <= self.out_features:
             return A * self.scale, B

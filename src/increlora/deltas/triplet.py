@@ -20,6 +20,8 @@ class TripletDelta(BlockDelta):
     _opened: tuple[object, Tensor] | None = None  # index of the ranks that are computed, and what it was made for
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        if not self.live:
+            return self._no_factors()
         A, E, B = self._parts()
         return scaled_rows(A, E * self.scale), B
 

@@ -33,7 +33,6 @@ from .foreign import Found, adalora_factors, described, live_factors, lora_facto
 from .lora_format import PREFIX, read_config, read_shapes
 
 READERS = {"LORA": lora_factors, "ADALORA": adalora_factors}
-KNOWN = (*CONFIGS, *READERS)
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,8 @@ def from_folder(path: Path) -> Adapter:
     """The adapter in a folder; no model is built. Raises as `read_adapter`."""
     raw = read_config(path)
     kind = raw.get("peft_type")
-    if kind not in KNOWN:
-        raise ExportError(f"{path} holds an adapter of type {kind}, expected one of {', '.join(KNOWN)}")
+    if kind not in (known := (*CONFIGS, *READERS)):
+        raise ExportError(f"{path} holds an adapter of type {kind}, expected one of {', '.join(known)}")
     read_shapes(path)
     state = load_file(path / SAFETENSORS_WEIGHTS_NAME)
     state = {key: state[key] for key in sorted(state, key=natural)}

@@ -17,7 +17,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 from ...errors import ConfigError
-from .config import CONFIGS, with_current_type
+from ...methods import Settings
+from ...registry import METHODS
+from .config import CONFIGS, derive, type_name, with_current_type
 from .drive import rank_summary
 from .model import AdapterModel
 
@@ -50,6 +52,19 @@ def register_methods() -> None:
             warnings.simplefilter("ignore")
             PEFT_TYPE_TO_CONFIG_MAPPING.pop(peft_type, None)
             register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=AdapterModel, prefix="lora_")
+
+
+def register_method(name: str, settings_cls: type[Settings]) -> Any:
+    """Make a method of your own known under a name, as ours are: to peft, the command line and the loaders.
+
+    Args: settings_cls: a frozen dataclass with a field `r` and whatever LoRA options it supports.
+    Returns: its config class, `<settings_cls>Config`.   Raises: ConfigError if the name is taken."""
+    if name in METHODS:
+        raise ConfigError(f"there is a method {name!r} already: choose another name")
+    METHODS[name] = settings_cls
+    config_cls = CONFIGS[type_name(name)] = derive(name, settings_cls)
+    register_methods()
+    return config_cls
 
 
 def read_old_types() -> None:
