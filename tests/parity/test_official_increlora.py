@@ -48,6 +48,7 @@ CASES = [
     Case("accumulation", BASE, accumulation=3),
     Case("clipping", BASE, clip=0.05),
     Case("clipping, sgd, accumulation", BASE, sgd, accumulation=2, clip=0.05),
+    Case("no advance learning, clipping", replace(BASE, advance_learn=False), clip=0.05),
     Case("mean score", replace(BASE, score_norm="mean")),
     Case("late births", replace(BASE, top_h=1, init_warmup=40, interval=3, warmup_steps=7)),
     Case("alpha 0 means r0", replace(BASE, alpha=0.0)),
