@@ -18,7 +18,7 @@ STEPS = 16
 TARGETS = ["up", "down", "head"]
 PAPER = {
     "warmup_steps": 1,
-    "interval_steps": 3,
+    "interval_steps": 2,
     "top_h": 1,
     "grow_by": 1,
     "total_steps": STEPS,
