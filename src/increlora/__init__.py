@@ -15,19 +15,19 @@ from .export.engines import check_export
 from .export.lora import export_lora
 from .export.merged import export_merged
 from .export.warm_start import warm_start
-from .hosts.peft import CONFIGS, attach, rank_summary
+from .hosts.peft import CONFIGS, attach, block_states, rank_summary
 from .runtime import regularization_loss
 
 __version__ = "0.1.0"
 __all__ = [
-    "IncreLoraError", "allocation_to_lora_config", "attach", "check_export", "export_lora", "export_merged",
-    "rank_summary", "regularization_loss", "warm_start",
+    "IncreLoraError", "allocation_to_lora_config", "attach", "block_states", "check_export", "export_lora",
+    "export_merged", "rank_summary", "regularization_loss", "warm_start",
 ]  # fmt: skip
 __all__ += [config_cls.__name__ for config_cls in CONFIGS.values()]
 
 
 def __getattr__(name: str) -> Any:
-    """The config classes, one for every method in `methods.METHODS`."""
+    """The config classes, one for every method in `registry.METHODS`."""
     for config_cls in CONFIGS.values():
         if config_cls.__name__ == name:
             return config_cls

@@ -21,6 +21,7 @@ from .export.merged import export_merged as export_merged
 from .export.warm_start import warm_start as warm_start
 from .hosts.peft.config import MethodConfig
 from .hosts.peft.drive import attach as attach
+from .hosts.peft.drive import block_states as block_states
 from .hosts.peft.drive import rank_summary as rank_summary
 from .runtime.attach import regularization_loss as regularization_loss
 
@@ -37,6 +38,7 @@ __all__ = [
     "SoraConfig",
     "allocation_to_lora_config",
     "attach",
+    "block_states",
     "check_export",
     "export_lora",
     "export_merged",

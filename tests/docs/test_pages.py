@@ -18,7 +18,6 @@ from tests.docs.stand_ins import STAND_INS, language_model
 
 TEST = re.compile(r"`(?:tests/)?((?:contract|distributed|hosts|parity|unit)/(?:\w+/)*test_\w+\.py)(?:::(\w+))?`")
 LONGEST = 120  # characters of a line of text
-UNWRAPPED = {"docs/architecture.md"}  # until it is rewritten
 CODE = re.compile(r"^```.*?^```$|^<!-- test:.*?^-->$", re.DOTALL | re.MULTILINE)
 WITH_PYTHON = [page for page in PAGES if python_blocks(page)]
 
@@ -93,7 +92,7 @@ def test_tests_on_the_pages_exist(page):
         assert path.is_file() and (not name or f"def {name}(" in path.read_text()), f"{page}: {file}::{name}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in UNWRAPPED])
+@pytest.mark.parametrize("page", PAGES)
 def test_lines_are_short_enough_to_edit(page):
     long = [f"{page}:{number}: {len(line)} characters" for number, line in prose(page) if len(line) > LONGEST]
     assert not long, "\n".join(long)

@@ -1,10 +1,12 @@
-"""What users call on a model: attach it to an optimizer, and see where its ranks are."""
+"""What users call on a model: attach it to an optimizer, and see where its ranks and blocks are."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 from torch.optim import Optimizer
 
+from ...deltas import BlockDelta, Status
 from ...runtime import Controller, attach_controller, controllers_of
 from .layer import adapters_of, handle_of
 
@@ -101,3 +103,39 @@ def rank_summary(model: nn.Module, adapter_name: str | None = None) -> RankSumma
     handle = handle_of(model, adapter_name)
     modules = [ModuleRanks(d.name, d.rank, d.reserve, d.capacity, d.cost) for d in handle.deltas.values()]
     return RankSummary(tuple(modules), handle.budget.ranks, handle.budget.parameters, handle.shared_parameters)
+
+
+@dataclass(frozen=True)
+class BlockState:
+    """One block of a module.
+
+    Attributes:
+        ranks: how many.   state: `dormant` (waits; does not move), `reserve` (next in line), `active`, or `retired`.
+        counted: of its ranks, how many count against the budget; pruning leaves out the others.
+        born: step after which it became active; −1: with the model, or not yet.
+        parameters: names of its parameters in `model.named_parameters()`.
+    """
+
+    ranks: int
+    state: str
+    counted: int
+    born: int
+    parameters: tuple[str, ...]
+
+
+def block_states(model: nn.Module, adapter_name: str | None = None) -> dict[str, tuple[BlockState, ...]]:
+    """The blocks of every module, in the order of birth; methods without blocks (LoRTA) have none.
+
+    `adapter_name`: default the active one. Raises ConfigError if there is no such adapter."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    blocks = handle_of(model, adapter_name).blocks
+    return {
+        name: tuple(block_state(delta, i, names) for i in range(len(delta.sizes))) for name, delta in blocks.items()
+    }
+
+
+def block_state(delta: BlockDelta, index: int, names: Mapping[int, str]) -> BlockState:
+    ranks, state = delta.sizes[index], delta.status[index]
+    counted = 0 if state is not Status.ACTIVE else delta.kept.count(True) if delta.kept else ranks
+    parameters = tuple(names[id(p)] for p in delta.block(index).values())
+    return BlockState(ranks, state.name.lower(), counted, delta.born[index], parameters)
