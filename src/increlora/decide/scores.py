@@ -61,11 +61,6 @@ def signed_sensitivity(B: Tensor, B_grad: Tensor) -> Tensor:
     return (B.detach().to(dtype) * B_grad.to(dtype)).sum().abs()
 
 
-def rank_sensitivity(e: Tensor, e_grad: Tensor) -> Tensor:
-    """|e_c · ∂L/∂e_c| per rank: the first-order change of the loss if rank c were removed. e (R, 1) → (R,)."""
-    return (e.detach() * e_grad).abs().flatten()
-
-
 def smooth(
     sensitivity: Tensor, uncertainty: Tensor, score: Tensor, *, beta: float, beta_uncertainty: float
 ) -> tuple[Tensor, Tensor]:
