@@ -243,7 +243,7 @@ def test_findings_name_the_module_the_limit_and_the_remedy(tmp_path: Path) -> No
     finding = only(folder, "vllm<0.32")
     assert (finding.level, finding.where) == ("error", "model.layers.0.self_attn.v_proj and 2 more")
     assert str(finding) == (
-        "vllm<0.32: model.layers.0.self_attn.v_proj and 2 more: computed with scale 2 instead of 4, without a word; "
+        "vllm<0.32: model.layers.0.self_attn.v_proj and 2 more: computed with scale 2 instead of 4, without a warning; "
         "export with layout='uniform' (--layout uniform)"
     )
     first, second = check_export(folder, "sglang").findings

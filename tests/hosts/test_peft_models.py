@@ -245,7 +245,7 @@ def test_merging_at_every_step_does_not_wear_the_base_away(dtype: torch.dtype) -
         model.double().to(dtype)
         model.unmerge_adapter()
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if n in weights)
-    assert all(layer.before is None and not layer.merged for layer in adapter_layers(model, "default").values())
+    assert all(layer.saved_base is None and not layer.merged for layer in adapter_layers(model, "default").values())
 
 
 def test_a_safe_merge_refuses_what_is_not_finite() -> None:

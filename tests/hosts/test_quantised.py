@@ -237,7 +237,7 @@ def test_nothing_is_said_of_a_base_in_full_precision(files: Path) -> None:
     model = get_peft_model(load(files), METHODS["lora"]())
     model.merge_adapter()
     model.unmerge_adapter()
-    assert not any(layer.merge_errors or layer.before for layer in layers(model).values())
+    assert not any(layer.merge_errors or layer.saved_base for layer in layers(model).values())
 
 
 def test_double_quantisation_and_half_precision(files: Path) -> None:

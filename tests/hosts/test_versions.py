@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from increlora.hosts.versions import TESTED, VersionWarning, warn_outside
+from increlora.hosts.versions import TESTED, VersionWarning, warn_untested
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,14 +34,14 @@ def play(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
 def test_a_version_outside_is_told_with_its_window(name: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     play(monkeypatch, **{name: version})
     with pytest.warns(VersionWarning) as told:
-        warn_outside()
+        warn_untested()
     assert [str(w.message) for w in told] == [f"increlora is not tested with {name} {version} (tested: {TESTED[name]})"]
 
 
 def test_several_are_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     play(monkeypatch, torch="2.0", peft="1.0")
     with pytest.warns(VersionWarning, match=r"torch 2.0 \(tested: .*\), peft 1.0 \(tested: ") as told:
-        warn_outside()
+        warn_untested()
     assert len(told) == 1
 
 
@@ -49,7 +49,7 @@ def test_versions_inside_and_unknown_ones_are_not_told(monkeypatch: pytest.Monke
     play(monkeypatch, torch="2.14.0.dev20260101+cpu", peft="0.22.0", transformers=None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_outside()
+        warn_untested()
 
 
 def test_the_windows_are_those_of_the_package_and_hold_the_versions_of_the_tests() -> None:

@@ -1,8 +1,4 @@
-"""What an adapter amounts to, whoever wrote it: factors of each module, and the rest.
-
-Read are our own adapters, peft's LoRA and peft's AdaLoRA; each from a live model, from its folder, or from the run
-folder that holds it.
-"""
+"""Any adapter as factors: ours, peft's LoRA and peft's AdaLoRA, from a live model, a folder, or a run folder."""
 
 import os
 import warnings
@@ -12,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -29,10 +25,10 @@ from ..hosts.peft.handle import Handle, Place
 from ..hosts.peft.layer import chosen_adapter, handle_of
 from ..hosts.peft.model import SHARED
 from ..naming import natural
-from .foreign import Found, adalora_factors, described, live_factors, lora_factors
+from .foreign import ForeignState, description, foreign_state, live_state
 from .lora_format import PREFIX, read_config, read_shapes
 
-READERS = {"LORA": lora_factors, "ADALORA": adalora_factors}
+FOREIGN = ("LORA", "ADALORA")
 
 
 @dataclass(frozen=True)
@@ -89,11 +85,11 @@ def adapter_folder(path: Path, part: str = "adapter") -> Path:
 @torch.no_grad()
 def from_model(model: nn.Module, adapter_name: str | None) -> Adapter:
     """The adapter of a live model. Raises ExportError if it has none by that name."""
-    name = foreign_adapter(model, adapter_name)
-    if name is not None:
-        config = model.peft_config[name]  # type: ignore[index]
-        found = live_factors(model, name, config)
-        return foreign(str(config.peft_type.value), config.to_dict(), found, base_names(model))
+    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    active = [n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.active_adapters]
+    name = adapter_name or next(iter(active), None)
+    if name is not None and name in configs and configs[name].peft_type in FOREIGN:
+        return foreign(configs[name].to_dict(), live_state(model, name), base_names(model))
     try:
         name = chosen_adapter(model, adapter_name)
         handle = handle_of(model, name)
@@ -101,17 +97,8 @@ def from_model(model: nn.Module, adapter_name: str | None) -> Adapter:
         raise ExportError(f"nothing to export: {error}") from None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")  # as peft's own saving decides
-        rest = others(get_peft_model_state_dict(model, adapter_name=name))
-    return native(handle, rest, base_names(model))
-
-
-def foreign_adapter(model: nn.Module, adapter_name: str | None) -> str | None:
-    """Name of the adapter if it is one of peft's own that we read."""
-    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
-    active = [n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.active_adapters]
-    name = adapter_name or next(iter(active), None)
-    known = name is not None and name in configs and configs[name].peft_type in (PeftType.LORA, PeftType.ADALORA)
-    return name if known else None
+        state = get_peft_model_state_dict(model, adapter_name=name)
+    return native(handle, state, base_names(model))
 
 
 @torch.no_grad()
@@ -119,45 +106,53 @@ def from_folder(path: Path) -> Adapter:
     """The adapter in a folder; no model is built. Raises as `read_adapter`."""
     raw = read_config(path)
     kind = raw.get("peft_type")
-    if kind not in (known := (*CONFIGS, *READERS)):
+    if kind not in (known := (*CONFIGS, *FOREIGN)):
         raise ExportError(f"{path} holds an adapter of type {kind}, expected one of {', '.join(known)}")
     read_shapes(path)
     state = load_file(path / SAFETENSORS_WEIGHTS_NAME)
     state = {key: state[key] for key in sorted(state, key=natural)}
-    if kind in READERS:
-        return foreign(kind, raw, READERS[kind](raw, state, str(path)), None)
+    if kind in FOREIGN:
+        return foreign(raw, foreign_state(raw, state, str(path)), None)
     check_folder(path)
     config: Any = CONFIGS[kind].from_pretrained(str(path))
     parts = checkpoint.split(state)
     if not parts:
         raise CheckpointError(f"{path / SAFETENSORS_WEIGHTS_NAME} holds no module of ours: it is damaged or foreign")
-    return native(rebuilt(config, parts), others(state), None)
+    return native(rebuilt(config, parts), state, None)
 
 
-def native(handle: Handle, rest: Mapping[str, Tensor], every: frozenset[str] | None) -> Adapter:
-    deltas, config = handle.deltas, handle.config
-    factors = {name: nonzero(*delta.factors()) for name, delta in deltas.items()}
-    ranks = {name: delta.rank for name, delta in deltas.items()}
-    limits = {name: delta.export_rank for name, delta in deltas.items() if delta.export_rank is not None}
-    inputs = {name: delta.inputs for name, delta in deltas.items()}
+def native(handle: Handle, state: Mapping[str, Tensor], every: frozenset[str] | None) -> Adapter:
+    """An adapter of ours; `state`: its state dict, whose entries beside our parameters are kept."""
+    deltas, parts = handle.deltas, checkpoint.split(state)
+    named = {key.removeprefix(PREFIX): value for key, value in state.items()}
     return Adapter(
-        config.peft_type.value, config, factors, ranks, handle.parameters, limits, inputs, rest, every, handle.budget
+        kind=handle.config.peft_type.value,
+        config=handle.config,
+        factors={name: nonzero(*delta.factors()) for name, delta in deltas.items()},
+        ranks={name: delta.rank for name, delta in deltas.items()},
+        parameters=handle.parameters,
+        limits={name: delta.export_rank for name, delta in deltas.items() if delta.export_rank is not None},
+        inputs={name: delta.inputs for name, delta in deltas.items()},
+        others={key: value for key, value in named.items() if key.rpartition(".")[0] not in parts},
+        every=every,
+        budget=handle.budget,
     )
 
 
-def foreign(kind: str, raw: Mapping[str, Any], found: Found, every: frozenset[str] | None) -> Adapter:
-    factors = {name: nonzero(*pair) for name, pair in found.factors.items()}
-    ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
-    parameters = sum(A.numel() + B.numel() for A, B in factors.values())
-    config: LoraConfig = described(raw)
-    return Adapter(kind, config, factors, ranks, parameters, {}, found.inputs, found.others, every)
-
-
-def others(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a state dict holds beside our parameters, without peft's prefix."""
-    ours = checkpoint.split(state)
-    named = {key.removeprefix(PREFIX): value for key, value in state.items()}
-    return {key: value for key, value in named.items() if key.rpartition(".")[0] not in ours}
+def foreign(raw: Mapping[str, Any], state: ForeignState, every: frozenset[str] | None) -> Adapter:
+    """An adapter of peft's own; `raw`: its config."""
+    factors = {name: nonzero(*pair) for name, pair in state.factors.items()}
+    return Adapter(
+        kind=str(getattr(raw["peft_type"], "value", raw["peft_type"])),
+        config=description(raw),
+        factors=factors,
+        ranks={name: A.shape[0] for name, (A, _) in factors.items()},
+        parameters=sum(A.numel() + B.numel() for A, B in factors.values()),
+        limits={},
+        inputs=state.inputs,
+        others=state.others,
+        every=every,
+    )
 
 
 def rebuilt(config: Any, parts: Mapping[str, Mapping[str, Tensor]]) -> Handle:

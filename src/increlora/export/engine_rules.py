@@ -1,10 +1,10 @@
-"""What can stand between an adapter folder and an engine: rules that read the config and the shapes of the tensors.
+"""What an engine does not serve: rules that read the config and the shapes of the tensors in an adapter folder.
 
-The central one compares scales: a module is computed wrongly where the engine's factor is not peft's.
+The most important one compares scales: where the engine's is not peft's, the output is wrong without a warning.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,6 @@ from .lora_format import (
     configured_rank,
     configured_scale,
     lora_modules,
-    other_keys,
     read_config,
     read_shapes,
 )
@@ -27,6 +26,9 @@ from .lora_format import (
 Config = Mapping[str, Any]
 Problem = tuple[Literal["error", "warning"], str, str, str]  # level, where, problem, remedy
 BEYOND_LORA = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
+UNIFORM = "export with layout='uniform' (--layout uniform)"
+EXPORT = "export it with `increlora export`"
+MERGE = "merge it: `increlora export --merge`"
 
 
 @dataclass(frozen=True)
@@ -34,202 +36,178 @@ class Engine:
     """What an engine does with an adapter folder.
 
     Attributes:
-        scale: (config, module, rows of its lora_A) → factor of B A x.
+        scale: (config, rows of its lora_A) → factor of B A x; None: peft's, module by module.
         rank: rank it makes room for: `pattern` (peft's), `r` (the same for all), or `any` that the file has.
         limits: values its option for the largest rank accepts; (): any; None: it has no such option.
         default_limit: of that option; None: it is taken from the adapters.
-        saved: modules of `modules_to_save` that it loads; None: all.   passes: parts of further names it accepts.
+        saved: modules of `modules_to_save` that it loads.   passes: parts of further names it accepts.
         embeddings: whose adapted embeddings it serves, in words; empty: nobody's.
         options: options of LoraConfig that it cannot compute.   named_targets: `target_modules` must be a list.
-        any_type: it is peft, which loads more than LoRA.
+        is_peft: it is peft itself, which loads whatever peft wrote.
     """
 
-    scale: Callable[[Config, str, int], float]
+    scale: Callable[[Config, int], float] | None = None
     rank: Literal["pattern", "r", "any"] = "any"
     limits: tuple[int, ...] | None = None
     default_limit: int | None = None
-    saved: frozenset[str] | None = frozenset()
+    saved: frozenset[str] = frozenset()
     passes: tuple[str, ...] = ()
     embeddings: str = ""
     options: tuple[str, ...] = BEYOND_LORA
     named_targets: bool = False
-    any_type: bool = False
+    is_peft: bool = False
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A folder as an engine sees it.   rows: module → rows of its A.   embeddings: those of `rows` that are adapted
+    """A folder as an engine reads it.   rows: module → rows of its A.   embeddings: those of `rows` that are adapted
     embeddings.   others: keys that are no factors of linear maps or embeddings."""
 
     config: Config
     rows: Mapping[str, int]
-    embeddings: tuple[str, ...]
-    others: tuple[str, ...]
+    embeddings: Sequence[str]
+    others: Sequence[str]
 
 
 def contents(folder: Path) -> Contents:
     """What the folder holds. Raises CheckpointError if it is no whole adapter."""
     config = read_config(folder)
     shapes, _ = read_shapes(folder)
-    modules, embeddings = lora_modules(shapes), lora_modules(shapes, TOKEN_ENDINGS)
-    others = [key for key in other_keys(shapes) if not key.endswith(TOKEN_ENDINGS)]
-    if config.get("peft_type") == "LORA" and 2 * len(modules + embeddings) != len(shapes) - len(others):
-        raise CheckpointError(f"{folder}: some lora_A has no lora_B, or the reverse; the adapter is damaged")
-    keys = {name: PREFIX + name + ENDINGS[0] for name in modules}
+    embeddings = lora_modules(shapes, TOKEN_ENDINGS)
+    keys = {name: PREFIX + name + ENDINGS[0] for name in lora_modules(shapes)}
     keys |= {name: PREFIX + name + TOKEN_ENDINGS[0] for name in embeddings}
+    others = [key for key in shapes if not key.endswith(ENDINGS + TOKEN_ENDINGS)]
+    if config.get("peft_type") == "LORA" and 2 * len(keys) != len(shapes) - len(others):
+        raise CheckpointError(f"{folder}: some lora_A has no lora_B, or the reverse; the adapter is damaged")
     rows = {name: shapes[key][0] for name, key in keys.items() if len(shapes[key]) == 2}
-    others += [key for name, key in keys.items() if name not in rows]
-    return Contents(config, rows, tuple(embeddings), tuple(others))
+    convolutions = [key for name, key in keys.items() if name not in rows]
+    return Contents(config, rows, embeddings, others + convolutions)
 
 
 # -- scales: what an engine multiplies B A x with ---------------------------------------------------------------------
 
 
-def one_scale(config: Config, module: str, rows: int) -> float:
+def one_scale(config: Config, rows: int) -> float:
     return float(config["lora_alpha"]) / int(config["r"])
 
 
-def one_scale_or_rslora(config: Config, module: str, rows: int) -> float:
-    rank = int(config["r"])
-    return float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def one_scale_or_rslora(config: Config, rows: int) -> float:
+    return float(config["lora_alpha"]) / (math.sqrt(config["r"]) if config.get("use_rslora") else int(config["r"]))
 
 
-def scale_by_rows(config: Config, module: str, rows: int) -> float:
+def scale_by_rows(config: Config, rows: int) -> float:
     return float(config["lora_alpha"]) / rows if config["lora_alpha"] else 1.0
 
 
-def scale_by_pattern(config: Config, module: str, rows: int) -> float:
-    return configured_scale(config, module)
-
-
-# -- rules: each gives the problems it sees ---------------------------------------------------------------------------
+# -- rules: each yields the problems it finds -------------------------------------------------------------------------
 
 
 def problems(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
-    """Everything this engine has against the folder; `limit` is the largest rank its server takes, if it is known."""
+    """All problems of this engine with the folder; `limit` is the largest rank its server takes, if that is known."""
     kind = found.config.get("peft_type")
     if kind != "LORA":
-        return [foreign_type(engine, kind)]
-    rules = (missing_options, other_options, changed_base, ranks, scales, served_rank, saved_modules, embeddings,
-             target_names)  # fmt: skip
-    return [problem for rule in rules for problem in rule(engine, found, limit)]
+        return [other_type(engine, kind)]
+    if engine.is_peft:
+        return list(ranks(engine, found))
+    return [
+        *options(engine, found), *ranks(engine, found), *scales(engine, found), *largest_rank(engine, found, limit),
+        *saved_modules(engine, found), *embeddings(engine, found), *target_names(engine, found),
+    ]  # fmt: skip
 
 
-UNIFORM = "export with layout='uniform' (--layout uniform)"
-EXPORT = "export it with `increlora export`"
-MERGE = "merge it: `increlora export --merge`"
-
-
-def foreign_type(engine: Engine, kind: object) -> Problem:
-    if engine.any_type and str(kind) in CONFIGS:
+def other_type(engine: Engine, kind: object) -> Problem:
+    if not engine.is_peft:
+        return "error", "peft_type", f"{kind} is no plain LoRA", EXPORT
+    if str(kind) in CONFIGS:
         return "warning", "peft_type", f"{kind} is known after `import increlora` only", f"import it first, or {EXPORT}"
-    if engine.any_type:
-        return "warning", "peft_type", f"{kind} is not checked here", "load it in peft to see"
-    return "error", "peft_type", f"{kind} is no plain LoRA", EXPORT
+    return "warning", "peft_type", f"{kind} is not checked here", "load it in peft to see"
 
 
-def missing_options(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
-    needed = () if engine.any_type else ("r", "lora_alpha", "target_modules")
-    missing = [option for option in needed if found.config.get(option) is None]
-    return [("error", option, "is missing in adapter_config.json", "restore the file") for option in missing]
+def options(engine: Engine, found: Contents) -> Iterator[Problem]:
+    """Options that are missing, that it cannot compute, or that changed the base weights."""
+    config = found.config
+    for option in ("r", "lora_alpha", "target_modules"):
+        if config.get(option) is None:
+            yield "error", option, "is missing in adapter_config.json", "restore the file"
+    given = [option for option in engine.options if config.get(option)]
+    for option in [*given, *(["bias"] if config.get("bias", "none") != "none" else [])]:
+        remedy = "merge the adapter with peft and serve the merged model"
+        yield "error", option, f"{config[option]!r} is not computed", remedy
+    if changes_base(config):
+        problem = f"{config['init_lora_weights']!r} changed the base weights, which the server has unchanged"
+        yield "error", "init_lora_weights", problem, "save it with peft's path_initial_model_for_weight_conversion"
 
 
-def other_options(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
-    given = [option for option in engine.options if found.config.get(option)]
-    if not engine.any_type and found.config.get("bias", "none") != "none":
-        given.append("bias")
-    remedy = "merge the adapter with peft and serve the merged model"
-    return [("error", option, f"{found.config[option]!r} is not computed", remedy) for option in given]
-
-
-def changed_base(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
-    if engine.any_type or not changes_base(found.config):
-        return []
-    how = found.config["init_lora_weights"]
-    remedy = "save it with peft's path_initial_model_for_weight_conversion"
-    return [("error", "init_lora_weights", f"{how!r} changed the base weights, which the server has unchanged", remedy)]
-
-
-def ranks(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
-    """Does every tensor have the rank the engine makes room for?"""
+def ranks(engine: Engine, found: Contents) -> Iterator[Problem]:
+    """Tensors that do not have the rank the engine makes room for."""
     if engine.rank == "any" or found.config.get("r") is None:
-        return []
+        return
     room = {m: configured_rank(found.config, m) if engine.rank == "pattern" else found.config["r"] for m in found.rows}
-    wrong = [m for m, rows in found.rows.items() if rows != room[m]]
-    if not wrong:
-        return []
-    problem = f"rank {found.rows[wrong[0]]}, room for exactly {room[wrong[0]]}"
-    return [("error", first_of(wrong), problem, UNIFORM)]
+    if wrong := [m for m, rows in found.rows.items() if rows != room[m]]:
+        yield "error", first_of(wrong), f"rank {found.rows[wrong[0]]}, room for exactly {room[wrong[0]]}", UNIFORM
 
 
-def scales(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
-    """Is the engine's scale peft's?"""
-    if found.config.get("r") is None or found.config.get("lora_alpha") is None:
-        return []
-    here = {m: engine.scale(found.config, m, rows) for m, rows in found.rows.items() if rows}
+def scales(engine: Engine, found: Contents) -> Iterator[Problem]:
+    """Modules that the engine scales otherwise than peft."""
+    if engine.scale is None or found.config.get("r") is None or found.config.get("lora_alpha") is None:
+        return
+    here = {m: engine.scale(found.config, rows) for m, rows in found.rows.items() if rows}
     right = {m: configured_scale(found.config, m) for m in here}
-    wrong = [m for m in here if not math.isclose(here[m], right[m], rel_tol=1e-6)]
-    if not wrong:
-        return []
-    problem = f"computed with scale {here[wrong[0]]:.4g} instead of {right[wrong[0]]:.4g}, without a word"
-    return [("error", first_of(wrong), problem, UNIFORM)]
+    if wrong := [m for m in here if not math.isclose(here[m], right[m], rel_tol=1e-6)]:
+        problem = f"computed with scale {here[wrong[0]]:.4g} instead of {right[wrong[0]]:.4g}, without a warning"
+        yield "error", first_of(wrong), problem, UNIFORM
 
 
-def served_rank(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
-    """Does the largest rank fit the server's limit?"""
+def largest_rank(engine: Engine, found: Contents, limit: int | None) -> Iterator[Problem]:
+    """A rank above the server's limit."""
     if engine.limits is None:
-        return []
+        return
     declared = [found.config.get("r") or 0, *(found.config.get("rank_pattern") or {}).values()]
     top = max([*declared, *found.rows.values()])
+    most, default = max(engine.limits, default=top), engine.default_limit
     if limit is not None and top > limit:
-        return [("error", "r", f"rank {top} is above the server's limit {limit}", with_rank(limit))]
-    most = max(engine.limits, default=top)
-    if top > most:
-        return [("error", "r", f"rank {top} is above {most}, the most it can serve", with_rank(most))]
-    if limit is None and engine.default_limit is not None and top > engine.default_limit:
+        yield "error", "r", f"rank {top} is above the server's limit {limit}", with_rank(limit)
+    elif top > most:
+        yield "error", "r", f"rank {top} is above {most}, the most it can serve", with_rank(most)
+    elif limit is None and default is not None and top > default:
         fitting = min(rank for rank in engine.limits if rank >= top)
-        remedy = f"start it with --max-lora-rank {fitting}, or {with_rank(engine.default_limit)}"
-        return [("warning", "r", f"rank {top} is above the default limit {engine.default_limit}", remedy)]
-    return []
+        remedy = f"start it with --max-lora-rank {fitting}, or {with_rank(default)}"
+        yield "warning", "r", f"rank {top} is above the default limit {default}", remedy
 
 
-def saved_modules(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
-    """Are there tensors beside the factors that it would refuse or leave out?"""
-    if engine.saved is None:
-        return []
+def saved_modules(engine: Engine, found: Contents) -> Iterator[Problem]:
+    """Tensors beside the factors, which it would refuse or leave out."""
+    if engine.is_peft:
+        return
     names = [key.removeprefix(PREFIX).rpartition(".")[0] for key in found.others]
-    if not engine.embeddings:
-        names += found.embeddings
-    if engine.saved:  # who loads heads reads the option
-        names += found.config.get("modules_to_save") or ()
-    accepted = engine.saved
-    refused = [n for n in names if accepted.isdisjoint(n.split(".")) and not any(part in n for part in engine.passes)]
-    left = list(dict.fromkeys(refused))
-    if not left:
-        return []
-    what = "token embeddings" if "embed" in left[0] or "lm_head" in left[0] else "trained in full, or no linear map"
-    only = f"only {' and '.join(sorted(accepted))}" if accepted else "low-rank factors only"
-    return [("error", first_of(left), f"is {what}; it loads {only}", MERGE)]
+    names += [] if engine.embeddings else found.embeddings
+    names += (found.config.get("modules_to_save") or ()) if engine.saved else ()  # engines that load heads read it
+    refused = dict.fromkeys(
+        n for n in names if engine.saved.isdisjoint(n.split(".")) and not any(part in n for part in engine.passes)
+    )
+    if refused:
+        name = next(iter(refused))
+        what = "token embeddings" if "embed" in name or "lm_head" in name else "trained in full, or no linear map"
+        only = f"only {' and '.join(sorted(engine.saved))}" if engine.saved else "low-rank factors only"
+        yield "error", first_of(list(refused)), f"is {what}; it loads {only}", MERGE
 
 
-def embeddings(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
-    """Are there adapted embeddings, which it serves of some models?"""
-    if not engine.embeddings or not found.embeddings:
-        return []
-    problem = f"is an adapted embedding; it serves {engine.embeddings}"
-    return [("warning", first_of(list(found.embeddings)), problem, f"with other models {MERGE}")]
+def embeddings(engine: Engine, found: Contents) -> Iterator[Problem]:
+    """Adapted embeddings, where it serves those of some models only."""
+    if engine.embeddings and found.embeddings:
+        problem = f"is an adapted embedding; it serves {engine.embeddings}"
+        yield "warning", first_of(found.embeddings), problem, f"with other models {MERGE}"
 
 
-def target_names(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
-    if not engine.named_targets or not isinstance(found.config.get("target_modules"), str):
-        return []
-    remedy = "list the module names in adapter_config.json"
-    return [("error", "target_modules", "is a regular expression, it needs a list of names", remedy)]
+def target_names(engine: Engine, found: Contents) -> Iterator[Problem]:
+    if engine.named_targets and isinstance(found.config.get("target_modules"), str):
+        problem = "is a regular expression, it needs a list of names"
+        yield "error", "target_modules", problem, "list the module names in adapter_config.json"
 
 
 def with_rank(limit: int) -> str:
     return f"export with max_rank={limit} (--max-rank {limit})"
 
 
-def first_of(names: list[str]) -> str:
+def first_of(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -1,7 +1,7 @@
-"""Will this engine serve that adapter, and compute the right thing? What each engine does, as one table.
+"""Does this engine serve that adapter, and compute the right thing? What each engine does, as one table.
 
 peft         rank and scale of every module by the patterns
-vllm<0.32    one scale lora_alpha / r for all modules; patterns are ignored without a word
+vllm<0.32    one scale lora_alpha / r for all modules; it ignores patterns without a warning
 vllm>=0.32   as peft; everything that is not low-rank is refused
              both: embeddings where the class has them in `embedding_modules` (Llama's has, Qwen2's and Gemma 3's not)
 sglang       one scale lora_alpha / r; every lora_A must have exactly r rows
@@ -9,13 +9,13 @@ llama.cpp    scale lora_alpha / rank of this lora_B; whatever is not a low-rank 
              embedding is found by the name of its tensor, which a tied output has, too
 """
 
-import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ..errors import ConfigError
+from ..naming import nearest
 from .engine_rules import (
     BEYOND_LORA,
     Engine,
@@ -24,7 +24,6 @@ from .engine_rules import (
     one_scale_or_rslora,
     problems,
     saved_modules,
-    scale_by_pattern,
     scale_by_rows,
 )
 
@@ -33,12 +32,12 @@ HEADS = frozenset({"classifier", "score"})
 COPIES = ("embed_tokens.base_layer", "lm_head.base_layer")  # what peft saves beside an embedding, and vLLM skips
 LISTED = "those of models whose class has them among its `embedding_modules`"
 ENGINES = {
-    "peft": Engine(scale_by_pattern, rank="pattern", saved=None, options=(), any_type=True),
+    "peft": Engine(rank="pattern", is_peft=True),
     "vllm<0.32": Engine(
         one_scale_or_rslora, limits=VLLM_RANKS, default_limit=16, saved=HEADS, passes=COPIES, embeddings=LISTED
     ),
     "vllm>=0.32": Engine(
-        scale_by_pattern, "pattern", VLLM_RANKS, default_limit=16, saved=HEADS, passes=COPIES, embeddings=LISTED
+        rank="pattern", limits=VLLM_RANKS, default_limit=16, saved=HEADS, passes=COPIES, embeddings=LISTED
     ),
     "sglang": Engine(one_scale, rank="r", limits=(), named_targets=True),
     "llama.cpp": Engine(
@@ -56,8 +55,8 @@ class Finding:
     """Something an engine does not serve as peft does.
 
     Attributes:
-        engine: name in ENGINES.   level: `error` (refused, or wrong without a word) or `warning` (served if the remedy
-            is followed).   where: module or option.   problem, remedy: in words.
+        engine: name in ENGINES.   level: `error` (refused, or wrong without a warning) or `warning` (served if the
+            remedy is followed).   where: module or option.   problem, remedy: in words.
     """
 
     engine: str
@@ -90,43 +89,34 @@ class EngineReport:
 def check_export(
     path: str | os.PathLike[str], engine: str | None = None, *, max_lora_rank: int | None = None
 ) -> EngineReport:
-    """Ask whether an engine would serve the adapter in a folder with the function it has in peft.
+    """Check whether an engine serves the adapter in a folder with the function it has in peft.
 
-    Nothing is loaded but the config and the shapes of the tensors; no engine needs to be installed.
+    Reads the config and the shapes of the tensors; no engine needs to be installed.
 
     Args:
         path: adapter folder.
         engine: `peft`, `vllm<0.32`, `vllm>=0.32` (or `vllm`), `sglang`, `llama.cpp`; default: all of them.
         max_lora_rank: the limit the server runs with, where it has one (vLLM: 1, 8, 16, 32, 64, 128, 256, 320 or 512;
             SGLang: any); default: the server may be started anew with the limit that fits.
-    Returns: findings, each with the module or option, the limit, and what mends it.
+    Returns: findings, each with the module or option, the limit, and the remedy.
     Raises: ConfigError (unknown engine, a limit that no server can have), CheckpointError (no adapter folder).
     """
-    names = tuple(ENGINES) if engine is None else (engine_named(engine),)
-    if max_lora_rank is not None:
-        for name in names:
-            check_limit(name, max_lora_rank)
+    known = [*ENGINES, *ALIASES]
+    if engine is not None and engine not in known:
+        near = nearest(engine.lower(), known)
+        raise ConfigError(f"engine {engine!r} is not known; did you mean {near!r}? Known are {', '.join(known)}")
+    names = tuple(ENGINES) if engine is None else (ALIASES.get(engine, engine),)
+    for name in names if max_lora_rank is not None else ():
+        limits = ENGINES[name].limits
+        if max_lora_rank < 1 or (limits and max_lora_rank not in limits):
+            accepted = ", ".join(map(str, limits or ())) or "at least 1"
+            raise ConfigError(f"max_lora_rank={max_lora_rank}: {name} accepts {accepted}")
     found = contents(Path(path))
     findings = [Finding(name, *problem) for name in names for problem in problems(ENGINES[name], found, max_lora_rank)]
     return EngineReport(Path(path), names, tuple(findings))
 
 
-def refused_beside(path: Path) -> dict[str, str]:
+def engines_that_refuse(path: Path) -> dict[str, str]:
     """Engine → the tensors in the folder that it refuses because they are no low-rank factors, where it does."""
     found = contents(path)
-    return {name: where for name in ENGINES for _, where, *_ in saved_modules(ENGINES[name], found, None)}
-
-
-def check_limit(name: str, limit: int) -> None:
-    allowed = ENGINES[name].limits
-    if limit < 1 or (allowed and limit not in allowed):
-        raise ConfigError(f"max_lora_rank={limit}: {name} accepts {', '.join(map(str, allowed or ())) or 'at least 1'}")
-
-
-def engine_named(name: str) -> str:
-    """Key of ENGINES. Raises ConfigError for an unknown name, with the nearest known one."""
-    known = [*ENGINES, *ALIASES]
-    if name not in known:
-        near = difflib.get_close_matches(name.lower(), known, 1, cutoff=0)
-        raise ConfigError(f"engine {name!r} is not known; did you mean {near[0]!r}? Known are {', '.join(known)}")
-    return ALIASES.get(name, name)
+    return {name: where for name, engine in ENGINES.items() for _, where, *_ in saved_modules(engine, found)}

@@ -1,10 +1,9 @@
-"""Adapters of peft's own: plain LoRA and AdaLoRA, from a live model or from their folder, as factors of ΔW = B A.
+"""peft's own plain LoRA and AdaLoRA, from a live model or from a folder, as factors of ΔW = B A.
 
     LoRA       s · B A                                 rank_pattern, alpha_pattern and rsLoRA folded into B
-    AdaLoRA    α/(ranknum + 1e-5) · B diag(E) A        E = 0 masks a triplet: it is dropped, as all zeros are
+    AdaLoRA    α/(init_r + 1e-5) · B diag(E) A         E = 0 masks a triplet: it becomes a zero column of B
 
-ranknum is the rank AdaLoRA *started* with, also where most triplets are gone: peft keeps it when it resizes a module,
-and does not write it to the file; there it is `init_r`.
+init_r is the rank AdaLoRA *started* with, also where most triplets are gone: peft keeps it when it resizes a module.
 """
 
 import warnings
@@ -13,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.adalora import AdaLoraConfig
-from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
 
 from ..deltas import Inputs
@@ -30,14 +27,13 @@ from .lora_format import (
     lora_modules,
 )
 
-Factors = dict[str, tuple[Tensor, Tensor]]
 ADALORA_EPSILON = 1e-5
 # What describes an adapter without touching its function; copied to whatever is made from it.
 DESCRIPTION = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "lora_dropout",
     "lora_alpha", "use_rslora", "fan_in_fan_out", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
 )  # fmt: skip
-# Options that may have any value: they steer training or loading, not what A and B mean.
+# Options that may have any value: they control training or loading, not what A and B mean.
 HARMLESS = {
     *DESCRIPTION, "peft_type", "peft_version", "inference_mode", "r", "rank_pattern", "alpha_pattern", "use_rslora",
     "init_lora_weights", "runtime_config", "megatron_config", "megatron_core", "loftq_config", "eva_config",
@@ -46,15 +42,39 @@ HARMLESS = {
 }  # fmt: skip
 
 
-def described(config: Mapping[str, Any]) -> LoraConfig:
-    """A LoraConfig with the options that say what the adapter belongs to."""
+@dataclass(frozen=True)
+class ForeignState:
+    """Factors of each module with its scale folded into B, what it reads, and the tensors that are no factors."""
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    inputs: Mapping[str, Inputs]
+    others: Mapping[str, Tensor]
+
+
+def live_state(model: nn.Module, adapter: str) -> ForeignState:
+    """The state of a live adapter of peft's own. Raises: as `foreign_state`."""
+    config = model.peft_config[adapter]  # type: ignore[index]
+    pattern, config.rank_pattern = config.rank_pattern, None  # by its pattern AdaLoRA would leave triplets out
     try:
-        return LoraConfig(**{key: config[key] for key in DESCRIPTION if config.get(key) is not None})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"adapter_config.json: {error}; restore it from a copy") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about modules that AdaLoRA left without rank, and embeddings
+            state = get_peft_model_state_dict(model, adapter_name=adapter)
+    finally:
+        config.rank_pattern = pattern
+    return foreign_state(config.to_dict(), state, f"adapter {adapter!r}")
 
 
-def refuse_nonlinear(config: Mapping[str, Any], where: str) -> None:
+def foreign_state(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> ForeignState:
+    """What a state dict of peft's LoRA or AdaLoRA holds.
+
+    Raises: ExportError (more than low-rank, a changed base), CheckpointError (tensors are missing or have other ranks
+        than the config says)."""
+    check_low_rank(config, where)
+    kind = config["peft_type"]
+    return (lora_state if kind == "LORA" else adalora_state)(config, state, where)
+
+
+def check_low_rank(config: Mapping[str, Any], where: str) -> None:
     """Raise ExportError for an option under which the adapter is more than B A, or belongs to a changed base."""
     for option, value in config.items():
         if option not in HARMLESS and value and value != "none":
@@ -69,25 +89,9 @@ def refuse_nonlinear(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Found:
-    """Factors of each module with its scale folded into B, what it reads, and the tensors that are no factors."""
-
-    factors: Factors
-    inputs: Mapping[str, Inputs]
-    others: Mapping[str, Tensor]
-
-
-def lora_factors(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> Found:
-    """What a state dict of peft's LoRA holds.
-
-    Raises: ExportError (see `refuse_nonlinear`), CheckpointError if tensors are missing or not of the configured rank.
-    """
-    refuse_nonlinear(config, where)
-    factors: Factors = {}
-    inputs: dict[str, Inputs] = {}
-    embeddings = lora_modules(state, TOKEN_ENDINGS)
-    for name in (*lora_modules(state), *embeddings):
+def lora_state(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> ForeignState:
+    factors, inputs = {}, {}
+    for name in (*lora_modules(state), *lora_modules(state, TOKEN_ENDINGS)):
         A, B, inputs[name] = from_tensors(name, state)
         rank = configured_rank(config, name)
         if A.dim() != 2 or B.dim() != 2:
@@ -98,21 +102,18 @@ def lora_factors(config: Mapping[str, Any], state: Mapping[str, Tensor], where: 
                 f"{rank}; the adapter is damaged"
             )
         factors[name] = A, B * configured_scale(config, name)
-    tensors = [key for key in state if key.endswith(ENDINGS + TOKEN_ENDINGS)]
-    others = {key.removeprefix(PREFIX): value for key, value in state.items() if key not in tensors}
-    check_complete(where, factors, len(tensors), others)
-    return Found(factors, inputs, others)
+    others = {k.removeprefix(PREFIX): v for k, v in state.items() if not k.endswith(ENDINGS + TOKEN_ENDINGS)}
+    check_complete(where, len(factors), len(state) - len(others), others)
+    return ForeignState(factors, inputs, others)
 
 
-def adalora_factors(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> Found:
-    """As `lora_factors`, for the state dict that peft saves of an AdaLoRA adapter."""
-    refuse_nonlinear(config, where)
+def adalora_state(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> ForeignState:
     parts: dict[str, dict[str, Tensor]] = {}
     others = {}
     for key, value in state.items():
-        module, _, letter = key.removeprefix(PREFIX).rpartition(".")
-        if letter in ("lora_A", "lora_B", "lora_E"):
-            parts.setdefault(module, {})[letter[-1]] = value
+        module, _, entry = key.removeprefix(PREFIX).rpartition(".")
+        if entry in ("lora_A", "lora_B", "lora_E"):
+            parts.setdefault(module, {})[entry[-1]] = value
         else:
             others[key.removeprefix(PREFIX)] = value
     factors = {}
@@ -122,44 +123,23 @@ def adalora_factors(config: Mapping[str, Any], state: Mapping[str, Tensor], wher
             raise CheckpointError(f"{where}: {name} has {shapes}, expected A, B and E of one rank; it is damaged")
         given = config.get("lora_alpha", 8)
         alpha = given if given > 0 else part["A"].shape[0]
-        factors[name] = triplets(part["A"], part["E"], part["B"], alpha / (config["init_r"] + ADALORA_EPSILON))
-    check_complete(where, factors, 2 * len(factors), others)
-    return Found(factors, {}, others)
+        factors[name] = part["A"], part["B"] * (part["E"].t() * (alpha / (config["init_r"] + ADALORA_EPSILON)))
+    check_complete(where, len(factors), 2 * len(factors), others)
+    return ForeignState(factors, {}, others)
 
 
-def triplets(A: Tensor, E: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(A, B) with E and scale folded into B: a masked triplet has E = 0, so it becomes a zero column."""
-    return A, B * (E.t() * scale)
-
-
-def check_complete(where: str, factors: Factors, tensors: int, others: Mapping[str, Any]) -> None:
-    """Raise unless every factor found its partner and nothing else is left of an adapter."""
+def check_complete(where: str, modules: int, tensors: int, others: Mapping[str, Any]) -> None:
+    """Raise unless every factor has its partner and the other tensors belong to no adapter."""
     strange = next((key for key in others if ".lora_" in key or "trainable_tokens" in key), None)
     if strange is not None:
         raise ExportError(f"{where}: {strange} belongs to no linear map: merge it with peft's merge_and_unload")
-    if not factors or tensors != 2 * len(factors):
-        raise CheckpointError(f"{where}: {tensors} factors of {len(factors)} modules; the adapter is damaged or empty")
+    if not modules or tensors != 2 * modules:
+        raise CheckpointError(f"{where}: {tensors} factors of {modules} modules; the adapter is damaged or empty")
 
 
-def live_factors(model: nn.Module, adapter: str, config: LoraConfig) -> Found:
-    """As above for a live adapter of peft's own."""
-    where, pattern = f"adapter {adapter!r}", config.rank_pattern
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about modules that AdaLoRA left without rank, and embeddings
-        state = get_peft_model_state_dict(model, adapter_name=adapter)
-    config.rank_pattern = pattern  # saving AdaLoRA writes shorter names into the live config
-    if not isinstance(config, AdaLoraConfig):
-        return lora_factors(config.to_dict(), state, where)
-    refuse_nonlinear(config.to_dict(), where)
-    factors = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, AdaLoraLayer) and adapter in layer.lora_A:
-            if layer.lora_A[adapter].shape[1] != layer.in_features:
-                raise ExportError(f"{where}: {name} is no linear map: merge it with peft")
-            scale = layer.scaling[adapter] / (float(layer.ranknum[adapter]) + ADALORA_EPSILON)
-            A, E, B = (getattr(layer, f"lora_{letter}")[adapter].detach() for letter in "AEB")
-            factors[name.removeprefix(PREFIX)] = triplets(A, E, B, scale)
-    letters = ("lora_A", "lora_B", "lora_E")
-    named = {key.removeprefix(PREFIX): value for key, value in state.items() if key.rpartition(".")[2] not in letters}
-    check_complete(where, factors, 2 * len(factors), named)
-    return Found(factors, {}, named)
+def description(config: Mapping[str, Any]) -> LoraConfig:
+    """A LoraConfig with the options that say what the adapter belongs to."""
+    try:
+        return LoraConfig(**{key: config[key] for key in DESCRIPTION if config.get(key) is not None})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"adapter_config.json: {error}; restore it from a copy") from error

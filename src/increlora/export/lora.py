@@ -3,9 +3,9 @@
     uniform   one rank R for all modules (zero-padded), lora_alpha = R, no patterns: every engine loads it
     pattern   each module its own rank, `rank_pattern` = `alpha_pattern`; modules without rank are left out; smaller
 
-Scale and e are folded into A and B, as the forward pass folds them; a component that adds exactly nothing is left out.
-`max_rank` approximates, and says by how much; so do modules whose ΔW has no low rank (MoRA's rotation and decoupling):
-they are truncated, or refused if more than `tolerance` would be lost.
+Scale and e are folded into A and B, as in the forward pass; a component that adds exactly nothing is left out.
+`max_rank` approximates, and returns the error. Modules whose ΔW has no low rank (MoRA's rotation and decoupling) are
+truncated, or refused if more than `tolerance` would be lost.
 """
 
 import json
@@ -20,19 +20,18 @@ from typing import Literal
 
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..deltas import Patches
 from ..deltas.inputs import VECTORS
-from ..errors import ExportError
+from ..errors import CheckpointError, ExportError
 from ..files import whole_folder
 from ..hosts.peft.layer import adapter_layers, chosen_adapter
 from ..ops.truncation import truncated
 from .adapters import Adapter, check_elsewhere, read_adapter
-from .engines import refused_beside
-from .lora_format import PREFIX, to_tensors
+from .engines import engines_that_refuse
+from .lora_format import PREFIX, read_shapes, to_tensors
 from .targets import check_patterns, targets
 
 Layout = Literal["uniform", "pattern"]
@@ -95,8 +94,10 @@ def export_lora(
     Raises: ExportError (no adapter that we read, unknown layout, more than low-rank, more lost than the tolerance, a
         folder in the way), CheckpointError (damaged input).
     """
-    done = write_lora(model_or_path, out, layout, max_rank=max_rank, tolerance=tolerance, adapter_name=adapter_name)
-    if refusals := refused_beside(done.path):
+    done = write_lora(
+        model_or_path, Path(out), layout, max_rank=max_rank, tolerance=tolerance, adapter_name=adapter_name
+    )
+    if refusals := engines_that_refuse(done.path):
         warnings.warn(
             f"{', '.join(refusals)} will refuse {done}, which holds more than low-rank factors "
             f"({next(iter(refusals.values()))}): for them, merge it by `export_merged`",
@@ -106,33 +107,39 @@ def export_lora(
 
 
 def write_lora(
-    model_or_path: nn.Module | str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    layout: Layout = "uniform",
-    *,
-    max_rank: int | None = None,
-    tolerance: float | None = None,
-    adapter_name: str | None = None,
-) -> Exported:
-    """The same without the warning: who calls it shows what `check_export` finds."""
-    out = Path(out)
+    source: nn.Module | str | os.PathLike[str], out: Path, layout: Layout = "uniform", *, max_rank: int | None = None,
+    tolerance: float | None = None, adapter_name: str | None = None,
+) -> Exported:  # fmt: skip
+    """`export_lora` without the warning, for callers that show the findings of `check_export`."""
     if layout not in ("uniform", "pattern"):
         raise ExportError(f"layout={layout!r}: choose 'uniform' or 'pattern'")
     if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
         raise ExportError(f"max_rank={max_rank!r}: give an int of at least 1")
     if tolerance is not None and not 0 <= tolerance <= 1:
         raise ExportError(f"tolerance={tolerance!r}: give a share of ΔW in [0, 1]")
-    check_out(out)
-    adapter = read_adapter(model_or_path, adapter_name)
+    check_elsewhere(out)
+    if not may_be_replaced(out):
+        raise ExportError(f"{out} exists and is no earlier export of increlora: choose another folder or remove it")
+    adapter = read_adapter(source, adapter_name)
     check_convolutions(adapter)
     factors, errors = limited(adapter, max_rank)
     check_errors(errors, adapter, tolerance)
-    laid_out = padded if layout == "uniform" else ranked
-    written, config = laid_out(adapter, factors)
-    write(out, config, lora_tensors(written, adapter), layout)
-    total, used = numbers(written), numbers(factors)
+    written = padded(factors) if layout == "uniform" else without_empty(factors)
+    write(out, lora_config(adapter, written, layout), lora_tensors(written, adapter), layout)
+    total, used = (sum(A.numel() + B.numel() for A, B in pairs.values()) for pairs in (written, factors))
     size = (out / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     return Exported(out, layout, ranks(factors), total, total - used, size, errors)
+
+
+def may_be_replaced(out: Path) -> bool:
+    """Is `out` new, empty, or an earlier export of ours?"""
+    if not out.is_dir():
+        return not out.exists()
+    files = {path.name for path in out.iterdir()}
+    try:
+        return not files or (files == {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME} and MARK in read_shapes(out)[1])
+    except CheckpointError:
+        return False
 
 
 def check_convolutions(adapter: Adapter) -> None:
@@ -146,7 +153,7 @@ def check_convolutions(adapter: Adapter) -> None:
 
 
 def is_exact(model: nn.Module, adapter_name: str | None = None) -> bool:
-    """Does an adapter of ours leave as it is, without truncating any module?"""
+    """Can an adapter of ours be exported without truncating any module?"""
     name = chosen_adapter(model, adapter_name)
     return all(layer.delta(name).export_rank is None for layer in adapter_layers(model, name).values())
 
@@ -157,8 +164,8 @@ def limited(adapter: Adapter, max_rank: int | None) -> tuple[Factors, dict[str, 
     for name, (A, B) in adapter.factors.items():
         limit = max_rank or adapter.limits.get(name)
         if limit is not None and A.shape[0] > limit:
-            *pair, errors[name] = truncated(A, B, limit)
-            factors[name] = pair[0], pair[1]
+            small_a, small_b, errors[name] = truncated(A, B, limit)
+            factors[name] = small_a, small_b
     return factors, errors
 
 
@@ -178,17 +185,16 @@ def check_errors(errors: Mapping[str, float], adapter: Adapter, tolerance: float
     )
 
 
-def padded(adapter: Adapter, factors: Factors) -> tuple[Factors, LoraConfig]:
+def padded(factors: Factors) -> Factors:
     """The uniform layout: zeros fill every module up to the largest rank."""
     top = max(1, *ranks(factors).values())
-    filled = {}
-    for name, (A, B) in factors.items():
-        missing = top - A.shape[0]
-        filled[name] = nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
-    return filled, lora_config(adapter, filled, top, {})
+    pad = nn.functional.pad
+    return {
+        name: (pad(A, (0, 0, 0, top - A.shape[0])), pad(B, (0, top - B.shape[1]))) for name, (A, B) in factors.items()
+    }
 
 
-def ranked(adapter: Adapter, factors: Factors) -> tuple[Factors, LoraConfig]:
+def without_empty(factors: Factors) -> Factors:
     """The pattern layout: every module with its own rank, those without left out."""
     kept = {name: pair for name, pair in factors.items() if pair[0].shape[0]}
     if not kept:
@@ -196,21 +202,18 @@ def ranked(adapter: Adapter, factors: Factors) -> tuple[Factors, LoraConfig]:
             "layout='pattern': no module has any rank yet; train first, or use layout='uniform' (--layout uniform)"
         )
     check_patterns(ranks(kept))
-    return kept, lora_config(adapter, kept, max(ranks(kept).values()), ranks(kept))
+    return kept
 
 
 def ranks(factors: Factors) -> dict[str, int]:
     return {name: A.shape[0] for name, (A, _) in factors.items()}
 
 
-def numbers(factors: Factors) -> int:
-    return sum(A.numel() + B.numel() for A, B in factors.values())
-
-
-def lora_config(adapter: Adapter, factors: Factors, rank: int, patterns: Mapping[str, int]) -> LoraConfig:
-    source = adapter.config
+def lora_config(adapter: Adapter, factors: Factors, layout: Layout) -> LoraConfig:
+    source, top = adapter.config, max(ranks(factors).values())
+    patterns = ranks(factors) if layout == "pattern" else {}
     return LoraConfig(
-        r=rank, lora_alpha=rank, rank_pattern=dict(patterns), alpha_pattern=dict(patterns),
+        r=top, lora_alpha=top, rank_pattern=patterns, alpha_pattern=dict(patterns),
         target_modules=targets(list(factors), adapter), modules_to_save=source.modules_to_save,
         lora_dropout=source.lora_dropout, fan_in_fan_out=source.fan_in_fan_out, task_type=source.task_type,
         auto_mapping=source.auto_mapping, base_model_name_or_path=source.base_model_name_or_path,
@@ -223,25 +226,6 @@ def lora_tensors(factors: Factors, adapter: Adapter) -> dict[str, Tensor]:
     for name, (A, B) in factors.items():
         tensors |= to_tensors(name, A, B, adapter.inputs.get(name, VECTORS))
     return {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-
-
-def check_out(out: Path) -> None:
-    """Raise ExportError unless `out` is new, empty, or an earlier export of ours."""
-    check_elsewhere(out)
-    if out.is_dir() and (not any(out.iterdir()) or is_our_export(out)):
-        return
-    if out.exists():
-        raise ExportError(f"{out} exists and is no earlier export of increlora: choose another folder or remove it")
-
-
-def is_our_export(folder: Path) -> bool:
-    if {p.name for p in folder.iterdir()} != {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}:
-        return False
-    try:
-        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-            return MARK in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
 
 
 def write(out: Path, config: LoraConfig, tensors: dict[str, Tensor], layout: str) -> None:

@@ -64,23 +64,16 @@ def lora_modules(keys: Iterable[str], endings: tuple[str, str] = ENDINGS) -> lis
     return [name.removeprefix(PREFIX) for name in modules if name + endings[1] in known]
 
 
-def other_keys(keys: Iterable[str]) -> list[str]:
-    """Keys that are no factor of a linear map or convolution: those of embeddings, and what `modules_to_save` and the
-    like wrote."""
-    return [key for key in keys if not key.endswith(ENDINGS)]
-
-
 def to_tensors(name: str, A: Tensor, B: Tensor, inputs: Inputs) -> dict[str, Tensor]:
     """Factors (r, in) and (out, r) of a module as peft's LoRA names and shapes them."""
-    if isinstance(inputs, Tokens):
-        return dict(zip((PREFIX + name + ending for ending in TOKEN_ENDINGS), (A, B), strict=True))
+    endings = TOKEN_ENDINGS if isinstance(inputs, Tokens) else ENDINGS
     if isinstance(inputs, Patches):
         A, B = A.unflatten(1, (inputs.channels, *inputs.kernel)), B[:, :, None, None]
-    return dict(zip((PREFIX + name + ending for ending in ENDINGS), (A, B), strict=True))
+    return {PREFIX + name + endings[0]: A, PREFIX + name + endings[1]: B}
 
 
 def from_tensors(name: str, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Inputs]:
-    """The inverse. Of a convolution no more is known than its kernel."""
+    """The inverse. Of a convolution only the kernel is known."""
     if PREFIX + name + ENDINGS[0] not in state:
         A, B = (state[PREFIX + name + ending] for ending in TOKEN_ENDINGS)
         return A, B, Tokens(A.shape[1])
@@ -93,13 +86,14 @@ def from_tensors(name: str, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json, its type by today's name.
 
-    Raises: CheckpointError if it cannot be read, or names senseless ranks."""
+    Raises: CheckpointError if it cannot be read, or has impossible ranks."""
     path = folder / CONFIG_NAME
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("not a JSON object")
-        check_values(found)
+        if found.get("peft_type") in ("LORA", "ADALORA"):
+            check_values(found)
     except OSError as error:
         reason = error.strerror or error  # the path is named already
         raise CheckpointError(f"{path}: {reason}; give the folder of an adapter, or a run") from error
@@ -110,19 +104,20 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def check_values(config: Mapping[str, Any]) -> None:
     """Raise ValueError for a rank that is no int ≥ 1, or an alpha that is no number."""
-    lora, ada = config.get("peft_type") == "LORA", config.get("peft_type") == "ADALORA"
-    tables = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern") if lora}
-    for name, table in tables.items():
-        if not isinstance(table, dict):
-            raise ValueError(f"{name} is {table!r}, not a table")
-    counts = [config.get("init_r")] if ada else [config.get("r", 8), *tables.get("rank_pattern", {}).values()]
-    amounts = [config.get("lora_alpha", 8), *tables.get("alpha_pattern", {}).values()]
-    for count in counts if lora or ada else ():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{count!r} is no rank")
-    for amount in amounts if lora or ada else ():
-        if isinstance(amount, bool) or not isinstance(amount, int | float):
-            raise ValueError(f"{amount!r} is no alpha")
+    if config["peft_type"] == "ADALORA":
+        ranks, alphas = [config.get("init_r")], [config.get("lora_alpha", 8)]
+    else:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(config.get(name) or {}, dict):
+                raise ValueError(f"{name} is {config[name]!r}, not a table")
+        ranks = [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]
+        alphas = [config.get("lora_alpha", 8), *(config.get("alpha_pattern") or {}).values()]
+    for rank in ranks:
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"{rank!r} is no rank")
+    for alpha in alphas:
+        if type(alpha) not in (int, float):
+            raise ValueError(f"{alpha!r} is no alpha")
 
 
 def read_shapes(folder: Path) -> tuple[dict[str, Shape], dict[str, str]]:

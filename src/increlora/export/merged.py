@@ -1,4 +1,4 @@
-"""The whole model with the adapter in its weights: W + B A. It needs neither peft nor us, and no server refuses it."""
+"""The whole model with the adapter in its weights: W + B A. It loads without peft and increlora, in any engine."""
 
 import copy
 import os
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ExportError
@@ -47,7 +47,7 @@ def export_merged(
         raise ExportError(f"{out} exists: choose another folder or remove it")
     adapter = read_adapter(model_or_path, adapter_name)
     if base is None:
-        base = unwrapped(model_or_path)
+        base = unwrapped_copy(model_or_path)
     if not isinstance(base, PreTrainedModel):
         raise ExportError(f"base is a {type(base).__name__}: only transformers models can be written whole")
     merge_into(base, adapter)
@@ -59,8 +59,8 @@ def export_merged(
     return out
 
 
-def unwrapped(model_or_path: object) -> nn.Module:
-    """A copy of the base of a live model."""
+def unwrapped_copy(model_or_path: object) -> nn.Module:
+    """A copy of the base of a live model, without any adapter in it."""
     if not isinstance(model_or_path, PeftModel):
         raise ExportError("an adapter folder has no weights to merge into: give the model as `base=`")
     model = copy.deepcopy(model_or_path)
@@ -72,8 +72,8 @@ def unwrapped(model_or_path: object) -> nn.Module:
 
 @torch.no_grad()
 def merge_into(base: nn.Module, adapter: Adapter) -> None:
-    """Add every ΔW to its weight, and put the modules that were trained in full in their places; tied embeddings that
-    the adapter makes different are untied.
+    """Add every ΔW to its weight, copy the modules that were trained in full, and untie embeddings that the adapter
+    makes different.
 
     Raises ExportError, before anything is changed, if a tensor has no place of its shape, or a tie cannot be undone."""
     values = merged_values(base, adapter)
@@ -83,78 +83,65 @@ def merge_into(base: nn.Module, adapter: Adapter) -> None:
         state[name].copy_(value)
 
 
-def merged_values(base: nn.Module, adapter: Adapter) -> dict[str, torch.Tensor]:
+def merged_values(base: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """The tensors that differ from the base's, by their names in it."""
     state = base.state_dict(keep_vars=True)  # names without copies
     packed = {f"{name}.weight" for name, module in base.named_modules() if is_quantised(module)}
     # Beside an adapted head, peft saves the head itself, under the name it has inside the adapter.
     values = {name.replace(".base_layer.", "."): value for name, value in adapter.others.items()}
     for name, value in values.items():
-        check_shape(name, place(name, state, packed), value)
+        check_place(name, value, state, packed)
     for module, (A, B) in adapter.factors.items():
         name = f"{module}.weight"
-        weight = place(name, state, packed)
+        check_place(name, None, state, packed)
         delta = B.float() @ A.float() if B.dtype != torch.float64 else B @ A
         delta = read(base.get_submodule(module), module)[2].as_weight(delta)
-        check_shape(name, weight, delta)
-        start = values.get(name, weight).to(weight.device)
-        values[name] = (start + delta.to(weight.device)).to(weight.dtype)
+        check_place(name, delta, state, packed)
+        start = values.get(name, state[name]).to(state[name].device)
+        values[name] = (start + delta.to(start.device)).to(state[name].dtype)
     return values
 
 
-def untie(base: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+def check_place(name: str, value: Tensor | None, state: Mapping[str, Tensor], packed: Collection[str]) -> None:
+    """Raise ExportError unless the base has a tensor of this name that numbers can be added to, and of this shape."""
+    if name in packed or (name in state and not is_plain(state[name].dtype)):
+        raise ExportError(f"{name} is quantised in the base: give the same model unquantised")
+    if name not in state:
+        raise ExportError(f"{name} is not in the base; give the model that the adapter was trained on")
+    if value is not None and state[name].shape != value.shape:
+        raise ExportError(
+            f"{name} is {tuple(state[name].shape)} in the base, {tuple(value.shape)} in the adapter; give the model "
+            f"that the adapter was trained on"
+        )
+
+
+def untie(base: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Give input and output embeddings a tensor each if they share one and their values would differ."""
-    ends, ties = embedding_names(base), tied_names(base)
-    if len(ends) == 2 and base.config.tie_word_embeddings and not any(ends <= set(tie) for tie in ties):
-        ties.append(sorted(ends))  # peft's unload leaves the trained one in its place, apart from the other
-    split = [tie for tie in ties if differ(tie, base.state_dict(), values)]
+    state, head = base.state_dict(), base.get_output_embeddings()
+    ends = (base.get_input_embeddings(), head)
+    names = {f"{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
+    by_memory: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        by_memory.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+    ties = [tied for tied in by_memory.values() if len(tied) > 1]
+    if len(names) == 2 and base.config.tie_word_embeddings and not any(names <= set(tie) for tie in ties):
+        ties.append(sorted(names))  # peft's unload leaves the trained one in its place, apart from the other
+    split = [tie for tie in ties if differ(tie, state, values)]
     if not split:
         return
-    if len(ties) > 1 or set(split[0]) != ends or base.config.is_encoder_decoder:
+    if len(ties) > 1 or set(split[0]) != names or base.config.is_encoder_decoder:
         raise ExportError(
             f"{' and '.join(split[0])} are one tensor in the base, and the adapter makes them different; this model "
             f"cannot be written untied: serve the adapter with peft"
         )
-    head = base.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.clone(), requires_grad=head.weight.requires_grad)
     for config in (base.config, base.config.get_text_config()):
         config.tie_word_embeddings = False
 
 
-def tied_names(base: nn.Module) -> list[list[str]]:
-    """Names of the tensors that share their memory with another."""
-    places: dict[int, list[str]] = {}
-    for name, tensor in base.state_dict().items():
-        places.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
-    return [names for names in places.values() if len(names) > 1]
-
-
-def differ(tie: Sequence[str], state: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> bool:
+def differ(tie: Sequence[str], state: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> bool:
     """Would the names of a tie need several values?"""
     if values.keys().isdisjoint(tie):
         return False
     first, *more = (values.get(name, state[name]).to(state[name]) for name in tie)
     return not all(torch.equal(first, other) for other in more)
-
-
-def embedding_names(base: nn.Module) -> set[str]:
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
-    return {f"{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
-
-
-def place(name: str, state: Any, packed: Collection[str]) -> torch.Tensor:
-    """The base's tensor of this name. Raises ExportError if there is none, or none to which a number can be added."""
-    if name in packed or (name in state and not is_plain(state[name].dtype)):
-        raise ExportError(f"{name} is quantised in the base: give the same model unquantised")
-    if name not in state:
-        raise ExportError(f"{name} is not in the base; give the model that the adapter was trained on")
-    tensor: torch.Tensor = state[name]
-    return tensor
-
-
-def check_shape(name: str, here: torch.Tensor, there: torch.Tensor) -> None:
-    if here.shape != there.shape:
-        raise ExportError(
-            f"{name} is {tuple(here.shape)} in the base, {tuple(there.shape)} in the adapter; give the model that the "
-            f"adapter was trained on"
-        )

@@ -16,17 +16,14 @@ def targets(modules: list[str], adapter: Adapter) -> list[str] | str:
         plain = isinstance(native.target_modules, list | set) and chosen == set(adapter.factors)
         filtered = native.exclude_modules or native.layers_to_transform is not None
         return sorted(native.target_modules) if plain and not filtered else sorted(chosen)
-    foreign = adapter.every - chosen
-    last = {name.rpartition(".")[2] for name in chosen}
-    safe = {suffix for suffix in last if not any(ends(suffix, name) for name in foreign)}
-    names = safe | {name for name in chosen if name.rpartition(".")[2] not in safe}
-    if any(ends(target, name) for target in names for name in foreign):
+    others = [f".{name}" for name in adapter.every - chosen]
+    endings = {name: name.rpartition(".")[2] for name in chosen}
+    names = {
+        name if any(other.endswith(f".{ending}") for other in others) else ending for name, ending in endings.items()
+    }
+    if any(other.endswith(f".{name}") for other in others for name in names):
         return "|".join(re.escape(name) for name in sorted(chosen))
     return sorted(names)
-
-
-def ends(target: str, name: str) -> bool:
-    return name == target or name.endswith(f".{target}")
 
 
 def check_patterns(patterns: Mapping[str, float]) -> None:

@@ -127,27 +127,26 @@ def saved_tensors(model: nn.Module, adapter: str, given: Adapter) -> list[tuple[
     """(tensor here, its value in the source) for what the source holds beside factors: trained heads.
 
     peft also saves the base weights of adapted embeddings and heads; those that are here already need no copying."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    wrappers = {n: m for n, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    modules = dict((model.get_base_model() if isinstance(model, PeftModel) else model).named_modules())
     here = {
-        f"{n}.{key}": tensor
-        for n, wrapper in wrappers.items()
-        if adapter in wrapper.modules_to_save
+        f"{name}.{key}": tensor
+        for name, wrapper in modules.items()
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapter in wrapper.modules_to_save
         for key, tensor in wrapper.modules_to_save[adapter].state_dict().items()
     }
-    found: list[tuple[Tensor, Tensor]] = []
+    copies = []
     for key, value in given.others.items():
         if key in here and here[key].shape == value.shape:
-            found.append((here[key], value))
-        elif not in_base(base, key, value):
+            copies.append((here[key], value))
+        elif not in_base(modules, key, value):
             raise ConfigError(f"the source also holds {key} of shape {tuple(value.shape)}, {remedy(key, here)}")
-    return found
+    return copies
 
 
-def in_base(base: nn.Module, key: str, value: Tensor) -> bool:
-    """Is this, of the source, a weight that the base model here has too?"""
+def in_base(modules: Mapping[str, nn.Module], key: str, value: Tensor) -> bool:
+    """Is this tensor of the source a weight that the base model here has, too?"""
     name, _, parameter = key.replace(BASE_LAYER, ".").rpartition(".")
-    module = dict(base.named_modules()).get(name)
+    module = modules.get(name)
     module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     weight = getattr(module, parameter, None)
     return isinstance(weight, Tensor) and weight.shape == value.shape and torch.equal(value.to(weight), weight)
@@ -157,5 +156,5 @@ def remedy(key: str, here: Mapping[str, Tensor]) -> str:
     """What to do about a tensor of the source that has no place here."""
     if BASE_LAYER in key:
         return "the base model here has another one: load the base weights that the source was trained on"
-    found = tuple(here[key].shape) if key in here else "nothing"
-    return f"here is {found}: name its module in `modules_to_save`"
+    shape = tuple(here[key].shape) if key in here else "nothing"
+    return f"here is {shape}: name its module in `modules_to_save`"

@@ -1,5 +1,5 @@
-"""The world: peft, transformers, and the formats adapters leave in."""
+"""The libraries that increlora plugs into: peft and transformers."""
 
-from .versions import warn_outside
+from .versions import warn_untested
 
-warn_outside()  # before anything is imported from packages that may be too old for it
+warn_untested()  # before anything is imported from packages that may be too old for it

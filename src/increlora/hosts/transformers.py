@@ -1,8 +1,8 @@
-"""The Hugging Face Trainer: tells controllers the length of the run, adds penalties before clipping, and adds ranks to
-what the Trainer logs.
+"""The Hugging Face Trainer's callback: it tells controllers the length of the run, adds penalties before clipping, and
+logs ranks.
 
-The callback joins every Trainer once an adapter of ours exists; it does nothing for models without one, and
-`trainer.remove_callback(increlora.hosts.transformers.IncreLoraCallback)` takes it out.
+Every Trainer gets it once an adapter of ours exists; it does nothing for other models, and
+`trainer.remove_callback(increlora.hosts.transformers.IncreLoraCallback)` removes it.
 """
 
 import functools
@@ -46,24 +46,21 @@ def callback_class() -> type:
                     controller.penalty_given = True
 
         def on_log(self, args: Any, state: Any, control: Any, *, model: Any, logs: dict[str, float], **kw: Any) -> None:
-            if "loss" in logs and has_ranks(model):  # not what is logged of evaluations, nor the summary at the end
+            if "loss" in logs:  # not what is logged of evaluations, nor the summary at the end
                 logs.update(rank_scalars(model))
 
     return IncreLoraCallback
 
 
-def has_ranks(model: nn.Module) -> bool:
-    """Is an adapter of ours active in this model?"""
+def rank_scalars(model: nn.Module) -> dict[str, float]:
+    """Mean active rank per module, active parameters in LoRA form, and the share of the budget that is used, 0 to 1;
+    nothing where no adapter of ours is active."""
+    from .peft.drive import rank_summary
     from .peft.layer import AdapterLayer
 
     layers = (m for m in model.modules() if isinstance(m, AdapterLayer))
-    return any(name in layer.lora_delta for layer in layers for name in layer.active_adapters)
-
-
-def rank_scalars(model: nn.Module) -> dict[str, float]:
-    """Mean active rank per module, active parameters in LoRA form, and the share of the budget that is used, 0 to 1."""
-    from .peft.drive import rank_summary
-
+    if not any(name in layer.lora_delta for layer in layers for name in layer.active_adapters):
+        return {}
     ranks = rank_summary(model)
     target, used = ranks.budget_ranks, ranks.active
     if target is None:

@@ -1,4 +1,4 @@
-"""The versions of other packages that are tested; others may work, and the first thing to know is that they are others.
+"""A warning for versions of other packages that increlora is not tested with; they may work.
 
 The windows are those of pyproject.toml, which pip checks only while installing what is asked for."""
 
@@ -14,20 +14,15 @@ class VersionWarning(UserWarning):
     """A package is older or newer than what increlora is tested with."""
 
 
-def outside() -> list[str]:
-    """Name, version and window of every package that lies outside."""
-    found = []
+def warn_untested() -> None:
+    """One VersionWarning for all packages outside their window."""
+    untested = []
     for name, window in TESTED.items():
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:  # a build without metadata: nothing is known
             continue
         if not SpecifierSet(window).contains(version, prereleases=True):
-            found.append(f"{name} {version} (tested: {window})")
-    return found
-
-
-def warn_outside() -> None:
-    """One VersionWarning for all that lies outside its window."""
-    if found := outside():
-        warnings.warn(f"increlora is not tested with {', '.join(found)}", VersionWarning, stacklevel=2)
+            untested.append(f"{name} {version} (tested: {window})")
+    if untested:
+        warnings.warn(f"increlora is not tested with {', '.join(untested)}", VersionWarning, stacklevel=2)

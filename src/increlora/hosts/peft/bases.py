@@ -35,13 +35,25 @@ def read(base: nn.Module, name: str) -> tuple[int, int, Inputs]:
         in_features, out_features = _get_in_out_features(base)
         assert in_features is not None and out_features is not None
         return in_features, out_features, Vectors(transposed=isinstance(base, Conv1D))
-    if isinstance(base, nn.Embedding | nn.Conv2d):
-        check_forward(base, name)
     if isinstance(base, nn.Embedding):
-        return base.num_embeddings, base.embedding_dim, tokens(base, name)
+        check_forward(base, nn.Embedding, name)
+        if base.max_norm is not None:
+            raise ConfigError(
+                f"{name}: an embedding with max_norm={base.max_norm} changes its own weight in use and cannot be "
+                f"adapted: leave it out of `target_modules`"
+            )
+        gain: Any = getattr(base, "scalar_embed_scale", getattr(base, "embed_scale", 1.0))
+        tokens = Tokens(base.num_embeddings, base.padding_idx, float(gain))
+        return base.num_embeddings, base.embedding_dim, tokens
     if isinstance(base, nn.Conv2d):
-        kh, kw = base.kernel_size
-        return base.in_channels * kh * kw, base.out_channels, patches(base, name)
+        check_forward(base, nn.Conv2d, name)
+        if base.groups > 1:
+            raise ConfigError(
+                f"{name}: a convolution in {base.groups} groups cannot be adapted: leave it out of `target_modules`, "
+                f"or train it whole (`modules_to_save`)"
+            )
+        patches = patches_of(base)
+        return patches.channels * patches.kernel[0] * patches.kernel[1], base.out_channels, patches
     raise ConfigError(
         f"{name} of type {type(base).__name__} cannot be adapted: name nn.Linear, Conv1D, nn.Embedding or nn.Conv2d "
         f"modules in `target_modules`"
@@ -49,14 +61,13 @@ def read(base: nn.Module, name: str) -> tuple[int, int, Inputs]:
 
 
 def is_called(base: nn.Module) -> bool:
-    """Is it used by a call? nn.MultiheadAttention hands the weight of its output projection to a function instead."""
+    """Is it called? nn.MultiheadAttention passes the weight of its output projection to a function instead."""
     return not isinstance(base, NonDynamicallyQuantizableLinear)
 
 
-def check_forward(base: nn.Module, name: str) -> None:
+def check_forward(base: nn.Module, parent: type[nn.Module], name: str) -> None:
     """Raise ConfigError for an embedding or convolution that computes something of its own, as position embeddings do;
     word embeddings that are multiplied by a constant say so, and packed ones only store their weight otherwise."""
-    parent = nn.Embedding if isinstance(base, nn.Embedding) else nn.Conv2d
     packed = is_quantised(base) or not is_plain(stored_dtype(base) or torch.float32)
     if type(base).forward is parent.forward or hasattr(base, "embed_scale") or packed:
         return
@@ -66,31 +77,15 @@ def check_forward(base: nn.Module, name: str) -> None:
     )
 
 
-def tokens(base: nn.Embedding, name: str) -> Tokens:
-    if base.max_norm is not None:
-        raise ConfigError(
-            f"{name}: an embedding with max_norm={base.max_norm} changes its own weight in use and cannot be adapted: "
-            f"leave it out of `target_modules`"
-        )
-    gain: Any = getattr(base, "scalar_embed_scale", getattr(base, "embed_scale", 1.0))
-    return Tokens(base.num_embeddings, base.padding_idx, float(gain))
+def patches_of(base: nn.Conv2d) -> Patches:
+    def pair(sizes: tuple[int, ...]) -> tuple[int, int]:
+        return sizes[0], sizes[1]
 
-
-def patches(base: nn.Conv2d, name: str) -> Patches:
-    if base.groups > 1:
-        raise ConfigError(
-            f"{name}: a convolution in {base.groups} groups cannot be adapted: leave it out of `target_modules`, or "
-            f"train it whole (`modules_to_save`)"
-        )
     left, right, top, bottom = base._reversed_padding_repeated_twice
     return Patches(
         base.in_channels, pair(base.kernel_size), pair(base.stride), (left, right, top, bottom), pair(base.dilation),
         base.padding_mode,
     )  # fmt: skip
-
-
-def pair(found: tuple[int, ...]) -> tuple[int, int]:
-    return found[0], found[1]
 
 
 def check_readable(config: Any, name: str, inputs: Inputs) -> None:

@@ -1,8 +1,8 @@
 """Our section of an adapter's model card: ranks, budget, and how to load it natively and as plain LoRA.
 
-peft writes README.md before it writes the config, and only the main process writes either; so the config's
-`save_pretrained` is the place to add to it. The section stands between two comments and is replaced on every save; the
-rest of the card is peft's and the user's. An adapter in a subfolder (any name but "default") gets a card there.
+peft writes README.md before the config, and only in the main process; so the config's `save_pretrained` adds to it.
+The section stands between two comments and is replaced on every save; the rest of the card is peft's and the user's. An
+adapter in a subfolder (any name but "default") gets a card there.
 """
 
 import re
@@ -13,7 +13,6 @@ from typing import Any
 from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ...decide.budget import Budget
 from ...naming import natural, places, short
 
 BEGIN, END = "<!-- increlora: begin (rewritten by save_pretrained) -->", "<!-- increlora: end -->"
@@ -24,7 +23,7 @@ ROWS = 40  # modules in such a list
 SECTION = """{begin}
 ## Ranks, and how to load this adapter
 
-Trained with `{config}` of increlora. {figures}
+Trained with `{config}` of increlora. {totals}
 
 {table}
 
@@ -56,17 +55,18 @@ def update_card(folder: Path, config: Any) -> None:
     if not saved or not config.ranks:
         return
     path = folder / "README.md"
-    card = ModelCard.load(path) if path.exists() else new_card(folder, config)
+    if path.exists():
+        card = ModelCard.load(path)
+    else:
+        card = ModelCard(f"---\nlibrary_name: peft\n---\n\n# {escaped(folder.name)}\n")
+        if config.base_model_name_or_path:
+            card.data["base_model"] = config.base_model_name_or_path
     card.data["tags"] = sorted(TAGS | set(card.data.get("tags") or ()))
-    card.text = with_section(card.text, section(config))
+    section = SECTION.format(
+        begin=BEGIN, end=END, config=type(config).__name__, totals=totals(config), table=rank_table(config.ranks)
+    )
+    card.text = with_section(card.text, section)
     card.save(path)
-
-
-def new_card(folder: Path, config: Any) -> ModelCard:
-    card = ModelCard(f"---\nlibrary_name: peft\n---\n\n# {escaped(folder.name)}\n")
-    if config.base_model_name_or_path:
-        card.data["base_model"] = config.base_model_name_or_path
-    return card
 
 
 def with_section(text: str, section: str) -> str:
@@ -80,53 +80,37 @@ def with_section(text: str, section: str) -> str:
     return f"{text.rstrip()}\n\n{section}\n"
 
 
-def section(config: Any) -> str:
-    return SECTION.format(
-        begin=BEGIN, end=END, config=type(config).__name__, figures=figures(config),
-        table=rank_table(config.ranks),
-    )  # fmt: skip
-
-
-def figures(config: Any) -> str:
+def totals(config: Any) -> str:
     """Ranks and parameters in use, against the budget."""
     ranks = config.ranks
-    budget = budget_of(config)
-    return (
-        f"{len(ranks)} modules hold {sum(ranks.values()):,} ranks{limit(budget.ranks)} and {config.parameters:,} "
-        f"parameters{limit(budget.parameters)}; a module has {span(list(ranks.values()))}."
+    of_ranks, of_parameters = (
+        f" (budget {config.budget[unit]:,})" if config.budget.get(unit) is not None else ""
+        for unit in ("ranks", "parameters")
     )
-
-
-def budget_of(config: Any) -> Budget:
-    """As the config tells it; none if it was written before configs did."""
-    return Budget(config.budget.get("ranks"), config.budget.get("parameters"))
-
-
-def limit(budget: int | None) -> str:
-    return "" if budget is None else f" (budget {budget:,})"
+    return (
+        f"{len(ranks)} modules hold {sum(ranks.values()):,} ranks{of_ranks} and {config.parameters:,} "
+        f"parameters{of_parameters}; a module has {span(list(ranks.values()))}."
+    )
 
 
 # -- the table -------------------------------------------------------------------------------------------------------
 
 
 def rank_table(ranks: Mapping[str, int]) -> str:
-    """Ranks by layer and module type; numbered modules of a layer (experts) share a column and show their range."""
+    """Ranks by layer and module type; numbered modules of a layer (experts) share a column and show their range.
+    Where there are too many types for columns: the modules with the most ranks, and a line for the rest."""
     cells: dict[tuple[str, str], list[int]] = {}
     for name, (layer, kind) in places(sorted(ranks, key=natural)).items():
         cells.setdefault((layer, re.sub(r"(?<![^.])\d+(?![^.])", "*", kind)), []).append(ranks[name])
-    layers, kinds = list(dict.fromkeys(cell[0] for cell in cells)), list(dict.fromkeys(cell[1] for cell in cells))
-    if len(kinds) > COLUMNS:
-        return rank_list(ranks)
-    rows = [[layer, *(span(cells.get((layer, kind), [])) for kind in kinds)] for layer in layers]
-    return markdown_table(["layer", *short(kinds)], rows)
-
-
-def rank_list(ranks: Mapping[str, int]) -> str:
-    """The modules with the most ranks, and a line for the rest."""
+    layers, kinds = (list(dict.fromkeys(part)) for part in zip(*cells, strict=True))
+    if len(kinds) <= COLUMNS:
+        rows = [[layer, *(span(cells.get((layer, kind), [])) for kind in kinds)] for layer in layers]
+        return markdown_table(["layer", *short(kinds)], rows)
     ordered = sorted(ranks.items(), key=lambda item: (-item[1], natural(item[0])))
     rows = [[name, str(rank)] for name, rank in ordered[:ROWS]]
-    rest = [rank for _, rank in ordered[ROWS:]]
-    return markdown_table(["module", "rank"], [*rows, *([[f"{len(rest)} more", span(rest)]] if rest else [])])
+    if rest := [rank for _, rank in ordered[ROWS:]]:
+        rows.append([f"{len(rest)} more", span(rest)])
+    return markdown_table(["module", "rank"], rows)
 
 
 def span(ranks: list[int]) -> str:
@@ -136,12 +120,11 @@ def span(ranks: list[int]) -> str:
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(
-        "| " + " | ".join(row) + " |" for row in [[*map(escaped, head)], rule, *([*map(escaped, r)] for r in rows)]
-    )
+    lines = [[escaped(cell) for cell in row] for row in (head, *rows)]
+    lines.insert(1, ["---", *["---:"] * (len(head) - 1)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def escaped(text: str) -> str:
-    """Text from outside as Markdown that says just that: a character reference is never markup."""
+    """Text from outside as Markdown that shows it literally: a character reference is never markup."""
     return re.sub(r"(?<!\w)_|_(?!\w)|[^\w .–·-]", lambda found: f"&#{ord(found[0])};", text)

@@ -16,7 +16,7 @@ from .bases import read
 from .fused import pending
 from .handle import Handle
 from .mixed import check_mixed
-from .quantised import NOTHING_LOST, Before, Rounding, remember, rounding, working_dtype
+from .quantised import Rounding, SavedBase, rounding, save_base, working_dtype
 
 LINEAR = (nn.Linear, Conv1D)  # exactly these: what is derived from them may compute something else
 
@@ -63,7 +63,7 @@ class AdapterLayer(TunerLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features, self.inputs = read(self.get_base_layer(), "target module")
         self.transposed = self.inputs == Vectors(transposed=True)
-        self.before: Before | None = None  # the base as it was, while something is merged into it
+        self.saved_base: SavedBase | None = None  # the original base, while something is merged into it
         self.merge_errors: dict[str, Rounding] = {}  # what merging into a quantised base has cost
 
     def delta(self, adapter: str) -> Delta:
@@ -119,7 +119,7 @@ class AdapterLayer(TunerLayer):
                 if safe_merge and not torch.isfinite(merged).all():
                     broken = f"The adapter {adapter} seems to be broken"  # peft's words, which callers may look for
                     raise ValueError(f"NaNs detected in the merged weights. {broken} in {self.delta(adapter).name}")
-                self.before = self.before or remember(self)
+                self.saved_base = self.saved_base or save_base(self)
                 self._write(adapter, merged, change)
                 self.merged_adapters.append(adapter)
 
@@ -128,20 +128,19 @@ class AdapterLayer(TunerLayer):
         if self.quantization_backend is None:
             base = self.get_base_layer()  # a parameter of its own: what is tied to the old one is not to change
             base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
-        elif not change.any():
-            self.merge_errors[adapter] = NOTHING_LOST  # left alone: some backends round even what is on their grid
         else:
-            self.set_base_weight(merged)
+            if change.any():  # some backends round even what is on their grid
+                self.set_base_weight(merged)
             self.merge_errors[adapter] = rounding(self.get_base_weight(), merged, change)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take merged adapters out of the base weight again, which is then bitwise what it was."""
-        if self.before is None:
+        if self.saved_base is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.before.restore(self)
-        self.before = None
+        self.saved_base.restore(self)
+        self.saved_base = None
         self.merge_errors.clear()
         self.merged_adapters.clear()
 

@@ -21,7 +21,7 @@ BASE = "__base__"  # peft's name for no adapter
 def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Iterable[str], copies: int) -> Iterator[None]:
     """Within it, each example of a batch goes through the adapter named at its place.
 
-    In generation every example of the decoder may stand for several `copies`; those of an encoder for themselves.
+    copies: sequences that the decoder makes of each example in generation; an encoder makes one.
     Raises: ConfigError in training, and for names that no layer has."""
     if model.training:
         raise ConfigError(
@@ -33,12 +33,14 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Iterable[
         raise ConfigError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {', '.join(sorted(known))}"
         )
+    get_encoder: Any = getattr(model, "get_encoder", lambda: None)
+    encoder = get_encoder()  # models that are no encoder-decoder may give themselves
+    in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else set()
     repeated = [name for name in adapter_names for _ in range(copies)]
-    inside = set(encoder.modules()) if (encoder := encoder_of(model)) is not None else set()
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-                hook = partial(tell, list(adapter_names) if module in inside else repeated)
+                hook = partial(pass_names, list(adapter_names) if module in in_encoder else repeated)
                 hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
@@ -50,17 +52,11 @@ def copies_of(kwargs: Mapping[str, Any]) -> int:
     return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
 
 
-def tell(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def pass_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A forward pre-hook that adds `adapter_names` to the arguments."""
     if isinstance(module, ModulesToSaveWrapper):  # an adapter without this module of its own uses the base's
         names = [name if name in module.modules_to_save else BASE for name in names]
     return args, {**kwargs, "adapter_names": names}
-
-
-def encoder_of(model: nn.Module) -> nn.Module | None:
-    """The encoder of an encoder-decoder model; transformers' other models give themselves for it."""
-    get: Any = getattr(model, "get_encoder", None)
-    encoder = get() if callable(get) else None
-    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
 
 
 def check_mixed(place: str, examples: int, adapter_names: Sequence[str], *, merged: bool) -> None:

@@ -1,7 +1,7 @@
-"""Quantised base layers: whose backend reads them, what merging into them loses, and how to undo it exactly.
+"""Quantised base layers: which backend reads them, what merging into them loses, and how to undo it exactly.
 
 peft's backends give the weight in floating point and quantise what is written back. That second rounding is a loss, of
-ΔW above all, so it is measured; and since subtracting ΔW would round a third time, the weight of before is kept.
+ΔW above all, so it is measured. Subtracting ΔW would round a third time, so the original weight is kept for `unmerge`.
 """
 
 import copy
@@ -68,35 +68,32 @@ def keep_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-class Before(Protocol):
+class SavedBase(Protocol):
     """The base of an adapter layer as it was before a merge."""
 
     def restore(self, layer: Any) -> None: ...
 
 
-def remember(layer: Any) -> Before:
-    """The base of an adapter layer as it is."""
-    if layer.quantization_backend is None:
-        return FloatBefore(layer.get_base_layer().weight)
-    return QuantisedBefore(layer.get_base_layer())
+def save_base(layer: Any) -> SavedBase:
+    """What `unmerge` needs to restore the base of an adapter layer."""
+    base = layer.get_base_layer()
+    return SavedFloat(base.weight) if layer.quantization_backend is None else SavedQuantised(base)
 
 
 @dataclass(frozen=True)
-class FloatBefore:
+class SavedFloat:
     """A weight in floating point, which merging replaces by another parameter: others may be tied to this one."""
 
     weight: nn.Parameter
 
     def restore(self, layer: Any) -> None:
-        self.weight.data = self.weight.data.to(layer.get_base_weight())  # where the model has gone meanwhile
+        self.weight.data = self.weight.data.to(layer.get_base_weight())  # the model may have moved meanwhile
         layer.get_base_layer().weight = self.weight
 
 
-class QuantisedBefore:
-    """A quantised layer.
-
-    The weight's own attributes are copied, too: the backends let go of some, and change others, when they replace it.
-    """
+class SavedQuantised:
+    """A quantised layer. The weight's own attributes are copied, too: the backends drop or change some of them when
+    they replace it."""
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
@@ -119,19 +116,18 @@ class Rounding(NamedTuple):
 
     Attributes:
         error: ‖written − merged‖ / ‖change‖ in the Frobenius norm.
-        kept: ⟨written − before, change⟩ / ‖change‖²: 1 where errors are noise around the change, 0 where it was too
-            small for the grid and the weight is what it was.
+        kept: ⟨written − original, change⟩ / ‖change‖²: 1 where errors are noise around the change, 0 where it was too
+            small for the grid and the weight did not change.
     """
 
     error: float
     kept: float
 
 
-NOTHING_LOST = Rounding(0.0, 1.0)
-
-
 def rounding(written: Tensor, merged: Tensor, change: Tensor) -> Rounding:
-    """Compare what was written with what should have been; the change is not zero."""
+    """Compare what was written with what should have been written; nothing is lost of a change that is zero."""
+    if not change.any():
+        return Rounding(0.0, 1.0)
     error, change = written.double() - merged.double(), change.double()
     size = change.norm()
     return Rounding(float(error.norm() / size), float(1 + (error * change).sum() / size**2))
@@ -148,7 +144,7 @@ def check_mergeable(layers: Mapping[str, Any]) -> None:
 
 
 def warn_of_rounding(layers: Mapping[str, Any], stacklevel: int) -> None:
-    """Say, once for all layers, what quantising again has cost: in the worst of them, and in the middle."""
+    """Warn once for all layers of what quantising again has lost: in the worst of them, and in the median."""
     found = {name: max(layer.merge_errors.values()) for name, layer in layers.items() if layer.merge_errors}
     if not found:
         return

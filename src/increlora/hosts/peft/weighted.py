@@ -42,7 +42,8 @@ def add(
             parts.setdefault(name, []).append((weight, layer.delta(adapter)))
     exact = combination_type == "cat"
     sums = {name: weighted_sum(part, svd_rank, exact=exact) for name, part in parts.items()}
-    tuner.peft_config[adapter_name] = config_of({n: A for n, (A, _, _) in sums.items()}, tuner.peft_config[adapters[0]])
+    ranks = {name: max(1, A.shape[0]) for name, (A, _, _) in sums.items()}
+    tuner.peft_config[adapter_name] = plain_config(ranks, tuner.peft_config[adapters[0]])
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
     except Exception:
@@ -57,9 +58,8 @@ def check_combination(combination_type: str, svd_rank: Any, others: Mapping[str,
     """Raise ConfigError for peft's other combinations, and for options that do not go with the combination."""
     if combination_type not in ("cat", "svd"):
         raise ConfigError(
-            f"combination_type={combination_type!r} is not supported: it mixes factors entry by entry, which means "
-            f"nothing for adapters of different ranks; use 'cat' (exact; the ranks add up) or 'svd' (truncated to "
-            f"`svd_rank`)"
+            f"combination_type={combination_type!r} is not supported: it mixes factors entry by entry, which adapters "
+            f"of different ranks do not allow; use 'cat' (exact; the ranks add up) or 'svd' (truncated to `svd_rank`)"
         )
     if svd_rank is not None and combination_type == "cat":
         raise ConfigError(f"svd_rank={svd_rank!r}: 'cat' is exact; leave it out, or use combination_type='svd'")
@@ -79,9 +79,9 @@ def check_request(tuner: Any, adapters: Sequence[str], weights: Sequence[float],
         raise ConfigError(f"Adapter {missing[0]} does not exist; there are {', '.join(known)}")
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"give one weight for each adapter: {len(adapters)} adapters, {len(weights)} weights")
-    wrappers = {n: m for n, m in tuner.model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-    for module, wrapper in wrappers.items():
-        if whole := [name for name in adapters if name in wrapper.modules_to_save]:
+    for module, wrapper in tuner.model.named_modules():
+        saved = wrapper.modules_to_save if isinstance(wrapper, ModulesToSaveWrapper) else ()
+        if whole := [name for name in adapters if name in saved]:
             raise ConfigError(
                 f"{module}: {', '.join(whole)} trained it whole (`modules_to_save`), which has no sum: use these "
                 f"adapters one at a time (`set_adapter`), or train them without it"
@@ -92,23 +92,18 @@ def check_request(tuner: Any, adapters: Sequence[str], weights: Sequence[float],
 def weighted_sum(
     parts: Sequence[tuple[float, Delta]], rank: int | None, *, exact: bool
 ) -> tuple[Tensor, Tensor, float]:
-    """A, B and the relative error of Σ w ΔW."""
+    """A and B of Σ w ΔW, in float32 at least, and the relative error of their truncation."""
     factors = [(weight, *delta.factors()) for weight, delta in parts]
-    A = torch.cat([widened(A) for _, A, _ in factors])
-    B = torch.cat([weight * widened(B) for weight, _, B in factors], dim=1)
+    A = torch.cat([A for _, A, _ in factors])
+    A = A.to(torch.promote_types(A.dtype, torch.float32))
+    B = torch.cat([weight * B.to(A.dtype) for weight, _, B in factors], dim=1)
     if exact:
         return A, B, 0.0
     return truncated(A, B, rank or max(1, *(A.shape[0] for _, A, _ in factors)))
 
 
-def widened(factor: Tensor) -> Tensor:
-    """In float32 at least."""
-    return factor.to(torch.promote_types(factor.dtype, torch.float32))
-
-
-def config_of(factors: Mapping[str, Tensor], like: Any) -> Any:
-    """A config of plain LoRA that gives each module the rank it has here, and scale 1."""
-    ranks = {name: max(1, A.shape[0]) for name, A in factors.items()}
+def plain_config(ranks: Mapping[str, int], like: Any) -> Any:
+    """A config of plain LoRA that gives each module its rank, and scale 1."""
     longest_first = sorted(ranks, key=len, reverse=True)  # a pattern also fits names that end in it; the first counts
     patterns = {re.escape(name): ranks[name] for name in longest_first}
     top = max(ranks.values())
@@ -120,7 +115,7 @@ def config_of(factors: Mapping[str, Tensor], like: Any) -> Any:
 
 @torch.no_grad()
 def fill(delta: Any, A: Tensor, B: Tensor) -> None:
-    """Give a fresh plain low-rank delta these factors; where they have no rank, its own one keeps adding nothing."""
+    """Give a fresh plain low-rank delta these factors; without any, its own rank stays, which adds nothing."""
     if A.shape[0]:
         delta.to(A.dtype)  # that of the summands, where peft made them wider than the base
         for p, values in zip(delta.block(0).values(), (A, B), strict=True):
