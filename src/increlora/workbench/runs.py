@@ -34,15 +34,12 @@ class RunFolder:
     def state(self) -> dict[str, Any] | None:
         """Content of run.json; None if there is none. Raises RunFolderError if it is not one of ours."""
         try:
-            found = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            found: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except ValueError as error:
             raise RunFolderError(f"{self.path}/run.json cannot be read ({error}); give another --out") from error
-        if not isinstance(found, dict) or not str(found.get("format", "")).startswith("increlora-run/"):
-            raise RunFolderError(f"{self.path}/run.json was not written by increlora; give another --out")
-        if found["format"] != FORMAT:
-            raise RunFolderError(f"{self.path} has format {found['format']}, this version reads {FORMAT}; upgrade")
+        check_format(self.path, found, "give another --out")
         return found
 
     # -- a new run -----------------------------------------------------------------------------------------------
@@ -70,7 +67,7 @@ class RunFolder:
         self.write_state(state)
         write_text(self.path / "config.toml", config)
 
-    # -- going on ------------------------------------------------------------------------------------------------
+    # -- resuming ------------------------------------------------------------------------------------------------
 
     def config(self) -> Path:
         """Settings file of the run that is here. Raises RunFolderError if there is no run, or none to continue."""
@@ -92,7 +89,7 @@ class RunFolder:
     def keep_rows(self, name: str, *, before: int) -> None:
         """Cut a .jsonl file back to the rows with step < `before`."""
         kept = [row for row in self.rows(name) if row["step"] < before]
-        write_text(self.path / name, "".join(map(_line, kept)))
+        write_text(self.path / name, "".join(map(json_line, kept)))
 
     # -- reading and writing -------------------------------------------------------------------------------------
 
@@ -102,7 +99,7 @@ class RunFolder:
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add a row to a .jsonl file."""
         with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(_line(row))
+            file.write(json_line(row))
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Rows of a .jsonl file, without a torn last line; none if it is not there."""
@@ -113,6 +110,15 @@ class RunFolder:
         return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
+def check_format(path: Path, state: Any, remedy: str) -> None:
+    """Raise RunFolderError unless this content of run.json is one that this version reads."""
+    written = str(state.get("format")) if isinstance(state, dict) else ""
+    if not written.startswith("increlora-run/"):
+        raise RunFolderError(f"{path}/run.json was not written by increlora; {remedy}")
+    if written != FORMAT:
+        raise RunFolderError(f"{path} has format {written}, this version reads {FORMAT}; upgrade increlora")
+
+
 def checkpoint_step(folder: Path) -> int:
     """Optimizer steps done at a checkpoint, from its name."""
     found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
@@ -120,7 +126,7 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def finite(value: Any) -> Any:
-    """The value as JSON can say it: null for NaN and infinities."""
+    """The value with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -128,5 +134,5 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def json_line(row: Mapping[str, Any]) -> str:
     return json.dumps(finite(row)) + "\n"

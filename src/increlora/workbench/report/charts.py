@@ -3,7 +3,8 @@
 Names from outside occur as data values only, never as field names or in expressions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
@@ -18,6 +19,18 @@ CATEGORIES = ["#3b8fd6", "#e08f00", "#13a073", "#d9603b", "#b678c4", "#8a9a2e", 
 ACCENT, FAINT = CATEGORIES[0], "#8d939a"
 SEQUENCE = ["#4a6fe3", "#1fa187", "#d9900a"]  # of lines: unlike viridis, legible on white and on black to its ends
 LABEL = 220  # longest label in pixels; longer ones end in an ellipsis
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure: its file name, title, one sentence on what to look at, how to draw one run or several (None: nothing
+    to draw), and whether a dashed line marks in it where the budget was spent."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[Any], Chart | None]
+    marked: bool = False
 
 
 def chart(rows: Sequence[Row], **properties: Any) -> Chart:

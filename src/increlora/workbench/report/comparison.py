@@ -1,37 +1,26 @@
 """Figures of several runs together: a colour per run."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 
 import altair as alt
 
 from . import tables
-from .charts import WIDTH, Chart, categories, chart
+from .charts import WIDTH, Chart, Figure, categories, chart
 from .reading import Row, Run
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A figure of several runs, as `figures.Figure` is of one."""
-
-    name: str
-    title: str
-    caption: str
-    draw: Callable[[Sequence[Run]], Chart | None]
-
-
-def compared(runs: Sequence[Run]) -> list[Comparison]:
+def compared(runs: Sequence[Run]) -> list[Figure]:
     """Loss, the main metric of each task, and the budget."""
     metrics = dict.fromkeys(run.metric_names[0] for run in runs if run.metric_names)
     return [
-        Comparison("loss", "Training loss", "Means around each step: the lower curve learns faster.", losses),
+        Figure("loss", "Training loss", "Means around each step: the lower curve learns faster.", losses),
         *(
-            Comparison(f"metric{i}", name, "Measured at a few steps: compare the ends, and how early they are reached.",
-                       partial(measurements, name=name))
+            Figure(f"metric{i}", name, "Measured at a few steps: compare the ends, and how early they are reached.",
+                   partial(measurements, name=name))
             for i, name in enumerate(metrics)
         ),
-        Comparison("parameters", "Live adapter parameters", "The area under a curve is the cost of its run.", costs),
+        Figure("parameters", "Live adapter parameters", "The area under a curve is the cost of its run.", costs),
     ]  # fmt: skip
 
 

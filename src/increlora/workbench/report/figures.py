@@ -1,27 +1,13 @@
 """The figures of one run: Vega-Lite charts, the same for the page, PNG and SVG."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import altair as alt
 
 from . import tables
-from .charts import ACCENT, CATEGORIES, FAINT, LABEL, WIDTH, Chart, categories, chart, mark_spent, slider, steps
+from .charts import ACCENT, CATEGORIES, FAINT, LABEL, WIDTH, Chart, Figure, categories, chart, mark_spent, slider, steps
 from .panels import newborns, scores, spectra
 from .reading import Row, Run
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure: its file name, title, one sentence on what to look at, how to draw it (None: nothing to draw), and
-    whether a dashed line marks in it where the budget was spent."""
-
-    name: str
-    title: str
-    caption: str
-    draw: Callable[[Run], Chart | None]
-    marked: bool = False
-
 
 # -- where and when ---------------------------------------------------------------------------------------------------
 
@@ -31,7 +17,7 @@ def rank_map(run: Run) -> Chart | None:
     rows = tables.rank_cells(run)
     if not rows:
         return None
-    where = tables.grid(tables.rank_changes(run))
+    where = tables.grid_of(run)
     cell = max(16, min(56, 600 // len(where.layers)))
     width, height = cell * len(where.layers), 30 * len(where.types)
     shown = chart(rows).transform_filter("datum.since <= step && step < datum.until")
@@ -62,7 +48,7 @@ def growth(run: Run) -> Chart | None:
     rows = tables.growth(run)
     if not rows:
         return None
-    where = tables.grid(tables.rank_changes(run))
+    where = tables.grid_of(run)
     lines = chart(rows, width=WIDTH - 140, height=220).mark_line(interpolate="step-after", strokeWidth=2)
     lines = lines.encode(
         steps(run), alt.Y("rank:Q", title="mean rank per module"), categories("type", where.types, None),
@@ -104,18 +90,15 @@ def loss_panel(run: Run, rows: Sequence[Row]) -> Chart:
 
 def budget(run: Run) -> Chart | None:
     panels = [
-        budget_panel(run, "ranks", "active ranks", run.number("budget", "ranks_target")),
-        budget_panel(run, "parameters", "live adapter parameters", run.number("budget", "parameters_target")),
+        budget_panel(run, name, title, run.number("budget", f"{name}_target"))
+        for name, title in {"ranks": "active ranks", "parameters": "live adapter parameters"}.items()
+        if tables.stairs(run, name)
     ]
-    drawn: list[Chart] = [panel for panel in panels if panel is not None]
-    return alt.hconcat(*drawn, spacing=30) if drawn else None
+    return alt.hconcat(*panels, spacing=30) if panels else None
 
 
-def budget_panel(run: Run, name: str, title: str, target: float | None) -> Chart | None:
-    rows = tables.stairs(run, name)
-    if not rows:
-        return None
-    used = chart(rows, width=(WIDTH - 80) // 2, height=160).mark_area(
+def budget_panel(run: Run, name: str, title: str, target: float | None) -> Chart:
+    used = chart(tables.stairs(run, name), width=(WIDTH - 80) // 2, height=160).mark_area(
         interpolate="step-after", line={"color": ACCENT}, color=ACCENT, fillOpacity=0.25
     )
     used = used.encode(

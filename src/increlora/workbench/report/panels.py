@@ -46,7 +46,7 @@ def scores(run: Run) -> Chart | None:
     lines, grants = tables.importances(run), tables.grants(run)
     if not lines and not grants:
         return None
-    where = tables.grid(tables.rank_changes(run))
+    where = tables.grid_of(run)
     rows = [row | {"grant": 0} for row in lines] + [row | {"grant": 1} for row in grants]
     end = max([tables.spent_at(run) or max(1, run.steps), *(row["step"][0] for row in grants)])
     step = alt.X("step:Q", title="training step", scale=alt.Scale(domain=[0, end], nice=False), axis=FEW_TICKS)
@@ -83,7 +83,7 @@ def spectra(run: Run) -> Chart | None:
     rows = tables.spectra(run)
     if not any(row["sigma"] for row in rows):
         return None
-    where = tables.grid([name for row in run.spectra for name in row["modules"]])
+    where = tables.grid(name for row in run.spectra for name in row["modules"])
     now = slider("at", min(row["since"] for row in rows), max(row["since"] for row in rows))
     shown = alt.Chart(alt.Data(values=ordered(rows, where.types)), width=panel_width(where.types), height=130)
     shown = shown.transform_filter("datum.since <= at && at < datum.until").transform_flatten(["index", "sigma"])

@@ -1,4 +1,4 @@
-"""Run folders as a report needs them: what can be read is shown, and what cannot is said."""
+"""Run folders as a report needs them: it shows what can be read, and notes what is missing or damaged."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RunFolderError
-from ..runs import FORMAT
+from ..runs import check_format
 
 Row = dict[str, Any]
 OWN_COLUMNS = {"step", "loss", "learning_rate", "ranks", "parameters", "seconds"}  # of metrics.jsonl; others: metrics
@@ -17,10 +17,10 @@ REMEDY = "give the folder that `increlora train --out` wrote"
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it.
+    """A run as it is in its folder.
 
     Attributes:
-        label: the shortest end of the path that tells it from the other runs.   state: content of run.json.
+        label: the shortest end of the path that no other run has.   state: content of run.json.
         metrics, events, trace, spectra: rows that could be read of the file of that name, by rising step; `step`
             counts steps done, in events, too.
         config: text of config.toml.   notes: what is missing, damaged or unfinished, a sentence each.
@@ -51,9 +51,8 @@ class Run:
     @property
     def steps(self) -> int:
         """Steps done, as far as the files know."""
-        return max(
-            (rows[-1]["step"] for rows in (self.metrics, self.trace, self.events, self.spectra) if rows), default=0
-        )
+        files = (self.metrics, self.trace, self.events, self.spectra)
+        return max((rows[-1]["step"] for rows in files if rows), default=0)
 
     @property
     def metric_names(self) -> list[str]:
@@ -73,8 +72,19 @@ def read_run(path: Path, label: str) -> Run:
     state = read_state(path, notes)
     expected = [name for name in READERS if name != "events" or state.get("adaptive", True)]
     rows = {n: read_rows(path / f"{n}.jsonl", READERS[n], notes) if n in expected else [] for n in READERS}
-    notes += how_it_ended(state)
-    return Run(path, label, state, config=read_config(path / "config.toml", notes), notes=notes, **rows)
+    ends = {
+        "running": "The run had not finished when this report was made: it shows the steps until then.",
+        "interrupted": "The run was interrupted: this report shows the steps until then.",
+        "failed": f"The run failed: {state.get('error') or 'no reason is recorded'}",
+    }
+    if (status := str(state.get("status"))) in ends:
+        notes.append(ends[status])
+    try:
+        config = (path / "config.toml").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        config = ""
+        notes.append("config.toml is missing: the settings of the run are not shown.")
+    return Run(path, label, state, config=config, notes=notes, **rows)
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
@@ -87,7 +97,7 @@ def labels(paths: Sequence[Path]) -> list[str]:
     return [n if names.count(n) == 1 else f"{n} ({names[: i + 1].count(n)})" for i, n in enumerate(names)]
 
 
-# -- run.json and config.toml ----------------------------------------------------------------------------------------
+# -- run.json --------------------------------------------------------------------------------------------------------
 
 
 def read_state(path: Path, notes: list[str]) -> Mapping[str, Any]:
@@ -95,7 +105,7 @@ def read_state(path: Path, notes: list[str]) -> Mapping[str, Any]:
     if not path.is_dir():
         raise RunFolderError(f"{path} is no folder; {REMEDY}")
     try:
-        found = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        state: Mapping[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunFolderError(f"{path} holds no run (run.json is missing); {REMEDY}") from None
     except (ValueError, RecursionError) as error:
@@ -103,30 +113,8 @@ def read_state(path: Path, notes: list[str]) -> Mapping[str, Any]:
             raise RunFolderError(f"{path}/run.json cannot be read ({error}); {REMEDY}") from error
         notes.append(f"run.json is damaged ({error}): settings and results of the run are not shown.")
         return {}
-    written = found.get("format") if isinstance(found, dict) else None
-    if not str(written).startswith("increlora-run/"):
-        raise RunFolderError(f"{path}/run.json was not written by increlora; {REMEDY}")
-    if written != FORMAT:
-        raise RunFolderError(f"{path} has format {written}, this version reads {FORMAT}; upgrade")
-    return found
-
-
-def how_it_ended(state: Mapping[str, Any]) -> list[str]:
-    ends = {
-        "running": "The run had not finished when this report was made: it shows the steps until then.",
-        "interrupted": "The run was interrupted: this report shows the steps until then.",
-        "failed": f"The run failed: {state.get('error') or 'no reason is recorded'}",
-    }
-    status = str(state.get("status", "finished"))
-    return [ends[status]] if status in ends else []
-
-
-def read_config(path: Path, notes: list[str]) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        notes.append("config.toml is missing: the settings of the run are not shown.")
-        return ""
+    check_format(path, state, REMEDY)
+    return state
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
@@ -160,7 +148,8 @@ def count(value: Any) -> int:
     return value
 
 
-def number_or_none(value: Any) -> float | None:
+def importance_of(row: Row) -> float | None:
+    value = row.get("importance")
     return value if is_number(value) else None
 
 
@@ -169,18 +158,15 @@ def metrics_row(row: Row) -> Row:
 
 
 def event_row(row: Row) -> Row:
-    """Files name the step of an event from 0; after it, one step more is done."""
+    """Files count the step of an event from 0, reports the steps done after it."""
     return {
         "step": count(row["step"]) + 1, "kind": str(row["kind"]), "module": str(row["module"]),
-        "ranks": int(row["ranks"]), "rank": count(row["rank"]), "importance": number_or_none(row.get("importance")),
+        "ranks": int(row["ranks"]), "rank": count(row["rank"]), "importance": importance_of(row),
     }  # fmt: skip
 
 
 def trace_row(row: Row) -> Row:
-    modules = {
-        name: {"rank": count(m["rank"]), "importance": number_or_none(m.get("importance"))}
-        for name, m in row["modules"].items()
-    }
+    modules = {name: {"rank": count(m["rank"]), "importance": importance_of(m)} for name, m in row["modules"].items()}
     factors = {int(born): v for born, v in row.get("lr_factor", {}).items() if is_number(v)}
     return {"step": count(row["step"]), "modules": modules, "lr_factor": factors}
 

@@ -1,6 +1,7 @@
-"""The words and numbers of a report: what stands beside the figures."""
+"""The words and numbers of a report beside the figures."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -42,20 +43,22 @@ def measured(run: Run) -> dict[str, float | None]:
     """The metric before, after and best: from run.json, or from the rows of a run that has not finished."""
     name = run.get("metric", "name")
     values = [row[name] for row in run.metrics if isinstance(name, str) and name in row]
-    seen = {
-        "before": values[0] if values and run.metrics[0]["step"] == 0 else None,
-        "after": values[-1] if values else None,
-    }
-    kept = {key: run.number("metric", key) for key in ("before", "after", "best")}
-    return {key: value if value is not None else seen.get(key) for key, value in kept.items()}
+    so_far = {"after": values[-1]} if values else {}
+    if values and run.metrics[0]["step"] == 0:
+        so_far["before"] = values[0]
+    return {key: first(run.number("metric", key), so_far.get(key)) for key in ("before", "after", "best")}
 
 
 def live(run: Run) -> dict[str, float | None]:
     """Adapter parameters at peak and on average: from run.json, or so far."""
     found = [row["parameters"] for row in run.metrics if "parameters" in row]
     so_far = {"peak": max(found), "average": sum(found) / len(found)} if found else {}
-    kept = {key: run.number("budget", f"parameters_{key}") for key in ("peak", "average")}
-    return {key: value if value is not None else so_far.get(key) for key, value in kept.items()}
+    return {key: first(run.number("budget", f"parameters_{key}"), so_far.get(key)) for key in ("peak", "average")}
+
+
+def first(*values: float | None) -> float | None:
+    """The first number there is."""
+    return next((value for value in values if value is not None), None)
 
 
 def used(run: Run, name: str) -> float | None:
@@ -70,13 +73,14 @@ def used(run: Run, name: str) -> float | None:
 def tiles(run: Run) -> list[Mapping[str, str]]:
     """The figures to see first: {"name", "value", "more"}."""
     found, parameters = measured(run), live(run)
-    time = run.number("seconds", "train")
-    time = time if time is not None else max((row.get("seconds", 0) for row in run.metrics), default=None)
+    time = first(run.number("seconds", "train"), max((row.get("seconds", 0) for row in run.metrics), default=None))
+    ranks = tables.final_ranks(run).values()
+    spread = f"{min(ranks)} to {max(ranks)} per module, {len(ranks)} modules" if ranks else ""
     return [
         {"name": str(run.get("metric", "name") or "metric"),
          "value": f"{metric(found['before'])} → {metric(found['after'])}", "more": judged(run)},
         {"name": "active ranks", "value": of(used(run, "ranks"), run.number("budget", "ranks_target")),
-         "more": spread(run)},
+         "more": spread},
         {"name": "adapter parameters", "value": shown(used(run, "parameters")),
          "more": f"{shown(parameters['average'])} on average, {shown(parameters['peak'])} at peak"},
         {"name": "time of training", "value": seconds(time), "more": f"{run.steps} steps"},
@@ -91,11 +95,6 @@ def judged(run: Run) -> str:
     words += [f"baseline {metric(baseline)}"] if baseline is not None else []
     words += ["lower is better"] if run.get("metric", "higher_is_better") is False else []
     return ", ".join(words)
-
-
-def spread(run: Run) -> str:
-    ranks = tables.final_ranks(run).values()
-    return f"{min(ranks)} to {max(ranks)} per module, {len(ranks)} modules" if ranks else ""
 
 
 def module_rows(run: Run) -> list[tuple[str, int, int]]:
@@ -140,16 +139,13 @@ def comparison_table(runs: Sequence[Run]) -> Mapping[str, Any]:
     return {"head": list(table), "rows": list(zip(*table.values(), strict=True)), "shared": shared}
 
 
-def setting(name: str) -> Callable[[Run], str]:
-    return lambda run: NONE if run.get(name) is None else str(run.get(name))
+def setting(run: Run, name: str) -> str:
+    return NONE if run.get(name) is None else str(run.get(name))
 
 
 SETTINGS = {"method", "task", "seed", "status", "metric"}
 COLUMNS: Mapping[str, Callable[[Run], str]] = {
-    "method": setting("method"),
-    "task": setting("task"),
-    "seed": setting("seed"),
-    "status": setting("status"),
+    **{name: partial(setting, name=name) for name in ("method", "task", "seed", "status")},
     "metric": lambda run: str(run.get("metric", "name") or NONE),
     "before": lambda run: metric(measured(run)["before"]),
     "after": lambda run: metric(measured(run)["after"]),

@@ -17,11 +17,16 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the modules of a run stand: (layer, module type) by name, and the layers and types in model order."""
+    """Where the modules of a run are: (layer, module type) by name, and the layers and types in model order."""
 
     cells: Mapping[str, tuple[str, str]]
     layers: Sequence[str]
     types: Sequence[str]
+
+    def row(self, name: str, **values: Any) -> Row:
+        """A row about a module."""
+        layer, kind = self.cells[name]
+        return {"layer": layer, "type": kind, **values}
 
 
 def grid(names: Iterable[str]) -> Grid:
@@ -40,12 +45,11 @@ def grid(names: Iterable[str]) -> Grid:
     )
 
 
+def grid_of(run: Run) -> Grid:
+    return grid(rank_changes(run))
+
+
 # -- ranks -----------------------------------------------------------------------------------------------------------
-
-
-def final_ranks(run: Run) -> dict[str, int]:
-    """Rank of every module at the last step known."""
-    return {name: changes[-1][1] for name, changes in rank_changes(run).items()}
 
 
 def rank_changes(run: Run) -> dict[str, list[tuple[int, int]]]:
@@ -58,19 +62,17 @@ def rank_changes(run: Run) -> dict[str, list[tuple[int, int]]]:
 
 
 def changes_by_events(run: Run) -> dict[str, list[tuple[int, int]]]:
-    """An event says how many ranks it gave and how many there are: together, what there was before."""
+    """The same from events, which hold the change and the rank after it: the first one also tells the rank before."""
     ranks = run.get("ranks")
-    found = {
-        name: [(0, int(rank))]
-        for name, rank in (ranks if isinstance(ranks, Mapping) else {}).items()
-        if is_number(rank)
-    }
-    moved: set[str] = set()
-    for row in [row for row in run.events if row["ranks"]]:
-        if row["module"] not in moved:
-            found[row["module"]] = [(0, row["rank"] - row["ranks"])]
-        moved.add(row["module"])
-        found[row["module"]].append((row["step"], row["rank"]))
+    known = ranks.items() if isinstance(ranks, Mapping) else ()
+    found = {name: [(0, int(rank))] for name, rank in known if is_number(rank)}
+    changed: set[str] = set()
+    for row in run.events:
+        if row["ranks"]:
+            if row["module"] not in changed:
+                found[row["module"]] = [(0, row["rank"] - row["ranks"])]
+            changed.add(row["module"])
+            found[row["module"]].append((row["step"], row["rank"]))
     return found
 
 
@@ -79,24 +81,28 @@ def changes_only(values: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
     return [pair for i, pair in enumerate(values) if i == 0 or pair[1] != values[i - 1][1]]
 
 
+def final_ranks(run: Run) -> dict[str, int]:
+    """Rank of every module at the last step known."""
+    return {name: changes[-1][1] for name, changes in rank_changes(run).items()}
+
+
 def rank_cells(run: Run) -> list[Row]:
     """A row per module and rank it had: {"layer", "type", "rank", "since", "until"}, true for since ≤ step < until."""
     changes = rank_changes(run)
-    where, rows = grid(changes).cells, []
-    for name, values in changes.items():
-        ends = [step for step, _ in values[1:]] + [run.steps + 1]
-        for (since, rank), until in zip(values, ends, strict=True):
-            rows.append({"layer": where[name][0], "type": where[name][1], "rank": rank, "since": since, "until": until})
-    return rows
+    where, end = grid(changes), (run.steps + 1, 0)
+    return [
+        where.row(name, rank=rank, since=since, until=until)
+        for name, values in changes.items()
+        for (since, rank), (until, _) in pairwise([*values, end])
+    ]
 
 
 def growth(run: Run) -> list[Row]:
     """Mean rank per module type at every step where one changed, and at the end: {"step", "type", "rank"}."""
     changes = rank_changes(run)
-    where = grid(changes).cells
     by_type: dict[str, list[list[tuple[int, int]]]] = defaultdict(list)
-    for name, values in changes.items():
-        by_type[where[name][1]].append(values)
+    for name, (_, kind) in grid(changes).cells.items():
+        by_type[kind].append(changes[name])
     rows = []
     for kind, histories in by_type.items():
         steps = sorted({step for values in histories for step, _ in values} | {run.steps})
@@ -150,26 +156,24 @@ def importances(run: Run) -> list[Row]:
     """A row per module: {"layer", "type", "step": […], "importance": […]}, until the budget was spent."""
     end = spent_at(run) or run.steps
     rows = [row for row in run.trace if row["step"] <= end]
-    where = grid(rank_changes(run)).cells
-    found = []
-    for name, (layer, kind) in where.items():
+    where, found = grid_of(run), []
+    for name in where.cells:
         points = [(row["step"], row["modules"].get(name, {}).get("importance")) for row in rows]
-        points = thin([(s, v) for s, v in points if v and v > 0], max(2, VALUES // len(where)))
+        points = thin([(s, v) for s, v in points if v and v > 0], max(2, VALUES // len(where.cells)))
         if points:
             steps, values = zip(*points, strict=True)
-            found.append({"layer": layer, "type": kind, "step": steps, "importance": values})
+            found.append(where.row(name, step=steps, importance=values))
     return found
 
 
 def grants(run: Run) -> list[Row]:
     """A row per grant, shaped like those of `importances`: {"step": [s], "importance": [I], "ranks", "rank", …}."""
-    where = grid(rank_changes(run)).cells
+    where = grid_of(run)
     return [
-        {"layer": where[row["module"]][0], "type": where[row["module"]][1], "ranks": row["ranks"], "rank": row["rank"],
-         "step": [row["step"]], "importance": [row["importance"]]}
-        for row in run.events
-        if row["kind"] == "birth" and row["module"] in where and row["importance"]
-    ]  # fmt: skip
+        where.row(e["module"], ranks=e["ranks"], rank=e["rank"], step=[e["step"]], importance=[e["importance"]])
+        for e in run.events
+        if e["kind"] == "birth" and e["module"] in where.cells and e["importance"]
+    ]
 
 
 def birth_rates(run: Run) -> list[Row]:
@@ -188,13 +192,11 @@ def spectra(run: Run) -> list[Row]:
     """{"layer", "type", "since", "until", "index": […], "sigma": […]}: singular values of ΔW above rounding errors."""
     values = sum(len(sigma) for row in run.spectra[-1:] for sigma in row["modules"].values())
     taken = thin(run.spectra, max(2, VALUES // max(1, values)))
-    where = grid([name for row in taken for name in row["modules"]]).cells
+    where = grid(name for row in taken for name in row["modules"])
     rows = []
     for row, after in pairwise([*taken, {"step": run.steps + 1}]):
         for name, sigma in row["modules"].items():
-            kept = [v for v in sigma if v > 1e-6 * max(sigma)]
-            rows.append(
-                {"layer": where[name][0], "type": where[name][1], "since": row["step"],
-                 "until": after["step"], "index": list(range(1, len(kept) + 1)), "sigma": kept}
-            )  # fmt: skip
+            large = [v for v in sigma if v > 1e-6 * max(sigma)]
+            index = list(range(1, len(large) + 1))
+            rows.append(where.row(name, since=row["step"], until=after["step"], index=index, sigma=large))
     return rows

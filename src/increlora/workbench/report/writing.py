@@ -13,9 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...files import write_text
-from .charts import Chart
-from .comparison import Comparison, compared
-from .figures import FIGURES, Figure
+from .charts import Chart, Figure
+from .comparison import compared
+from .figures import FIGURES
 from .reading import Run
 from .summary import comparison_table, facts, made_with, module_rows, tiles
 from .tables import spent_at
@@ -27,12 +27,12 @@ PIXELS = 2  # per CSS pixel in PNG files
 
 def write_report(runs: Sequence[Run], out: Path, *, command: str) -> None:
     """One self-contained page on these runs; it asks nothing of the network and runs no script but its own."""
-    several = [(figure, figure.draw(runs)) for figure in compared(runs)] if len(runs) > 1 else []
+    several = compared(runs) if len(runs) > 1 else []
     charts: dict[str, Any] = {}
     page = {
         "title": runs[0].label if len(runs) == 1 else f"{len(runs)} runs",
-        "table": comparison_table(runs) if len(runs) > 1 else None,
-        "compared": [placed(f"all-{figure.name}", figure, drawn, charts) for figure, drawn in several],
+        "table": comparison_table(runs) if several else None,
+        "compared": [placed(f"all-{figure.name}", figure, figure.draw(runs), charts) for figure in several],
         "runs": [section(run, f"run{i}", charts) for i, run in enumerate(runs)],
         "made": made_with(command),
         "charts": charts,
@@ -48,17 +48,14 @@ def save_figures(runs: Sequence[Run], folder: Path, *, kind: str) -> list[Path]:
         place.mkdir(parents=True, exist_ok=True)
         for figure in FIGURES:
             if (drawn := figure.draw(run)) is not None:
-                written.append(place / f"{figure.name}.{kind}")
-                save(drawn, written[-1])
+                path = place / f"{figure.name}.{kind}"
+                spec = themed(drawn, ink=PRINT_INK, background="white")
+                if kind == "svg":
+                    path.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
+                else:
+                    path.write_bytes(vl_convert.vegalite_to_png(spec, scale=PIXELS))
+                written.append(path)
     return written
-
-
-def save(chart: Chart, path: Path) -> None:
-    spec = themed(chart, ink=PRINT_INK, background="white")
-    if path.suffix == ".svg":
-        path.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
-    else:
-        path.write_bytes(vl_convert.vegalite_to_png(spec, scale=PIXELS))
 
 
 def themed(chart: Chart, *, ink: str, background: str) -> dict[str, Any]:
@@ -81,22 +78,21 @@ def themed(chart: Chart, *, ink: str, background: str) -> dict[str, Any]:
 
 def section(run: Run, key: str, charts: dict[str, Any]) -> Mapping[str, Any]:
     """What the template shows of one run; its charts are added to `charts`."""
+    spent = spent_at(run) is not None
     return {
         "run": run,
         "key": key,
         "status": str(run.get("status") or "unknown"),
         "tiles": tiles(run),
-        "figures": [placed(f"{key}-{f.name}", f, f.draw(run), charts) | mark(f, run) for f in FIGURES],
+        "figures": [
+            placed(f"{key}-{f.name}", f, f.draw(run), charts) | {"marked": f.marked and spent} for f in FIGURES
+        ],
         "modules": module_rows(run),
         "facts": facts(run),
     }
 
 
-def mark(figure: Figure, run: Run) -> dict[str, Any]:
-    return {"marked": figure.marked and spent_at(run) is not None}
-
-
-def placed(key: str, figure: Figure | Comparison, drawn: Chart | None, charts: dict[str, Any]) -> dict[str, Any]:
+def placed(key: str, figure: Figure, drawn: Chart | None, charts: dict[str, Any]) -> dict[str, Any]:
     if drawn is not None:
         charts[key] = themed(drawn, ink="currentColor", background="transparent")
     return {"key": key, "title": figure.title, "caption": figure.caption, "missing": drawn is None, "marked": False}

@@ -8,25 +8,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from increlora.errors import TaskError
-from increlora.naming import nearest
-from increlora.workbench.tasks.backbone import (
-    DEFAULT_BACKBONE,
-    load_causal,
-    load_classifier,
-    load_tokenizer,
-    resolve_backbone,
-    sketch_model,
-)
-from increlora.workbench.tasks.base import Task, TaskOptions, accuracy
-from increlora.workbench.tasks.glue import GLUE, glue_task, glue_train_size
-from increlora.workbench.tasks.lm import lm_task
-from increlora.workbench.tasks.planted import PlantedNet, planted_task
-from increlora.workbench.tasks.sft import sft_task
-from increlora.workbench.tasks.small import small_causal
-from increlora.workbench.tasks.stdlib_docs import stdlib_docs_task
-from increlora.workbench.tasks.uuid_base import load_uuid_base, uuid_decoder
-from increlora.workbench.tasks.uuids import uuid_task
+from ...errors import TaskError
+from ...naming import nearest
+from .backbone import DEFAULT_BACKBONE, load_causal, load_classifier, load_tokenizer, meta_model, resolve_backbone
+from .base import Task, TaskOptions, accuracy
+from .glue import GLUE, glue_task, glue_train_size
+from .lm import lm_task
+from .planted import PlantedNet, planted_task
+from .sft import sft_task
+from .small import small_causal
+from .stdlib_docs import stdlib_docs_task
+from .uuid_base import load_uuid_base, uuid_decoder
+from .uuids import uuid_task
 
 __all__ = [
     "DEFAULT_BACKBONE",
@@ -45,7 +38,7 @@ __all__ = [
     "sketch",
     "small_causal",
     "train_size",
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,7 @@ class TaskKind:
         build: (tokenizer, options) → task.
         model: a backbone under a fresh head (`classifier`), a language model (`causal`), or the task's `own` small net.
         num_labels: outputs of the head, 1 for a regression.
-        net, outline: of an `own` net: (seed) → the net that is trained; () → one of its shapes, its values no matter.
+        net, outline: of an `own` net: (seed) → the net that is trained; () → a net of its shapes, with any values.
     """
 
     build: Callable[[Any, TaskOptions], Task]
@@ -104,22 +97,23 @@ def load_model(task: str, model: str | None, seed: int) -> tuple[nn.Module, Any]
         if model is not None:
             raise TaskError(f"--model {model}: {task} makes its own model; leave it out")
         return kind.net(seed), None
-    if kind.model == "classifier":
-        return load_classifier(model or DEFAULT_BACKBONE, kind.num_labels, seed)
-    if model is None:
-        raise TaskError(f"--task {task} trains a causal language model: name one by --model")
-    return load_causal(model)
+    name = required_name(task, model)
+    return load_causal(name) if kind.model == "causal" else load_classifier(name, kind.num_labels, seed)
 
 
 def sketch(task: str, model: str | None) -> nn.Module:
-    """The model that a task trains, without weights (on the meta device). Raises: as `load_model`."""
+    """The model that a task trains, on the meta device. Raises: as `load_model`."""
     kind = find_task(task)
     if kind.outline is not None:
         with torch.device("meta"):
             return kind.outline()
-    if kind.model == "causal" and model is None:
+    return meta_model(required_name(task, model), kind.num_labels if kind.model == "classifier" else None)
+
+
+def required_name(task: str, model: str | None) -> str:
+    if find_task(task).model == "causal" and model is None:
         raise TaskError(f"--task {task} trains a causal language model: name one by --model")
-    return sketch_model(model or DEFAULT_BACKBONE, kind.num_labels if kind.model == "classifier" else None)
+    return model or DEFAULT_BACKBONE
 
 
 def train_size(task: str, model: str | None, options: TaskOptions) -> int:

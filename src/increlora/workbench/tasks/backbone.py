@@ -21,9 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     RobertaConfig,
 )
-from transformers.utils import logging as transformers_logging
+from transformers.utils import logging
 
-from increlora.errors import BackboneError
+from ...errors import BackboneError
+from .base import summary
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_DIGEST = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -55,99 +56,21 @@ def resolve_backbone(name: str = DEFAULT_BACKBONE) -> Path | str:
 
     Returns: a folder, or `name` itself where the hub or its cache has it.
     Raises: BackboneError if nothing by that name is found, or if the packaged weights are damaged."""
-    if name == DEFAULT_BACKBONE and (folder := _packaged_folder()):
-        return _verified(folder)
+    spec = find_spec(PACKAGE) if name == DEFAULT_BACKBONE else None
+    if spec is not None and spec.submodule_search_locations:
+        folder = Path(spec.submodule_search_locations[0]) / "model"
+        check_digest(folder / "model.safetensors")
+        return folder
     if (local := Path(name).expanduser()).is_dir():
         return local
-    _require_on_hub(name)
+    remedy = INSTALL if name == DEFAULT_BACKBONE else "check the name, or give the path of a local folder"
+    with loading(name, "neither a local folder nor found in the hub's cache or on the hub", remedy):
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
     return name
 
 
-def load_classifier(name: str, num_labels: int, seed: int) -> Loaded:
-    """The backbone under a fresh classification head, and its tokenizer.
-
-    Args:
-        name: as for `resolve_backbone`.
-        num_labels: outputs of the head.
-        seed: alone decides the head's initial values; the caller's random state is left as it was.
-    Returns: (model in evaluation mode, tokenizer with a padding token).
-    Raises: BackboneError if loading fails, or if more than the head would start untrained."""
-    return _load(AutoModelForSequenceClassification, name, seed=seed, num_labels=num_labels)
-
-
-def load_causal(name: str) -> Loaded:
-    """The causal language model called `name` (see `resolve_backbone`), and its tokenizer.
-
-    Returns: (model in evaluation mode, tokenizer with a padding token: the end token where it had none).
-    Raises: BackboneError if loading fails, or if any part of the model would start untrained."""
-    return _load(AutoModelForCausalLM, name, seed=0)
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model called `name`, with a padding token. Raises BackboneError if it cannot be loaded."""
-    source = resolve_backbone(name)
-    try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # as in `_load`
-        raise BackboneError(
-            f"{name}: no tokenizer can be loaded from {source} ({type(error).__name__}: {_first_line(error)}); "
-            f"name a complete transformers model"
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def sketch_model(name: str, num_labels: int | None) -> PreTrainedModel:
-    """The model called `name` without its weights, on the meta device: what a plan needs.
-
-    Args:
-        num_labels: outputs of a classification head; None for a language model.
-    Raises: BackboneError if not even its configuration can be had."""
-    options = {} if num_labels is None else {"num_labels": num_labels}
-    auto: Any = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
-    try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(resolve_backbone(name), **options)
-    except Exception as error:  # as in `_load`
-        if name not in KNOWN_SHAPES:
-            raise BackboneError(
-                f"{name}: its configuration cannot be had ({type(error).__name__}: {_first_line(error)}); "
-                f"give the path of a local folder, or plan where the hub is in reach"
-            ) from error
-        config = copy.deepcopy(KNOWN_SHAPES[name])
-        config.num_labels = num_labels
-    with torch.device("meta"):
-        return auto.from_config(config)
-
-
-def _load(auto: Any, name: str, *, seed: int, **options: Any) -> Loaded:
-    source = resolve_backbone(name)
-    try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model, info = auto.from_pretrained(source, output_loading_info=True, **options)
-    except Exception as error:  # the hub, safetensors and transformers share no base class
-        raise BackboneError(
-            f"{name}: cannot be loaded from {source} ({type(error).__name__}: {_first_line(error)}); "
-            f"name a complete transformers model, or use the default {DEFAULT_BACKBONE}"
-        ) from error
-    _require_trained(name, model, info["missing_keys"], head_allowed="num_labels" in options)
-    tokenizer = load_tokenizer(name)
-    model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify the last token that is not padding
-    return model, tokenizer
-
-
-def _packaged_folder() -> Path | None:
-    spec = find_spec(PACKAGE)  # not imported: importing it would import sentence-transformers
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(spec.submodule_search_locations[0]) / "model"
-
-
-def _verified(folder: Path) -> Path:
-    weights = folder / "model.safetensors"
+def check_digest(weights: Path) -> None:
     if not weights.is_file():
         raise BackboneError(f"{weights}: missing from the package; reinstall it: {INSTALL} --force-reinstall")
     with weights.open("rb") as file:
@@ -157,45 +80,90 @@ def _verified(folder: Path) -> Path:
             f"{weights}: sha256 is {found} but {DEFAULT_DIGEST} was published; "
             f"reinstall it: {INSTALL} --force-reinstall"
         )
-    return folder
 
 
-def _require_on_hub(name: str) -> None:
-    try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
-    except Exception as error:  # no such name, no network and offline mode share no base class
-        remedy = INSTALL if name == DEFAULT_BACKBONE else "check the name, or give the path of a local folder"
-        raise BackboneError(
-            f"{name}: neither a local folder nor found in the hub's cache or on the hub "
-            f"({type(error).__name__}: {_first_line(error)}); {remedy}"
-        ) from error
+def load_classifier(name: str, num_labels: int, seed: int) -> Loaded:
+    """The backbone called `name` (see `resolve_backbone`) under a fresh classification head, and its tokenizer.
+
+    Args:
+        num_labels: outputs of the head.
+        seed: alone decides the head's initial values; the caller's random state is left as it was.
+    Returns: (model in evaluation mode, tokenizer with a padding token).
+    Raises: BackboneError if loading fails, or if more than the head would start untrained."""
+    return load(AutoModelForSequenceClassification, name, seed=seed, num_labels=num_labels)
 
 
-def _require_trained(name: str, model: PreTrainedModel, missing: set[str], *, head_allowed: bool) -> None:
-    # A pooler is often absent from published encoders and belongs to the head in all but name.
-    trunk = model.base_model_prefix + "."
+def load_causal(name: str) -> Loaded:
+    """The causal language model called `name` (see `resolve_backbone`), and its tokenizer.
+
+    Returns: (model in evaluation mode, tokenizer with a padding token: the end token where it had none).
+    Raises: BackboneError if loading fails, or if any part of the model would start untrained."""
+    return load(AutoModelForCausalLM, name, seed=0)
+
+
+def load(auto: Any, name: str, *, seed: int, **options: Any) -> Loaded:
+    source = resolve_backbone(name)
+    remedy = f"name a complete transformers model, or use the default {DEFAULT_BACKBONE}"
+    with loading(name, f"cannot be loaded from {source}", remedy), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, info = auto.from_pretrained(source, output_loading_info=True, **options)
+    # A pooler is often absent from published encoders, and trained with the head.
+    trunk, head_allowed = model.base_model_prefix + ".", "num_labels" in options
+    missing = info["missing_keys"]
     untrained = sorted(k for k in missing if not head_allowed or (k.startswith(trunk) and ".pooler." not in k))
     if untrained:
         raise BackboneError(
             f"{name}: {len(untrained)} weights are not in the checkpoint and would start from random values, "
             f"{untrained[0]} among them; name a checkpoint made for {type(model).__name__}"
         )
+    tokenizer = load_tokenizer(name)
+    model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify the last token that is not padding
+    return model, tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model called `name`, with a padding token. Raises BackboneError if it cannot be loaded."""
+    source = resolve_backbone(name)
+    with loading(name, f"no tokenizer can be loaded from {source}", "name a complete transformers model"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def meta_model(name: str, num_labels: int | None) -> PreTrainedModel:
+    """The model called `name` without its weights, on the meta device: what a plan needs.
+
+    Args:
+        num_labels: outputs of a classification head; None for a language model.
+    Raises: BackboneError if not even its configuration can be had."""
+    options = {} if num_labels is None else {"num_labels": num_labels}
+    auto: Any = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+    try:
+        remedy = "give the path of a local folder, or plan where the hub is in reach"
+        with loading(name, "its configuration cannot be had", remedy):
+            config = AutoConfig.from_pretrained(resolve_backbone(name), **options)
+    except BackboneError:
+        if name not in KNOWN_SHAPES:
+            raise
+        config = copy.deepcopy(KNOWN_SHAPES[name])
+        config.num_labels = num_labels
+    with torch.device("meta"):
+        return auto.from_config(config)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report of new weights (we check them ourselves) and its progress bars."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+def loading(name: str, failure: str, remedy: str) -> Iterator[None]:
+    """Turns whatever fails into a BackboneError; without transformers' progress bars, and without its report of new
+    weights, which `load` checks itself."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
+    except Exception as error:  # the hub, safetensors and transformers share no base class
+        raise BackboneError(f"{name}: {failure} ({summary(error)}); {remedy}") from error
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+            logging.enable_progress_bar()

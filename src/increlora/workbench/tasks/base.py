@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from increlora.errors import TaskError
+from ...errors import TaskError
 
 VALIDATION_SEED = 0  # draws validation examples, fixed: every run answers the same questions
 
@@ -21,7 +21,7 @@ Batches = Iterable[BatchEncoding]
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What a user may say about a task's data.
+    """What a user may choose about a task's data.
 
     Attributes:
         data: folder or file to read; None: the task's own source (the hub, the running Python, a generator).
@@ -83,7 +83,7 @@ class Task:
     @torch.no_grad()
     def evaluate(self, model: nn.Module, *, batch_size: int = 64) -> dict[str, float]:
         """`measure` over the validation examples, in evaluation mode; leaves the model's mode and all random states."""
-        by_length = sorted(self.validation, key=length)
+        by_length = sorted(self.validation, key=lambda example: lengths([example]))
         device = next(model.parameters()).device
         loader = self._loader(by_length, batch_size)
         was_training = model.training
@@ -104,13 +104,9 @@ def epoch_order(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
-def length(example: Example) -> int:
-    """Tokens of an example; 1 for what is no text."""
-    return len(example.get("input_ids", (0,)))
-
-
 def lengths(examples: Sequence[Example]) -> list[int]:
-    return [length(example) for example in examples]
+    """Tokens of each example; 1 for what is no text."""
+    return [len(example.get("input_ids", (0,))) for example in examples]
 
 
 def accuracy(model: nn.Module, batches: Batches) -> dict[str, float]:
@@ -127,3 +123,9 @@ def encoded_rows(encoded: Mapping[str, Any], labels: Sequence[Any]) -> list[Exam
     """A tokenizer's columns and the labels as a list of examples."""
     columns = {**encoded, "labels": labels}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def summary(error: Exception) -> str:
+    """Type and first line of an error."""
+    first_line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}"

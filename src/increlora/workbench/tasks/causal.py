@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from increlora.workbench.tasks.base import Batches
+from .base import Batches
 
-IGNORED = -100  # a label that asks nothing, in torch and transformers
+IGNORED = -100  # a label without a loss, in torch and transformers
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -5,7 +5,7 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
-from increlora.errors import TaskError
+from ...errors import TaskError
+from .base import summary
 
+TABLES = (".parquet", ".jsonl", ".json", ".txt")  # endings of data files in a folder; any other file is read as text
 SPLITS = {
     "train": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
@@ -37,22 +39,16 @@ class Rows:
         if not len(self.table):
             raise TaskError(f"{self.origin} has no rows; name a file with some")
 
-    def require(self, columns: Sequence[str], what: str) -> None:
-        """Raise TaskError unless all `columns` of `what` are there."""
-        if not set(columns) <= set(self.table.column_names):
-            there, expected = ", ".join(self.table.column_names), ", ".join(columns)
-            raise TaskError(f"{self.origin} has the columns {there} but {what} reads {expected}; rename or add them")
-
     def require_text(self, column: str) -> None:
         """Raise TaskError if `column` holds anything but strings and nulls."""
         kind = self.table[column].type
-        if not (_is_text(kind) or pa.types.is_null(kind)):
+        if not (is_text(kind) or pa.types.is_null(kind)):
             raise TaskError(f"{self.origin}: column {column!r} holds {kind}, not text; name a file with text there")
 
     def refuse_nulls(self, column: str) -> None:
         if self.table[column].null_count:
             row = pc.index(pc.is_null(self.table[column]), True).as_py()
-            raise TaskError(f"{self.origin}: column {column!r} is null at row {row}; remove or mend it")
+            raise TaskError(f"{self.origin}: column {column!r} is null at row {row}; remove or correct it")
 
     def column(self, name: str) -> list[Any]:
         return self.table[name].to_pylist()
@@ -100,7 +96,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     """The data files of a folder by split, each split's in order of their names; a file alone is for training.
 
     Raises: TaskError if none is for training."""
-    found = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in READERS)
+    found = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in TABLES)
     files: dict[str, list[Path]] = defaultdict(list)
     for path in found:
         if match := SPLIT_NAME.match(path.name):
@@ -108,7 +104,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     if not files and len(found) == 1:
         files["train"] = found
     if not files["train"]:
-        there = names(found) or f"no {', '.join(READERS)}"
+        there = names(found) or f"no {', '.join(TABLES)}"
         raise TaskError(f"{folder} has no training file but {there}; give one a name like train.parquet")
     return dict(files)
 
@@ -118,7 +114,7 @@ def read_rows(paths: Sequence[Path]) -> Rows:
 
     Raises: TaskError if a file is damaged, or if two have other columns."""
     try:
-        tables = [_read(path) for path in paths]
+        tables = [read_table(path) for path in paths]
         for path, table in zip(paths, tables, strict=True):
             if set(table.column_names) != set(tables[0].column_names):
                 raise TaskError(
@@ -128,7 +124,40 @@ def read_rows(paths: Sequence[Path]) -> Rows:
         return Rows(str(paths[0]), pa.concat_tables(tables, promote_options="permissive"))
     except (pa.ArrowException, OSError) as error:
         there = paths[0].parent / names(paths)
-        raise TaskError(f"{there} cannot be read ({first_line(error)}); restore or convert it") from error
+        raise TaskError(f"{there} cannot be read ({summary(error)}); restore or convert it") from error
+
+
+def read_table(path: Path) -> pa.Table:
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return parquet.read_table(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+    if kind not in (".json", ".jsonl"):
+        return pa.table({"text": [text]})
+    if kind == ".json":
+        rows = parsed(text, str(path))
+        if not isinstance(rows, list):
+            raise TaskError(f"{path} holds a JSON {type(rows).__name__}, not a list of rows; write [{{…}}, {{…}}]")
+    else:
+        lines = enumerate(text.split("\n"), 1)  # splitlines would also cut inside strings
+        rows = [parsed(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise TaskError(f"{path}: row {number} is {str(row)[:40]!r}, not an object with named columns; correct it")
+    columns = dict.fromkeys(chain.from_iterable(rows))  # of all rows: the first one may leave some out
+    return pa.table({name: [row.get(name) for row in rows] for name in columns})
+
+
+def parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TaskError(
+            f"{place}: is not JSON ({error}); correct it, or give a text another ending, like .txt"
+        ) from error
 
 
 def held_out(rows: Any) -> tuple[Any, Any]:
@@ -143,7 +172,12 @@ def draw(count: int, limit: int | None, seed: int) -> list[int]:
 
 
 def text_columns(table: pa.Table) -> list[str]:
-    return [field.name for field in table.schema if _is_text(field.type)]
+    return [field.name for field in table.schema if is_text(field.type)]
+
+
+def is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def names(paths: Iterable[Path]) -> str:
@@ -151,70 +185,8 @@ def names(paths: Iterable[Path]) -> str:
 
 
 def digest(paths: Iterable[Path]) -> str:
-    """Tells data sets apart in a record, whatever folder they were in."""
+    """Identifies data in a record, whatever folder it was in."""
     sha = hashlib.sha256()
     for path in paths:
         sha.update(path.read_bytes())
     return f"sha256 {sha.hexdigest()[:12]}"
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-# -- one file --------------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> pa.Table:
-    return READERS.get(path.suffix.lower(), _read_text)(path)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
-
-
-def _read_text(path: Path) -> pa.Table:
-    return pa.table({"text": [_text(path)]})
-
-
-def _read_json(path: Path) -> pa.Table:
-    rows = _parsed(_text(path), str(path))
-    if not isinstance(rows, list):
-        raise TaskError(f"{path} holds a JSON {type(rows).__name__}, not a list of rows; write [{{…}}, {{…}}]")
-    return _from_rows(rows, path)
-
-
-def _read_json_lines(path: Path) -> pa.Table:
-    lines = enumerate(_text(path).split("\n"), 1)  # splitlines would also cut inside strings
-    return _from_rows([_parsed(line, f"{path}, line {number}") for number, line in lines if line.strip()], path)
-
-
-def _parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{place}: is not JSON ({error}); mend it, or give a text another ending, like .txt") from error
-
-
-def _from_rows(rows: list[Any], path: Path) -> pa.Table:
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise TaskError(f"{path}: row {number} is {str(row)[:40]!r}, not an object with named columns; mend it")
-    columns = dict.fromkeys(chain.from_iterable(rows))  # of all rows: the first one may leave some out
-    return pa.table({name: [row.get(name) for row in rows] for name in columns})
-
-
-READERS: dict[str, Callable[[Path], pa.Table]] = {
-    ".parquet": parquet.read_table,
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".txt": _read_text,
-}
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

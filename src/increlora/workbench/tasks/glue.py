@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
-from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from increlora.errors import TaskError
-from increlora.workbench.tasks.base import VALIDATION_SEED, Batches, Example, Task, TaskOptions, encoded_rows
-from increlora.workbench.tasks.files import Rows, digest, first_line, names, read_rows, split_files
+from ...errors import TaskError
+from .base import VALIDATION_SEED, Batches, Example, Task, TaskOptions, encoded_rows, summary
+from .files import Rows, digest, names, read_rows, split_files
 
 HUB_NAME = "nyu-mll/glue"
 MAX_SCORE = 5.0  # of stsb
@@ -43,7 +43,7 @@ class Glue:
 
     def score(self, labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
         """The metrics of predictions (n,) against labels (n,)."""
-        from increlora.workbench.tasks.glue_metrics import scores
+        from .glue_metrics import scores
 
         return scores(self.metrics, labels, predicted)
 
@@ -73,10 +73,10 @@ def glue_task(name: str, tokenizer: PreTrainedTokenizerBase, options: TaskOption
     mnli is judged on `validation_matched`; where `validation_mismatched` is there, its numbers stand beside.
     Raises: TaskError if files, columns or labels are missing or foreign."""
     glue = GLUE[name]
-    splits, source = _from_hub(name) if options.data is None else _from_folder(name, options.data)
+    splits, source = from_hub(name) if options.data is None else from_folder(name, options.data)
     for rows in splits.values():
-        _check(rows, glue, f"glue/{name}")
-    encode = partial(_encode, tokenizer=tokenizer, glue=glue, max_length=options.max_length)
+        check_rows(rows, glue, f"glue/{name}")
+    encode = partial(encoded, tokenizer=tokenizer, glue=glue, max_length=options.max_length)
     validation = encode(splits["validation"].sample(options.max_eval_samples, VALIDATION_SEED))
     labels = np.array([example["labels"] for example in validation])
     if MISMATCHED in splits:
@@ -89,7 +89,7 @@ def glue_task(name: str, tokenizer: PreTrainedTokenizerBase, options: TaskOption
         train=encode(splits["train"].sample(options.max_train_samples, options.seed)),
         validation=validation,
         collate=DataCollatorWithPadding(tokenizer),
-        measure=partial(_measure, glue),
+        measure=partial(measured, glue),
         baseline=glue.baseline(labels),
     )
 
@@ -98,14 +98,21 @@ def glue_train_size(name: str, data: Path | None) -> int:
     """Number of training examples: the official one, or that of the files in `data`; no tokenizer is needed."""
     if data is None:
         return GLUE[name].train_size
-    rows = _from_folder(name, data)[0]["train"]
-    _check(rows, GLUE[name], f"glue/{name}")
+    rows = from_folder(name, data)[0]["train"]
+    check_rows(rows, GLUE[name], f"glue/{name}")
     return len(rows.table)
 
 
-def _measure(glue: Glue, model: nn.Module, batches: Batches) -> dict[str, float]:
-    columns = torch.cat([_answers(model, batch) for batch in batches]).numpy()
-    labels, predicted, other = columns.T
+def measured(glue: Glue, model: nn.Module, batches: Batches) -> dict[str, float]:
+    """The task's metrics; those of mnli's second validation set beside them."""
+    answers = []
+    for batch in batches:
+        labels = batch.pop("labels")
+        other = batch.pop(MISMATCHED, torch.zeros_like(labels))
+        logits = model(**batch).logits
+        predicted = logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
+        answers.append(torch.stack([column.cpu().double() for column in (labels, predicted, other)]))
+    labels, predicted, other = torch.cat(answers, dim=1).numpy()
     numbers = glue.score(labels[other == 0], predicted[other == 0])
     if other.any():
         beside = glue.score(labels[other == 1], predicted[other == 1])
@@ -113,25 +120,15 @@ def _measure(glue: Glue, model: nn.Module, batches: Batches) -> dict[str, float]
     return numbers
 
 
-def _answers(model: nn.Module, batch: BatchEncoding) -> torch.Tensor:
-    """Label, prediction, and whether the example is of the second validation set: (n, 3) in float64."""
-    labels = batch.pop("labels")
-    other = batch.pop(MISMATCHED, torch.zeros_like(labels))
-    logits = model(**batch).logits
-    predicted = logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
-    return torch.stack([column.cpu().double() for column in (labels, predicted, other)], dim=1)
-
-
-def _encode(rows: Rows, *, tokenizer: PreTrainedTokenizerBase, glue: Glue, max_length: int) -> list[Example]:
+def encoded(rows: Rows, *, tokenizer: PreTrainedTokenizerBase, glue: Glue, max_length: int) -> list[Example]:
     texts = [rows.column(column) for column in glue.columns]
-    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-    return encoded_rows(encoded, rows.column("label"))
+    return encoded_rows(tokenizer(*texts, truncation=True, max_length=max_length), rows.column("label"))
 
 
 # -- where the rows come from ------------------------------------------------------------------------------------------
 
 
-def _from_folder(name: str, folder: Path) -> tuple[dict[str, Rows], str]:
+def from_folder(name: str, folder: Path) -> tuple[dict[str, Rows], str]:
     expected = f"glue/{name} reads train.parquet and validation.parquet of a folder {name}"
     if not folder.is_dir():
         raise TaskError(f"--data {folder} is a file but {expected}; name that folder or the one around it")
@@ -148,41 +145,41 @@ def _from_folder(name: str, folder: Path) -> tuple[dict[str, Rows], str]:
     return {split: read_rows(paths) for split, paths in chosen.items()}, f"{names(every)}, {digest(every)}"
 
 
-def _from_hub(name: str) -> tuple[dict[str, Rows], str]:
+def from_hub(name: str) -> tuple[dict[str, Rows], str]:
     try:
         from datasets import load_dataset  # an extra of ours, and not needed for local files
 
         found = load_dataset(HUB_NAME, name)
     except Exception as error:  # not installed, no network and offline mode share no base class
         raise TaskError(
-            f"glue/{name}: {HUB_NAME} cannot be had from the hub ({type(error).__name__}: {first_line(error)}); "
+            f"glue/{name}: {HUB_NAME} cannot be had from the hub ({summary(error)}); "
             f"name the folder that holds {name}/train.parquet and {name}/validation.parquet by --data"
         ) from error
     called = {"validation_matched": "validation", "validation_mismatched": MISMATCHED}
-    splits = {called.get(split, split): split for split in found if not split.startswith("test")}
     rows = {
-        own: Rows(f"{HUB_NAME} {name} {split}", found[split].with_format("arrow")[:]) for own, split in splits.items()
+        called.get(split, split): Rows(f"{HUB_NAME} {name} {split}", found[split].with_format("arrow")[:])
+        for split in found
+        if not split.startswith("test")
     }
     return rows, f"{HUB_NAME} on the hub"
 
 
-def _check(rows: Rows, glue: Glue, what: str) -> None:
-    rows.require((*glue.columns, "label"), what)
-    for column in glue.columns:
-        rows.require_text(column)
-        rows.refuse_nulls(column)
+def check_rows(rows: Rows, glue: Glue, task: str) -> None:
+    """Raise TaskError for columns or labels that are not the task's."""
+    if not {*glue.columns, "label"} <= set(rows.table.column_names):
+        there, expected = ", ".join(rows.table.column_names), ", ".join((*glue.columns, "label"))
+        raise TaskError(f"{rows.origin} has the columns {there} but {task} reads {expected}; rename or add them")
+    for name in glue.columns:
+        rows.require_text(name)
+        rows.refuse_nulls(name)
     rows.refuse_nulls("label")
-    _check_labels(rows, glue, what)
-
-
-def _check_labels(rows: Rows, glue: Glue, what: str) -> None:
     column = rows.table["label"]
     expected = "0 to 5" if not glue.labels else ", ".join(f"{n} {name}" for n, name in enumerate(glue.labels))
     if not (pa.types.is_integer(column.type) or (pa.types.is_floating(column.type) and not glue.labels)):
-        raise TaskError(f"{rows.origin}: labels are {column.type} but {what} has the numbers {expected}; convert them")
+        raise TaskError(f"{rows.origin}: labels are {column.type} but {task} has the numbers {expected}; convert them")
     labels = column.to_numpy()
     known = np.isin(labels, range(len(glue.labels))) if glue.labels else (labels >= 0) & (labels <= MAX_SCORE)
     if not known.all():
         row = int(np.argmin(known))
-        hint = "a test set's labels are hidden: name another file" if labels[row] == -1 else "remove or mend it"
-        raise TaskError(f"{rows.origin}: label {labels[row]} at row {row} but {what} has {expected}; {hint}")
+        hint = "a test set's labels are hidden: name another file" if labels[row] == -1 else "remove or correct it"
+        raise TaskError(f"{rows.origin}: label {labels[row]} at row {row} but {task} has {expected}; {hint}")

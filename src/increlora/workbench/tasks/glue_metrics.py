@@ -18,16 +18,11 @@ def scores(names: Iterable[str], labels: np.ndarray, predicted: np.ndarray) -> d
 
 
 def correlation(test: Callable[..., Any], labels: np.ndarray, predicted: np.ndarray) -> float:
-    """The coefficient that `test` finds, in [−1, 1]; 0 where one side is constant, NaN where a prediction is.
-
-    Args:
-        test: `scipy.stats.pearsonr` or one like it.
-        labels, predicted: (n,), n ≥ 1."""
+    """The coefficient of a test such as `scipy.stats.pearsonr`; 0 where one side is constant, NaN where a prediction
+    is."""
     if not np.isfinite(predicted).all():
         return math.nan
-    if len(labels) < 2:
-        return 0.0
-    value = float(test(labels, predicted).statistic)
+    value = float(test(labels, predicted).statistic) if len(labels) > 1 else math.nan
     return 0.0 if math.isnan(value) else value
 
 

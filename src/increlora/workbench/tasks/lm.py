@@ -7,15 +7,15 @@ beginning-of-text token where it uses one, else before its end token, cut into b
     [        block        ][        block        ][ last ]         the first token of a block is not predicted"""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
 from transformers import PreTrainedTokenizerBase
 
-from increlora.errors import TaskError
-from increlora.workbench.tasks.base import VALIDATION_SEED, Example, Task, TaskOptions
-from increlora.workbench.tasks.causal import causal_loss, ending, opening, right_padding, token_ids
-from increlora.workbench.tasks.files import HELD_OUT, Rows, draw, held_out, read_splits, text_columns
+from ...errors import TaskError
+from .base import VALIDATION_SEED, Example, Task, TaskOptions
+from .causal import causal_loss, ending, opening, right_padding, token_ids
+from .files import HELD_OUT, Rows, draw, held_out, read_splits, text_columns
 
 # Tokenizers slow down on very long texts (10 MB: 35 s and 1.8 GB): pieces end at a line's end where one is near.
 PIECE = re.compile(r"(?s).{1,10000}(?:(?<=\n)|\Z)|.{10000}")
@@ -30,8 +30,11 @@ def lm_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
     if options.data is None:
         raise TaskError("task lm trains on a text of yours: name a file or folder by --data")
     splits = read_splits(options.data)
-    documents = _documents(splits.train)
-    text, other = _cut(documents) if splits.validation is None else (documents, _documents(splits.validation))
+    text, other = texts(splits.train), [] if splits.validation is None else texts(splits.validation)
+    if splits.validation is None and len(text) >= HELD_OUT:
+        text, other = held_out(text)
+    elif splits.validation is None:  # the end of each of a few documents
+        text, other = [held_out(document)[0] for document in text], [held_out(document)[1] for document in text]
     train = list(islice(blocks(tokens(tokenizer, text), options.max_length), options.max_train_samples))
     validation = list(blocks(tokens(tokenizer, other), options.max_length))
     if not (train and validation):
@@ -48,24 +51,8 @@ def lm_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
     )
 
 
-def tokens(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[int]:
-    """The stream: every document behind the opening token or, where there is none, before the end token."""
-    before = opening(tokenizer)
-    after = [] if before else ending(tokenizer)
-    pieces = chain.from_iterable(map(_pieces, documents))
-    while group := list(islice(pieces, PIECES_AT_ONCE)):
-        found = token_ids(tokenizer, [piece for piece, _, _ in group])
-        for (_, first, last), ids in zip(group, found, strict=True):
-            yield from chain(before if first else (), ids, after if last else ())
-
-
-def blocks(stream: Iterator[int], size: int) -> Iterator[Example]:
-    """The stream in blocks of `size` tokens; the last one is shorter, or left out if it predicts nothing."""
-    cut = iter(lambda: list(islice(stream, size)), [])
-    return ({"input_ids": block, "labels": block} for block in cut if len(block) > 1)
-
-
-def _documents(rows: Rows) -> list[str]:
+def texts(rows: Rows) -> list[str]:
+    """The documents of a table: its only column of text, or the one called `text`."""
     columns = text_columns(rows.table)
     column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
     if column is None:
@@ -75,15 +62,19 @@ def _documents(rows: Rows) -> list[str]:
     return [text for text in rows.column(column) if text.strip()]
 
 
-def _cut(documents: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Hold out the last documents or, where they are few, the end of each."""
-    if len(documents) >= HELD_OUT:
-        return held_out(documents)
-    parts = [held_out(document) for document in documents]
-    return [train for train, _ in parts], [validation for _, validation in parts]
+def tokens(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[int]:
+    """The stream: every document behind the opening token or, where there is none, before the end token."""
+    before = opening(tokenizer)
+    after = [] if before else ending(tokenizer)
+    pieces = (piece for document in documents for piece in PIECE.finditer(document))
+    while group := list(islice(pieces, PIECES_AT_ONCE)):
+        found = token_ids(tokenizer, [piece[0] for piece in group])
+        for piece, ids in zip(group, found, strict=True):
+            first, last = piece.start() == 0, piece.end() == len(piece.string)
+            yield from chain(before if first else (), ids, after if last else ())
 
 
-def _pieces(document: str) -> Iterator[tuple[str, bool, bool]]:
-    """Each piece, and whether it is the document's first or last."""
-    for piece in PIECE.finditer(document):
-        yield piece[0], piece.start() == 0, piece.end() == len(document)
+def blocks(stream: Iterator[int], size: int) -> Iterator[Example]:
+    """The stream in blocks of `size` tokens; the last one is shorter, or left out if it predicts nothing."""
+    cut = iter(lambda: list(islice(stream, size)), [])
+    return ({"input_ids": block, "labels": block} for block in cut if len(block) > 1)

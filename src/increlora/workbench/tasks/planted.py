@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BatchEncoding
 
-from increlora.errors import TaskError
-from increlora.hosts.peft import rank_summary
-from increlora.workbench.tasks.base import Batches, Example, Task, TaskOptions
+from ...errors import TaskError
+from ...hosts.peft import rank_summary
+from .base import Batches, Example, Task, TaskOptions
 
 WIDTH, HIDDEN, LAYERS, OUTPUTS = 32, 80, 6, 16
 PLANTED_RANKS = (0, 0, 0, 1, 3, 8)  # over the layers of each kind of module: 2 on average, in ranks and in parameters

@@ -14,10 +14,10 @@ from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
-from increlora.errors import TaskError
-from increlora.workbench.tasks.base import VALIDATION_SEED, Example, Task, TaskOptions
-from increlora.workbench.tasks.causal import IGNORED, causal_loss, ending, opening, right_padding, token_ids
-from increlora.workbench.tasks.files import Rows, read_splits
+from ...errors import TaskError
+from .base import VALIDATION_SEED, Example, Task, TaskOptions
+from .causal import IGNORED, causal_loss, ending, opening, right_padding, token_ids
+from .files import Rows, read_splits
 
 LAYOUTS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
 CONTEXT = "input"  # Alpaca's third column, often empty
@@ -34,11 +34,9 @@ def sft_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
         raise TaskError("task sft trains on pairs of yours: name a file or folder by --data")
     splits, notes = read_splits(options.data), Counter[str]()
     train, validation = splits.rows()
-    chosen = (
-        train.sample(options.max_train_samples, options.seed),
-        validation.sample(options.max_eval_samples, VALIDATION_SEED),
-    )
-    examples = [_examples(tokenizer, rows, options.max_length, notes) for rows in chosen]
+    train = train.sample(options.max_train_samples, options.seed)
+    validation = validation.sample(options.max_eval_samples, VALIDATION_SEED)
+    examples = [fitting(tokenizer, rows, options.max_length, notes) for rows in (train, validation)]
     return Task(
         name="sft",
         metric="eval_loss",
@@ -51,13 +49,13 @@ def sft_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
     )
 
 
-def _examples(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, notes: Counter[str]) -> list[Example]:
+def fitting(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, notes: Counter[str]) -> list[Example]:
     """The pairs that fit, tokenized; `notes` counts what is left out or cut."""
-    pairs = _pairs(rows)
+    pairs = read_pairs(rows)
     whole = [(prompt, response) for prompt, response in pairs if prompt.strip() and response.strip()]
     notes["rows without prompt or response left out"] += len(pairs) - len(whole)
     examples = []
-    for start, prompt, response in _tokenized(tokenizer, whole):
+    for start, prompt, response in tokenized(tokenizer, whole):
         excess = max(0, len(start) + len(prompt) + len(response) - max_length)
         if excess >= len(prompt):
             notes[f"responses longer than {max_length} tokens left out"] += 1
@@ -73,41 +71,39 @@ def _examples(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, n
     return examples
 
 
-def _pairs(rows: Rows) -> list[Pair]:
+def read_pairs(rows: Rows) -> list[Pair]:
     """Prompts and responses as they are in the table; a null reads as an empty text."""
     layout = next((pair for pair in LAYOUTS if set(pair) <= set(rows.table.column_names)), None)
     if layout is None:
         there, known = ", ".join(rows.table.column_names), " or ".join(" + ".join(pair) for pair in LAYOUTS)
         raise TaskError(f"{rows.origin} has the columns {there}; sft reads {known}: rename two")
-    prompts, responses = (_texts(rows, column) for column in layout)
-    if layout[0] == "instruction" and CONTEXT in rows.table.column_names:
-        prompts = [
-            prompt + BLANK_LINE + context if context.strip() else prompt
-            for prompt, context in zip(prompts, _texts(rows, CONTEXT), strict=True)
-        ]
-    return list(zip(prompts, responses, strict=True))
+    with_context = layout[0] == "instruction" and CONTEXT in rows.table.column_names
+    columns = (*layout, CONTEXT) if with_context else layout
+    for column in columns:
+        rows.require_text(column)
+    texts = [[text or "" for text in rows.column(column)] for column in columns]
+    if not with_context:
+        return list(zip(*texts, strict=True))
+    return [
+        (prompt + BLANK_LINE + context if context.strip() else prompt, response)
+        for prompt, response, context in zip(*texts, strict=True)
+    ]
 
 
-def _texts(rows: Rows, column: str) -> list[str]:
-    rows.require_text(column)
-    return [text or "" for text in rows.column(column)]
-
-
-def _tokenized(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> list[tuple[list[int], list[int], list[int]]]:
+def tokenized(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> list[tuple[list[int], list[int], list[int]]]:
     """Per pair: what is never cut, the prompt, the response with its end.
 
     Prompt and response are tokenized each alone, as in generation, where the prompt is there first."""
     if tokenizer.chat_template:
-        start, end, pairs = [], [], [_chat(tokenizer, *pair) for pair in pairs]
+        start, end, pairs = [], [], [chat(tokenizer, *pair) for pair in pairs]
     else:
         start, end = opening(tokenizer), ending(tokenizer)
         pairs = [(prompt + BLANK_LINE, response) for prompt, response in pairs]
-    prompts = token_ids(tokenizer, [prompt for prompt, _ in pairs])
-    responses = token_ids(tokenizer, [response for _, response in pairs])
+    prompts, responses = (token_ids(tokenizer, [pair[i] for pair in pairs]) for i in (0, 1))
     return [(start, prompt, response + end) for prompt, response in zip(prompts, responses, strict=True)]
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> Pair:
+def chat(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> Pair:
     """The pair as the template writes it: what generation starts from, and all that follows."""
     asked = [{"role": "user", "content": prompt}]
     answered = [*asked, {"role": "assistant", "content": response}]

@@ -19,16 +19,14 @@ import sysconfig
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
-from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from increlora.errors import TaskError
-from increlora.workbench.tasks.base import VALIDATION_SEED, Example, Task, TaskOptions, accuracy, encoded_rows
+from ...errors import TaskError
+from .base import VALIDATION_SEED, Example, Task, TaskOptions, accuracy, encoded_rows
 
 SKIPPED_FOLDERS = frozenset(
     "__pycache__ dist-packages idle_test lib2to3 pydoc_data site-packages test tests turtledemo".split()
@@ -41,23 +39,14 @@ MIN_PAIRS = 100
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-@dataclass(frozen=True)
-class Documented:
-    """A function with the first line of its docstring; `file` is relative to the library's folder."""
+class Pair(NamedTuple):
+    """A signature with the first line of a docstring: its own if `label` is 1, another function's of the same file if
+    0; `file` is relative to the library's folder."""
 
     file: str
     signature: str
     summary: str
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A signature with a summary: its own if `label` is 1, another function's of the same file if 0."""
-
-    file: str
-    signature: str
-    summary: str
-    label: int
+    label: int = 1
 
 
 def stdlib_docs_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
@@ -69,12 +58,17 @@ def stdlib_docs_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -
         name="stdlib-docs",
         metric="accuracy",
         source=f"standard library of {platform.python_implementation()} {platform.python_version()}",
-        train=_encode(tokenizer, train[: options.max_train_samples], options.max_length),
-        validation=_encode(tokenizer, validation[: options.max_eval_samples], options.max_length),
+        train=encoded(tokenizer, train[: options.max_train_samples], options.max_length),
+        validation=encoded(tokenizer, validation[: options.max_eval_samples], options.max_length),
         collate=DataCollatorWithPadding(tokenizer),
         measure=accuracy,
         baseline={"accuracy": 0.5},
     )
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int) -> list[Example]:
+    texts = [p.signature for p in pairs], [p.summary for p in pairs]
+    return encoded_rows(tokenizer(*texts, truncation=True, max_length=max_length), [p.label for p in pairs])
 
 
 def load_pairs(root: Path | None = None, *, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
@@ -90,8 +84,8 @@ def load_pairs(root: Path | None = None, *, seed: int = 0) -> tuple[list[Pair], 
     for functions in documented_functions(root):
         held_out = is_validation(functions[0].file)
         rng = random.Random(f"{functions[0].file} {VALIDATION_SEED if held_out else seed}")
-        (validation if held_out else train).extend(_pair_up(functions, rng))
-    splits = _take_turns(train, random.Random(seed)), _take_turns(validation, random.Random(VALIDATION_SEED))
+        (validation if held_out else train).extend(with_swaps(functions, rng))
+    splits = alternating(train, random.Random(seed)), alternating(validation, random.Random(VALIDATION_SEED))
     if len(train) + len(validation) < MIN_PAIRS or not all(splits):
         raise TaskError(
             f"{root}: gives {len(splits[0])} training and {len(splits[1])} validation pairs, too few; "
@@ -105,32 +99,49 @@ def is_validation(file: str) -> bool:
     return int(hashlib.sha256(file.encode()).hexdigest(), 16) % VALIDATION_SHARE == 0
 
 
+def with_swaps(functions: Sequence[Pair], rng: random.Random) -> list[Pair]:
+    """Half the functions keep their summaries, the other half pass theirs on in a circle."""
+    shuffled = rng.sample(functions, len(functions))
+    cut = (len(shuffled) + rng.randrange(2)) // 2
+    false = shuffled[cut:]
+    swapped = zip(false, false[1:] + false[:1], strict=True)
+    return shuffled[:cut] + [one._replace(summary=other.summary, label=0) for one, other in swapped]
+
+
+def alternating(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
+    shuffled = rng.sample(pairs, len(pairs))
+    by_label = ([pair for pair in shuffled if pair.label == label] for label in (1, 0))
+    return [pair for both in zip(*by_label, strict=False) for pair in both]  # the few left over are dropped
+
+
+# -- the library's sources ---------------------------------------------------------------------------------------------
+
+
 @cache
-def documented_functions(root: Path) -> Sequence[Sequence[Documented]]:
+def documented_functions(root: Path) -> Sequence[Sequence[Pair]]:
     """The usable functions of every file under `root` that has enough of them, by file, in order of path.
 
     Left out: private names, summaries of fewer than three words, and whatever repeats a signature or summary of
     the same file, or a function and summary of another one."""
-    files: dict[str, list[Documented]] = defaultdict(list)
-    with _collector_paused():
-        for function in _unrepeated(chain.from_iterable(_read(root, path) for path in _sources(root))):
-            files[function.file].append(function)
-    return tuple(tuple(functions) for functions in files.values() if len(functions) >= MIN_PER_FILE)
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Syntax trees have no cycles, and beside torch and transformers collecting takes half of the parsing time."""
+    files: dict[str, list[Pair]] = defaultdict(list)
+    seen: set[tuple[str, str]] = set()
     was_enabled = gc.isenabled()
-    gc.disable()
+    gc.disable()  # syntax trees have no cycles, and collecting takes half of the parsing time beside torch
     try:
-        yield
+        for function in (function for path in sources(root) for function in read_functions(root, path)):
+            name = function.signature.partition("(")[0].split()[-1].rpartition(".")[2]
+            summary = function.summary.casefold().rstrip(".")
+            keys = {(function.file, function.signature), (function.file, summary), (name, summary)}
+            if not keys & seen:
+                files[function.file].append(function)
+            seen |= keys
     finally:
         if was_enabled:
             gc.enable()
+    return tuple(tuple(functions) for functions in files.values() if len(functions) >= MIN_PER_FILE)
 
 
-def _sources(root: Path) -> list[Path]:
+def sources(root: Path) -> list[Path]:
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = set(subfolders) - SKIPPED_FOLDERS  # pruned: site-packages may be very large
@@ -138,63 +149,26 @@ def _sources(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def _read(root: Path, path: Path) -> Iterator[Documented]:
+def read_functions(root: Path, path: Path) -> Iterator[Pair]:
     file = path.relative_to(root).as_posix()
     try:
         with warnings.catch_warnings(action="ignore"):  # old escape sequences in other people's files
             tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return  # the library holds a few files that are broken on purpose
-    for owner, node in _functions(tree.body):
-        if (summary := _summary(node)) and not node.name.startswith("_"):
-            yield Documented(file, f"def {owner}{node.name}({ast.unparse(node.args)})", summary)
+    for owner, node in functions_in(tree.body):
+        summary = (ast.get_docstring(node) or "").strip().partition("\n")[0].strip()
+        usable = summary[:1].isalpha() and len(summary.split()) >= MIN_WORDS and not node.name.startswith("_")
+        if usable:
+            yield Pair(file, f"def {owner}{node.name}({ast.unparse(node.args)})", summary)
 
 
-def _functions(body: Iterable[ast.AST], owner: str = "") -> Iterator[tuple[str, FunctionNode]]:
+def functions_in(body: Iterable[ast.AST], owner: str = "") -> Iterator[tuple[str, FunctionNode]]:
     """Functions of a module and its classes, also below `if` and `try`; not those inside functions."""
     for node in body:
         if isinstance(node, FunctionNode):
             yield owner, node
         elif isinstance(node, ast.ClassDef):
-            yield from _functions(node.body, f"{node.name}.")
+            yield from functions_in(node.body, f"{node.name}.")
         elif isinstance(node, ast.stmt | ast.excepthandler):
-            yield from _functions(ast.iter_child_nodes(node), owner)
-
-
-def _summary(node: FunctionNode) -> str | None:
-    text = (ast.get_docstring(node) or "").strip()
-    line = text.partition("\n")[0].strip()
-    return line if line[:1].isalpha() and len(line.split()) >= MIN_WORDS else None
-
-
-def _unrepeated(functions: Iterable[Documented]) -> Iterator[Documented]:
-    seen: set[tuple[str, str]] = set()
-    for function in functions:
-        name = function.signature.partition("(")[0].split()[-1].rpartition(".")[2]
-        summary = function.summary.casefold().rstrip(".")
-        keys = {(function.file, function.signature), (function.file, summary), (name, summary)}
-        if not keys & seen:
-            yield function
-        seen |= keys
-
-
-def _pair_up(functions: Sequence[Documented], rng: random.Random) -> Iterator[Pair]:
-    """Half the functions keep their summaries, the other half pass theirs round the circle."""
-    shuffled = rng.sample(functions, len(functions))
-    cut = (len(shuffled) + rng.randrange(2)) // 2
-    false = shuffled[cut:]
-    for function in shuffled[:cut]:
-        yield Pair(function.file, function.signature, function.summary, 1)
-    for function, other in zip(false, false[1:] + false[:1], strict=True):
-        yield Pair(function.file, function.signature, other.summary, 0)
-
-
-def _take_turns(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
-    shuffled = rng.sample(pairs, len(pairs))
-    by_label = ([pair for pair in shuffled if pair.label == label] for label in (1, 0))
-    return [pair for both in zip(*by_label, strict=False) for pair in both]  # the few left over are dropped
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int) -> list[Example]:
-    texts = [p.signature for p in pairs], [p.summary for p in pairs]
-    return encoded_rows(tokenizer(*texts, truncation=True, max_length=max_length), [p.label for p in pairs])
+            yield from functions_in(ast.iter_child_nodes(node), owner)

@@ -21,20 +21,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from increlora.files import whole_file
-from increlora.workbench.tasks.uuids import (
-    BOS,
-    IDS,
-    PAD,
-    PROMPT_LENGTH,
-    UUID_LENGTH,
-    VOCABULARY,
-    collate,
-    draw_pairs,
-    examples,
-)
+from ...files import whole_file
+from .uuids import BOS, IDS, PAD, PROMPT_LENGTH, UUID_LENGTH, VOCABULARY, collate, draw_pairs, examples
 
-FRESH = "fresh pairs"  # a word as seed: no seed of the task, which is a number, draws these pairs
+FRESH = "fresh pairs"  # a word as seed: the task's seeds are numbers and never draw these pairs
 WARMUP = 0.1
 CLIP = 1.0
 

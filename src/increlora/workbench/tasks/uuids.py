@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
-from increlora.errors import TaskError
-from increlora.workbench.tasks.base import Batches, Example, Task, TaskOptions
-from increlora.workbench.tasks.causal import IGNORED
+from ...errors import TaskError
+from .base import Batches, Example, Task, TaskOptions
+from .causal import IGNORED
 
 PAIRS = 100  # N, unless --max-train-samples says otherwise
 UUID_LENGTH, DIGITS = 36, 32  # characters with and without dashes
@@ -68,7 +68,7 @@ def draw_pairs(count: int, seed: int | str) -> list[Pair]:
 
 
 def examples(pairs: Sequence[Pair], *, value_only: bool = False) -> list[Example]:
-    """A token per character; `value_only` asks nothing before the value."""
+    """A token per character; with `value_only` the loss is on the value alone."""
     rows = [[IDS[character] for character in f"{BOS}{key}:{value}"] for key, value in pairs]
     unasked = [IGNORED] * PROMPT_LENGTH if value_only else []
     return [{"input_ids": row, "labels": unasked + row[len(unasked) :]} for row in rows]
