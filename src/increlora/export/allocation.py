@@ -35,7 +35,7 @@ def allocation_to_lora_config(
         lora_alpha: α; default the adapter's own.
         options: further options of LoraConfig, `use_rslora` among them; they go before what is taken over
             (`modules_to_save`, `lora_dropout`, `fan_in_fan_out`, `task_type`).
-    Raises: ExportError (no adapter, no rank anywhere, names that no pattern can tell apart), CheckpointError (damaged).
+    Raises: ExportError (no adapter, no rank anywhere, names that no pattern matches alone), CheckpointError (damaged).
     """
     adapter = read_adapter(model_or_path, adapter_name)
     ranks = {name: rank for name, rank in adapter.ranks.items() if rank}

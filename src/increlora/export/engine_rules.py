@@ -41,7 +41,7 @@ class Engine:
         limits: values its option for the largest rank accepts; (): any; None: it has no such option.
         default_limit: of that option; None: it is taken from the adapters.
         saved: modules of `modules_to_save` that it loads.   passes: parts of further names it accepts.
-        embeddings: whose adapted embeddings it serves, in words; empty: nobody's.
+        embeddings: the models whose adapted embeddings it serves, in words; empty: none.
         options: options of LoraConfig that it cannot compute.   named_targets: `target_modules` must be a list.
         is_peft: it is peft itself, which loads whatever peft wrote.
     """
@@ -69,16 +69,16 @@ class Contents:
     others: Sequence[str]
 
 
-def contents(folder: Path) -> Contents:
+def contents(path: Path) -> Contents:
     """What the folder holds. Raises CheckpointError if it is no whole adapter."""
-    config = read_config(folder)
-    shapes, _ = read_shapes(folder)
+    config = read_config(path)
+    shapes, _ = read_shapes(path)
     embeddings = lora_modules(shapes, TOKEN_ENDINGS)
     keys = {name: PREFIX + name + ENDINGS[0] for name in lora_modules(shapes)}
     keys |= {name: PREFIX + name + TOKEN_ENDINGS[0] for name in embeddings}
     others = [key for key in shapes if not key.endswith(ENDINGS + TOKEN_ENDINGS)]
     if config.get("peft_type") == "LORA" and 2 * len(keys) != len(shapes) - len(others):
-        raise CheckpointError(f"{folder}: some lora_A has no lora_B, or the reverse; the adapter is damaged")
+        raise CheckpointError(f"{path}: some lora_A has no lora_B, or the reverse; the adapter is damaged")
     rows = {name: shapes[key][0] for name, key in keys.items() if len(shapes[key]) == 2}
     convolutions = [key for name, key in keys.items() if name not in rows]
     return Contents(config, rows, embeddings, others + convolutions)
@@ -102,16 +102,16 @@ def scale_by_rows(config: Config, rows: int) -> float:
 # -- rules: each yields the problems it finds -------------------------------------------------------------------------
 
 
-def problems(engine: Engine, found: Contents, limit: int | None) -> list[Problem]:
+def problems(engine: Engine, folder: Contents, limit: int | None) -> list[Problem]:
     """All problems of this engine with the folder; `limit` is the largest rank its server takes, if that is known."""
-    kind = found.config.get("peft_type")
+    kind = folder.config.get("peft_type")
     if kind != "LORA":
         return [other_type(engine, kind)]
     if engine.is_peft:
-        return list(ranks(engine, found))
+        return list(ranks(engine, folder))
     return [
-        *options(engine, found), *ranks(engine, found), *scales(engine, found), *largest_rank(engine, found, limit),
-        *saved_modules(engine, found), *embeddings(engine, found), *target_names(engine, found),
+        *options(engine, folder), *ranks(engine, folder), *scales(engine, folder), *largest_rank(engine, folder, limit),
+        *saved_modules(engine, folder), *embeddings(engine, folder), *target_names(engine, folder),
     ]  # fmt: skip
 
 
@@ -120,12 +120,12 @@ def other_type(engine: Engine, kind: object) -> Problem:
         return "error", "peft_type", f"{kind} is no plain LoRA", EXPORT
     if str(kind) in CONFIGS:
         return "warning", "peft_type", f"{kind} is known after `import increlora` only", f"import it first, or {EXPORT}"
-    return "warning", "peft_type", f"{kind} is not checked here", "load it in peft to see"
+    return "warning", "peft_type", f"{kind} is not checked here", "load it in peft"
 
 
-def options(engine: Engine, found: Contents) -> Iterator[Problem]:
+def options(engine: Engine, folder: Contents) -> Iterator[Problem]:
     """Options that are missing, that it cannot compute, or that changed the base weights."""
-    config = found.config
+    config = folder.config
     for option in ("r", "lora_alpha", "target_modules"):
         if config.get(option) is None:
             yield "error", option, "is missing in adapter_config.json", "restore the file"
@@ -138,32 +138,34 @@ def options(engine: Engine, found: Contents) -> Iterator[Problem]:
         yield "error", "init_lora_weights", problem, "save it with peft's path_initial_model_for_weight_conversion"
 
 
-def ranks(engine: Engine, found: Contents) -> Iterator[Problem]:
+def ranks(engine: Engine, folder: Contents) -> Iterator[Problem]:
     """Tensors that do not have the rank the engine makes room for."""
-    if engine.rank == "any" or found.config.get("r") is None:
+    if engine.rank == "any" or folder.config.get("r") is None:
         return
-    room = {m: configured_rank(found.config, m) if engine.rank == "pattern" else found.config["r"] for m in found.rows}
-    if wrong := [m for m, rows in found.rows.items() if rows != room[m]]:
-        yield "error", first_of(wrong), f"rank {found.rows[wrong[0]]}, room for exactly {room[wrong[0]]}", UNIFORM
+    room = {
+        m: configured_rank(folder.config, m) if engine.rank == "pattern" else folder.config["r"] for m in folder.rows
+    }
+    if wrong := [m for m, rows in folder.rows.items() if rows != room[m]]:
+        yield "error", first_of(wrong), f"rank {folder.rows[wrong[0]]}, room for exactly {room[wrong[0]]}", UNIFORM
 
 
-def scales(engine: Engine, found: Contents) -> Iterator[Problem]:
+def scales(engine: Engine, folder: Contents) -> Iterator[Problem]:
     """Modules that the engine scales otherwise than peft."""
-    if engine.scale is None or found.config.get("r") is None or found.config.get("lora_alpha") is None:
+    if engine.scale is None or folder.config.get("r") is None or folder.config.get("lora_alpha") is None:
         return
-    here = {m: engine.scale(found.config, rows) for m, rows in found.rows.items() if rows}
-    right = {m: configured_scale(found.config, m) for m in here}
+    here = {m: engine.scale(folder.config, rows) for m, rows in folder.rows.items() if rows}
+    right = {m: configured_scale(folder.config, m) for m in here}
     if wrong := [m for m in here if not math.isclose(here[m], right[m], rel_tol=1e-6)]:
         problem = f"computed with scale {here[wrong[0]]:.4g} instead of {right[wrong[0]]:.4g}, without a warning"
         yield "error", first_of(wrong), problem, UNIFORM
 
 
-def largest_rank(engine: Engine, found: Contents, limit: int | None) -> Iterator[Problem]:
+def largest_rank(engine: Engine, folder: Contents, limit: int | None) -> Iterator[Problem]:
     """A rank above the server's limit."""
     if engine.limits is None:
         return
-    declared = [found.config.get("r") or 0, *(found.config.get("rank_pattern") or {}).values()]
-    top = max([*declared, *found.rows.values()])
+    declared = [folder.config.get("r") or 0, *(folder.config.get("rank_pattern") or {}).values()]
+    top = max([*declared, *folder.rows.values()])
     most, default = max(engine.limits, default=top), engine.default_limit
     if limit is not None and top > limit:
         yield "error", "r", f"rank {top} is above the server's limit {limit}", with_rank(limit)
@@ -175,13 +177,13 @@ def largest_rank(engine: Engine, found: Contents, limit: int | None) -> Iterator
         yield "warning", "r", f"rank {top} is above the default limit {default}", remedy
 
 
-def saved_modules(engine: Engine, found: Contents) -> Iterator[Problem]:
+def saved_modules(engine: Engine, folder: Contents) -> Iterator[Problem]:
     """Tensors beside the factors, which it would refuse or leave out."""
     if engine.is_peft:
         return
-    names = [key.removeprefix(PREFIX).rpartition(".")[0] for key in found.others]
-    names += [] if engine.embeddings else found.embeddings
-    names += (found.config.get("modules_to_save") or ()) if engine.saved else ()  # engines that load heads read it
+    names = [key.removeprefix(PREFIX).rpartition(".")[0] for key in folder.others]
+    names += [] if engine.embeddings else folder.embeddings
+    names += (folder.config.get("modules_to_save") or ()) if engine.saved else ()  # engines that load heads read it
     refused = dict.fromkeys(
         n for n in names if engine.saved.isdisjoint(n.split(".")) and not any(part in n for part in engine.passes)
     )
@@ -192,15 +194,15 @@ def saved_modules(engine: Engine, found: Contents) -> Iterator[Problem]:
         yield "error", first_of(list(refused)), f"is {what}; it loads {only}", MERGE
 
 
-def embeddings(engine: Engine, found: Contents) -> Iterator[Problem]:
+def embeddings(engine: Engine, folder: Contents) -> Iterator[Problem]:
     """Adapted embeddings, where it serves those of some models only."""
-    if engine.embeddings and found.embeddings:
+    if engine.embeddings and folder.embeddings:
         problem = f"is an adapted embedding; it serves {engine.embeddings}"
-        yield "warning", first_of(found.embeddings), problem, f"with other models {MERGE}"
+        yield "warning", first_of(folder.embeddings), problem, f"with other models {MERGE}"
 
 
-def target_names(engine: Engine, found: Contents) -> Iterator[Problem]:
-    if engine.named_targets and isinstance(found.config.get("target_modules"), str):
+def target_names(engine: Engine, folder: Contents) -> Iterator[Problem]:
+    if engine.named_targets and isinstance(folder.config.get("target_modules"), str):
         problem = "is a regular expression, it needs a list of names"
         yield "error", "target_modules", problem, "list the module names in adapter_config.json"
 

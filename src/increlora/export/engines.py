@@ -111,12 +111,12 @@ def check_export(
         if max_lora_rank < 1 or (limits and max_lora_rank not in limits):
             accepted = ", ".join(map(str, limits or ())) or "at least 1"
             raise ConfigError(f"max_lora_rank={max_lora_rank}: {name} accepts {accepted}")
-    found = contents(Path(path))
-    findings = [Finding(name, *problem) for name in names for problem in problems(ENGINES[name], found, max_lora_rank)]
+    folder = contents(Path(path))
+    findings = [Finding(name, *problem) for name in names for problem in problems(ENGINES[name], folder, max_lora_rank)]
     return EngineReport(Path(path), names, tuple(findings))
 
 
 def engines_that_refuse(path: Path) -> dict[str, str]:
     """Engine → the tensors in the folder that it refuses because they are no low-rank factors, where it does."""
-    found = contents(path)
-    return {name: where for name, engine in ENGINES.items() for _, where, *_ in saved_modules(engine, found)}
+    folder = contents(path)
+    return {name: where for name, engine in ENGINES.items() for _, where, *_ in saved_modules(engine, folder)}

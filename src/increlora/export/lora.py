@@ -36,7 +36,7 @@ from .targets import check_patterns, targets
 
 Layout = Literal["uniform", "pattern"]
 Factors = Mapping[str, tuple[Tensor, Tensor]]
-TOLERANCE = 0.01  # what the truncation of a module without a low rank may lose, unless the user says
+TOLERANCE = 0.01  # what the truncation of a module without a low rank may lose by default
 MARK = "increlora"  # metadata key of our exports: a folder that bears it may be written over
 
 

@@ -31,4 +31,4 @@ def check_patterns(patterns: Mapping[str, float]) -> None:
     ordered = dict(sorted(patterns.items()))  # as adapter_config.json lists them
     for name, value in patterns.items():
         if matched(ordered, name, None) != value:
-            raise ExportError(f"no pattern can tell {name} from the others: use layout='uniform' (--layout uniform)")
+            raise ExportError(f"no pattern matches {name} alone: use layout='uniform' (--layout uniform)")

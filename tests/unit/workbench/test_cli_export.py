@@ -156,7 +156,7 @@ def test_check_exits_with_0_1_or_2(run: Path, tmp_path: Path) -> None:
     call("export", run, tmp_path / "pattern", "--layout", "pattern")
     assert call("check", tmp_path / "pattern", "--engine", "vllm") == (0, "vllm>=0.32  serves it\n")
     code, text = call("check", tmp_path / "pattern", "--engine", "llama.cpp")
-    assert code == 1 and "without a word; export with layout='uniform'" in text
+    assert code == 1 and "without a warning; export with layout='uniform'" in text
     code, text = call("check", tmp_path / "pattern", "--engine", "vllm", "--max-lora-rank", 1)
     assert code == 1 and "rank 4 is above the server's limit 1; export with max_rank=1 (--max-rank 1)" in text
     code, text = call("check", tmp_path / "pattern")

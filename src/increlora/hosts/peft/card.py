@@ -37,7 +37,7 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
 For use without increlora, write it as a plain LoRA adapter of the same function, which peft and serving engines load
-(where a module has no low rank, the command says so, and what to do instead):
+(where a module has no low rank, the command names the alternatives):
 
 ```sh
 increlora export path/to/this/folder lora

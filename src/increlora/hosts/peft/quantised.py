@@ -27,7 +27,7 @@ REMEDY = "export the adapter and serve it beside the base, or merge it into the 
 def backend_of(base: nn.Module, model: nn.Module) -> QuantizationBackend | None:
     """peft's access to the weight of a quantised layer of `model`; None for a weight that can be added to."""
     dtype = stored_dtype(base)
-    if not is_quantised(base) and dtype is not None and not is_plain(dtype):  # packed, by somebody peft does not know
+    if not is_quantised(base) and dtype is not None and not is_plain(dtype):  # packed, in a way peft does not know
         return ForwardOnlyQuantizationBackend(f"{type(base).__name__}, {dtype}")
     try:
         return resolve_quantization_backend(base, **get_quantization_kwargs(model))

@@ -88,7 +88,7 @@ def read_run(path: Path, label: str) -> Run:
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """Folder names, with as many parents as it takes to tell the runs apart, and a number where nothing does."""
+    """Folder names with as many parents as make them different; the same folder twice gets a number."""
     parts = [path.resolve().parts for path in paths]
     count = 1
     while count < max(map(len, parts)) and len({p[-count:] for p in parts}) < len(set(parts)):

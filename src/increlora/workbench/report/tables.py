@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from ...naming import place, short
 from .reading import Row, Run, is_number
 
-POINTS = 600  # of a curve: more than a screen can tell apart
+POINTS = 600  # of a curve: more than a screen shows
 VALUES = 20_000  # of the figures with a curve per module
 Item = TypeVar("Item")
 
@@ -62,7 +62,7 @@ def rank_changes(run: Run) -> dict[str, list[tuple[int, int]]]:
 
 
 def changes_by_events(run: Run) -> dict[str, list[tuple[int, int]]]:
-    """The same from events, which hold the change and the rank after it: the first one also tells the rank before."""
+    """The same from events, which hold the change and the rank after it: the first one also gives the rank before."""
     ranks = run.get("ranks")
     known = ranks.items() if isinstance(ranks, Mapping) else ()
     found = {name: [(0, int(rank))] for name, rank in known if is_number(rank)}
@@ -111,7 +111,7 @@ def growth(run: Run) -> list[Row]:
 
 
 def at(values: Sequence[tuple[int, int]], step: int) -> int:
-    """The value that held at a step."""
+    """The value at a step."""
     return next((value for since, value in reversed(values) if since <= step), values[0][1])
 
 

@@ -22,21 +22,8 @@ from .uuid_base import load_uuid_base, uuid_decoder
 from .uuids import uuid_task
 
 __all__ = [
-    "DEFAULT_BACKBONE",
-    "TASKS",
-    "Task",
-    "TaskKind",
-    "TaskOptions",
-    "accuracy",
-    "find_task",
-    "load_causal",
-    "load_classifier",
-    "load_model",
-    "load_task",
-    "model_name",
-    "resolve_backbone",
-    "sketch",
-    "small_causal",
+    "DEFAULT_BACKBONE", "TASKS", "Task", "TaskKind", "TaskOptions", "accuracy", "find_task", "load_causal",
+    "load_classifier", "load_model", "load_task", "model_name", "resolve_backbone", "sketch", "small_causal",
     "train_size",
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Rows out of files: Parquet, JSON, JSON lines, text; the start of a file's name tells its split."""
+"""Rows out of files: Parquet, JSON, JSON lines, text; a split by the start of a file's name."""
 
 import hashlib
 import json
@@ -81,7 +81,7 @@ class Splits:
 def read_splits(path: Path) -> Splits:
     """A folder with a training and perhaps a validation (or else a test) file, or a single file.
 
-    Raises: TaskError if the files cannot be told apart or read."""
+    Raises: TaskError if there is no training file, or one cannot be read."""
     files = split_files(path) if path.is_dir() else {"train": [path]}
     train, source = read_rows(files["train"]), f"training on {names(files['train'])}"
     other = files.get("validation") or files.get("test")

@@ -126,7 +126,7 @@ def squared_error(model: nn.Module, batches: Batches) -> float:
 
 
 def measure(model: nn.Module, batches: Batches, *, untrained: float, ranks: Mapping[str, int]) -> dict[str, float]:
-    """Excess loss and recovery, see above."""
+    """Excess loss and recovery, as defined above."""
     found = {m.module: m.active for m in rank_summary(model).modules}
     shared = sum(min(found.get(name, 0), rank) for name, rank in ranks.items())
     return {"excess_loss": squared_error(model, batches) / untrained, "recovery": shared / sum(ranks.values())}

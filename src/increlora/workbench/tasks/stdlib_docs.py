@@ -5,9 +5,9 @@ Read with `ast` from the standard library of the running Python: real text, noth
     def Mailbox.get(self, key, default=None)  |  Return the keyed message, or default if it doesn't exist.   → 1
     def Mailbox.get(self, key, default=None)  |  Flush and close the mailbox.                                → 0
 
-Every signature and every summary is used exactly once, so neither alone tells the label, and a wrong summary comes
-from the same file, so the topic does not tell it either. Files, not pairs, are split into training and validation,
-and text that several files share (posixpath, ntpath) is kept in one of them only."""
+Every signature and every summary is used exactly once, and a wrong summary comes from the same file, so neither text
+alone nor the topic gives the label away. Files, not pairs, are split into training and validation, and text that
+several files share (posixpath, ntpath) is used in one of them only."""
 
 import ast
 import gc

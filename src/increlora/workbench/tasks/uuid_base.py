@@ -1,6 +1,6 @@
 """The base of task `uuid`: a small Llama that knows how pairs are written, and none of them.
 
-It learns from fresh pairs, each seen once: where dashes and colon stand, the version digit, the four variant digits.
+It learns from fresh pairs, each used once: the places of dashes and colon, the version digit, the four variant digits.
 Its loss ends at what the format leaves open, (60 · ln 16 + 2 · ln 4) / 73 = 2.317 nats per token. The weights are made
 once (some ten seconds), the same for every seed of the task, and kept in the cache of the hub's client.
 
@@ -102,7 +102,7 @@ def pretrained(settings: BaseSettings) -> LlamaForCausalLM:
 
 
 def read(path: Path) -> dict[str, Tensor] | None:
-    """The weights that were kept; None if there are none, or if they are not what was written."""
+    """The saved weights; None if there are none, or if they are not what was written."""
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping

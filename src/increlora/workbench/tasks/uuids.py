@@ -24,7 +24,7 @@ from ...errors import TaskError
 from .base import Batches, Example, Task, TaskOptions
 from .causal import IGNORED
 
-PAIRS = 100  # N, unless --max-train-samples says otherwise
+PAIRS = 100  # N by default; --max-train-samples changes it
 UUID_LENGTH, DIGITS = 36, 32  # characters with and without dashes
 BOS, PAD = "<", ">"
 VOCABULARY = "0123456789abcdef-:" + BOS + PAD
@@ -110,6 +110,6 @@ def digits_right(found: str, wanted: str) -> float:
 
 
 def constant_guess(values: Sequence[str]) -> float:
-    """What the best answer that ignores the key reaches, see above."""
+    """The floor above: what the best answer that ignores the key reaches."""
     columns = zip(*(value.replace("-", "") for value in values), strict=True)
     return sum(max(Counter(column).values()) for column in columns) / (DIGITS * len(values))
