@@ -18,7 +18,6 @@ from ..hosts.peft.layer import adapter_layers, chosen_adapter, handle_of
 from .adapters import Adapter, read_adapter
 from .lora_format import PREFIX
 
-Deltas = Mapping[str, BlockDelta]
 BASE_LAYER = ".base_layer."  # in a key: peft's mark of the weights below an adapter
 
 
@@ -44,9 +43,8 @@ def warm_start(
     """
     name = chosen_adapter(model, adapter_name)
     handle = handle_of(model, name)
-    deltas = low_rank(model, name)
+    deltas = fresh_deltas(model, name)
     given = read_adapter(source)
-    check_fresh(deltas)
     check_shapes(given, deltas)
     counts = {n: blocks_for(n, delta, given.factors[n][0].shape[0] if n in given.factors else 0)
               for n, delta in deltas.items()}  # fmt: skip
@@ -59,26 +57,23 @@ def warm_start(
     handle.describe()
 
 
-def low_rank(model: nn.Module, adapter: str) -> dict[str, BlockDelta]:
-    """The deltas by module. Raises ConfigError if they cannot hold any low-rank ΔW."""
+def fresh_deltas(model: nn.Module, adapter: str) -> dict[str, BlockDelta]:
+    """The deltas by module. Raises ConfigError if they cannot hold any low-rank ΔW, DriveError if they are trained."""
     deltas: dict[str, BlockDelta] = {}
     for name, layer in adapter_layers(model, adapter).items():
         delta = layer.delta(adapter)
         if not isinstance(delta, LowRankDelta | TripletDelta):
             kind = type(model.peft_config[adapter]).__name__  # type: ignore[index]
             raise ConfigError(f"{delta.name}: {kind} has no place for the low-rank ΔW of a source: start it afresh")
-        deltas[name.removeprefix(PREFIX)] = delta
-    return deltas
-
-
-def check_fresh(deltas: Deltas) -> None:
-    for name, delta in deltas.items():
+        name = name.removeprefix(PREFIX)
         steps = delta.observer.step if delta.observer is not None else delta.steps
         if steps or delta.indices(Status.ACTIVE) != [0]:
             raise DriveError(f"{name} has been trained already: call warm_start on a fresh adapter, before training")
+        deltas[name] = delta
+    return deltas
 
 
-def check_shapes(given: Adapter, deltas: Deltas) -> None:
+def check_shapes(given: Adapter, deltas: Mapping[str, BlockDelta]) -> None:
     """Raise ConfigError unless every module of the source has its place here."""
     for name, (A, B) in given.factors.items():
         if name not in deltas:
