@@ -303,7 +303,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else(models: dict[str, PeftMo
     assert keys_and_config(out)[1]["rank_pattern"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]  # no temporary folder stays behind
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(ExportError, match="out exists and is no earlier export"):
+    with pytest.raises(ExportError, match="out exists and is not an export"):
         export_lora(models["mlp"], out)
     assert (out / "notes.txt").read_text() == "mine"
 

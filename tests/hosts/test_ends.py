@@ -108,8 +108,8 @@ OPT = OPTConfig(
 @pytest.mark.parametrize(
     ("make", "target", "message"),
     [
-        (lambda: OPTForCausalLM(OPT), "embed_positions", "OPTLearnedPositionalEmbedding is no plain nn.Embedding"),
-        (lambda: nn.ModuleDict({"conv": Standardised(2, 3, 3)}), "conv", "Standardised is no plain nn.Conv2d"),
+        (lambda: OPTForCausalLM(OPT), "embed_positions", "OPTLearnedPositionalEmbedding is not a plain nn.Embedding"),
+        (lambda: nn.ModuleDict({"conv": Standardised(2, 3, 3)}), "conv", "Standardised is not a plain nn.Conv2d"),
         (lambda: nn.TransformerEncoderLayer(8, 2), "out_proj", "never called.*modules_to_save"),
     ],
 )

@@ -405,7 +405,7 @@ def test_it_starts_others_but_no_other_adapter_fits_it(tmp_path: Path) -> None:
     close(logits(lora, "bert"), logits(model, "bert"))
     fresh = adapted()
     before = logits(fresh, "bert")
-    with pytest.raises(ConfigError, match="LoraMiniConfig has no place for the low-rank"):
+    with pytest.raises(ConfigError, match="LoraMiniConfig cannot hold a low-rank"):
         warm_start(fresh, lora)
     assert torch.equal(logits(fresh, "bert"), before)
 

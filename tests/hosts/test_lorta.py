@@ -369,7 +369,7 @@ def test_it_starts_others_but_no_other_adapter_fits_it(tmp_path: Path) -> None:
         warm_start(other, tmp_path)
         close(logits(other, "bert"), logits(model, "bert"))
     fresh = adapted()
-    with pytest.raises(ConfigError, match="LortaConfig has no place for the low-rank"):
+    with pytest.raises(ConfigError, match="LortaConfig cannot hold a low-rank"):
         warm_start(fresh, tmp_path)
 
 

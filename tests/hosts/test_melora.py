@@ -273,7 +273,7 @@ def test_it_starts_others_but_no_other_adapter_fits_it(tmp_path: Path) -> None:
     close(logits(lora, "bert"), logits(model, "bert"))
     fresh = adapted()
     before = logits(fresh, "bert")
-    with pytest.raises(ConfigError, match="query: MeLoraConfig has no place"):
+    with pytest.raises(ConfigError, match="query: MeLoraConfig cannot hold"):
         warm_start(fresh, lora)
     assert torch.equal(logits(fresh, "bert"), before) and not deltas(fresh)[0].lora_B0.any()
 

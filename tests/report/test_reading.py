@@ -218,7 +218,7 @@ def test_a_foreign_folder_is_refused_in_one_sentence(tmp_path, content, message)
 
 def test_a_file_is_no_run_folder(tmp_path):
     (tmp_path / "x").write_text("")
-    with pytest.raises(RunFolderError, match="is no folder"):
+    with pytest.raises(RunFolderError, match="is not a folder"):
         read(tmp_path / "x")
 
 

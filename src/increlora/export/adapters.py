@@ -157,8 +157,7 @@ def foreign(raw: Mapping[str, Any], state: ForeignState, every: frozenset[str] |
 
 def rebuilt(config: Any, parts: Mapping[str, Mapping[str, Tensor]]) -> Handle:
     """The adapter as a checkpoint left it; no model is built."""
-    inputs = checked_inputs(config)
-    places = [Place(name, m, n, inputs.get(name, VECTORS)) for name, (m, n) in checked_shapes(config).items()]
+    places = places_in(config)
     try:
         handle = Handle(config, places)
     except ConfigError as error:
@@ -171,23 +170,20 @@ def rebuilt(config: Any, parts: Mapping[str, Mapping[str, Tensor]]) -> Handle:
     return handle
 
 
-def checked_shapes(config: Any) -> dict[str, tuple[int, int]]:
-    """(in, out) of every module. Raises CheckpointError if the config does not say."""
+def places_in(config: Any) -> list[Place]:
+    """The modules as adapter_config.json describes them. Raises CheckpointError if it is damaged there."""
     shapes = config.shapes
     if not isinstance(shapes, dict) or not shapes:
         raise CheckpointError("adapter_config.json has no `shapes` of the modules: restore it from a copy")
     for name, shape in shapes.items():
         if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
             raise CheckpointError(f"adapter_config.json: shapes of {name}: {shape!r}, expected [in, out]")
-    return {name: (shapes[name][0], shapes[name][1]) for name in sorted(shapes, key=natural)}
-
-
-def checked_inputs(config: Any) -> dict[str, Inputs]:
-    """What the modules read that read no vectors. Raises CheckpointError if the config is damaged there."""
     try:
-        return {name: from_json(found) for name, found in config.inputs.items()}
+        inputs = {name: from_json(found) for name, found in config.inputs.items()}
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"adapter_config.json: inputs ({error!r}): restore it from a copy") from error
+    names = sorted(shapes, key=natural)
+    return [Place(n, shapes[n][0], shapes[n][1], inputs.get(n, VECTORS)) for n in names]
 
 
 def nonzero(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

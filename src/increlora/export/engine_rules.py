@@ -105,30 +105,30 @@ def scale_by_rows(config: Config, rows: int) -> float:
 def problems(engine: Engine, folder: Contents, limit: int | None) -> list[Problem]:
     """All problems of this engine with the folder; `limit` is the largest rank its server takes, if that is known."""
     kind = folder.config.get("peft_type")
-    if kind != "LORA":
-        return [other_type(engine, kind)]
-    if engine.is_peft:
-        return list(ranks(engine, folder))
-    return [
-        *options(engine, folder), *ranks(engine, folder), *scales(engine, folder), *largest_rank(engine, folder, limit),
-        *saved_modules(engine, folder), *embeddings(engine, folder), *target_names(engine, folder),
-    ]  # fmt: skip
-
-
-def other_type(engine: Engine, kind: object) -> Problem:
+    if kind == "LORA" and engine.is_peft:
+        return list(ranks_and_scales(engine, folder))
+    if kind == "LORA":
+        return [
+            *options(engine, folder), *ranks_and_scales(engine, folder), *largest_rank(engine, folder, limit),
+            *saved_modules(engine, folder), *embeddings(engine, folder),
+        ]  # fmt: skip
     if not engine.is_peft:
-        return "error", "peft_type", f"{kind} is no plain LoRA", EXPORT
+        return [("error", "peft_type", f"{kind} is not plain LoRA", EXPORT)]
     if str(kind) in CONFIGS:
-        return "warning", "peft_type", f"{kind} is known after `import increlora` only", f"import it first, or {EXPORT}"
-    return "warning", "peft_type", f"{kind} is not checked here", "load it in peft"
+        problem, remedy = f"{kind} is known after `import increlora` only", f"import it first, or {EXPORT}"
+        return [("warning", "peft_type", problem, remedy)]
+    return [("warning", "peft_type", f"{kind} is not checked here", "load it in peft")]
 
 
 def options(engine: Engine, folder: Contents) -> Iterator[Problem]:
-    """Options that are missing, that it cannot compute, or that changed the base weights."""
+    """Options that are missing, that it cannot read or compute, or that changed the base weights."""
     config = folder.config
     for option in ("r", "lora_alpha", "target_modules"):
         if config.get(option) is None:
             yield "error", option, "is missing in adapter_config.json", "restore the file"
+    if engine.named_targets and isinstance(config.get("target_modules"), str):
+        problem = "is a regular expression, it needs a list of names"
+        yield "error", "target_modules", problem, "list the module names in adapter_config.json"
     given = [option for option in engine.options if config.get(option)]
     for option in [*given, *(["bias"] if config.get("bias", "none") != "none" else [])]:
         remedy = "merge the adapter with peft and serve the merged model"
@@ -138,23 +138,18 @@ def options(engine: Engine, folder: Contents) -> Iterator[Problem]:
         yield "error", "init_lora_weights", problem, "save it with peft's path_initial_model_for_weight_conversion"
 
 
-def ranks(engine: Engine, folder: Contents) -> Iterator[Problem]:
-    """Tensors that do not have the rank the engine makes room for."""
-    if engine.rank == "any" or folder.config.get("r") is None:
+def ranks_and_scales(engine: Engine, folder: Contents) -> Iterator[Problem]:
+    """Tensors that do not have the rank it makes room for, and modules that it scales otherwise than peft."""
+    config, rows = folder.config, folder.rows
+    if config.get("r") is None:
         return
-    room = {
-        m: configured_rank(folder.config, m) if engine.rank == "pattern" else folder.config["r"] for m in folder.rows
-    }
-    if wrong := [m for m, rows in folder.rows.items() if rows != room[m]]:
-        yield "error", first_of(wrong), f"rank {folder.rows[wrong[0]]}, room for exactly {room[wrong[0]]}", UNIFORM
-
-
-def scales(engine: Engine, folder: Contents) -> Iterator[Problem]:
-    """Modules that the engine scales otherwise than peft."""
-    if engine.scale is None or folder.config.get("r") is None or folder.config.get("lora_alpha") is None:
+    room = {m: configured_rank(config, m) if engine.rank == "pattern" else config["r"] for m in rows}
+    if engine.rank != "any" and (wrong := [m for m in rows if rows[m] != room[m]]):
+        yield "error", first_of(wrong), f"rank {rows[wrong[0]]}, room for exactly {room[wrong[0]]}", UNIFORM
+    if engine.scale is None or config.get("lora_alpha") is None:
         return
-    here = {m: engine.scale(folder.config, rows) for m, rows in folder.rows.items() if rows}
-    right = {m: configured_scale(folder.config, m) for m in here}
+    here = {m: engine.scale(config, count) for m, count in rows.items() if count}
+    right = {m: configured_scale(config, m) for m in here}
     if wrong := [m for m in here if not math.isclose(here[m], right[m], rel_tol=1e-6)]:
         problem = f"computed with scale {here[wrong[0]]:.4g} instead of {right[wrong[0]]:.4g}, without a warning"
         yield "error", first_of(wrong), problem, UNIFORM
@@ -199,12 +194,6 @@ def embeddings(engine: Engine, folder: Contents) -> Iterator[Problem]:
     if engine.embeddings and folder.embeddings:
         problem = f"is an adapted embedding; it serves {engine.embeddings}"
         yield "warning", first_of(folder.embeddings), problem, f"with other models {MERGE}"
-
-
-def target_names(engine: Engine, folder: Contents) -> Iterator[Problem]:
-    if engine.named_targets and isinstance(folder.config.get("target_modules"), str):
-        problem = "is a regular expression, it needs a list of names"
-        yield "error", "target_modules", problem, "list the module names in adapter_config.json"
 
 
 def with_rank(limit: int) -> str:

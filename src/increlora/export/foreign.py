@@ -95,7 +95,7 @@ def lora_state(config: Mapping[str, Any], state: Mapping[str, Tensor], where: st
         A, B, inputs[name] = from_tensors(name, state)
         rank = configured_rank(config, name)
         if A.dim() != 2 or B.dim() != 2:
-            raise ExportError(f"{where}: {name} is no linear map (lora_A is {tuple(A.shape)}): merge it with peft")
+            raise ExportError(f"{where}: {name} is not a linear map (lora_A is {tuple(A.shape)}): merge it with peft")
         if A.shape[0] != rank or B.shape[1] != rank:
             raise CheckpointError(
                 f"{where}: {name} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} but the config says rank "

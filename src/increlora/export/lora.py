@@ -119,11 +119,10 @@ def write_lora(
         raise ExportError(f"tolerance={tolerance!r}: give a share of ΔW in [0, 1]")
     check_elsewhere(out)
     if not may_be_replaced(out):
-        raise ExportError(f"{out} exists and is no earlier export of increlora: choose another folder or remove it")
+        raise ExportError(f"{out} exists and is not an export of increlora: choose another folder or remove it")
     adapter = read_adapter(source, adapter_name)
     check_convolutions(adapter)
-    factors, errors = limited(adapter, max_rank)
-    check_errors(errors, adapter, tolerance)
+    factors, errors = limited(adapter, max_rank, tolerance)
     written = padded(factors) if layout == "uniform" else without_empty(factors)
     write(out, lora_config(adapter, written, layout), lora_tensors(written, adapter), layout)
     total, used = (sum(A.numel() + B.numel() for A, B in pairs.values()) for pairs in (written, factors))
@@ -158,31 +157,28 @@ def is_exact(model: nn.Module, adapter_name: str | None = None) -> bool:
     return all(layer.delta(name).export_rank is None for layer in adapter_layers(model, name).values())
 
 
-def limited(adapter: Adapter, max_rank: int | None) -> tuple[Factors, dict[str, float]]:
-    """Factors of at most as many ranks as they may have, and the error in each module that had more."""
+def limited(adapter: Adapter, max_rank: int | None, tolerance: float | None) -> tuple[Factors, dict[str, float]]:
+    """Factors of at most as many ranks as they may have, and the error in each module that had more.
+
+    Raises ExportError, naming the worst module, if more is lost than the tolerance."""
     factors, errors = dict(adapter.factors), {}
     for name, (A, B) in adapter.factors.items():
         limit = max_rank or adapter.limits.get(name)
         if limit is not None and A.shape[0] > limit:
             small_a, small_b, errors[name] = truncated(A, B, limit)
             factors[name] = small_a, small_b
-    return factors, errors
-
-
-def check_errors(errors: Mapping[str, float], adapter: Adapter, tolerance: float | None) -> None:
-    """Raise ExportError, naming the worst module, if more is lost than was agreed to."""
     usual = {name: TOLERANCE if name in adapter.limits else 1.0 for name in errors}
     allowed = usual if tolerance is None else dict.fromkeys(errors, tolerance)
     beyond = [name for name, error in errors.items() if error > allowed[name]]
-    if not beyond:
-        return
-    worst = max(beyond, key=lambda name: errors[name])
-    full, accepted = adapter.factors[worst][0].shape[0], math.ceil(100 * errors[worst]) / 100
-    raise ExportError(
-        f"{len(beyond)} of {len(adapter.factors)} modules lose over {allowed[worst]:.1%} of their ΔW, {worst} "
-        f"{errors[worst]:.1%}: merge the adapter into the model (--merge), export it at a higher rank (exact at "
-        f"max_rank={full}, --max-rank {full}), or accept the loss (tolerance={accepted}, --tolerance {accepted})"
-    )
+    if beyond:
+        worst = max(beyond, key=lambda name: errors[name])
+        full, accepted = adapter.factors[worst][0].shape[0], math.ceil(100 * errors[worst]) / 100
+        raise ExportError(
+            f"{len(beyond)} of {len(adapter.factors)} modules lose over {allowed[worst]:.1%} of their ΔW, {worst} "
+            f"{errors[worst]:.1%}: merge the adapter into the model (--merge), export it at a higher rank (exact at "
+            f"max_rank={full}, --max-rank {full}), or accept the loss (tolerance={accepted}, --tolerance {accepted})"
+        )
+    return factors, errors
 
 
 def padded(factors: Factors) -> Factors:

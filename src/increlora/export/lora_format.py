@@ -48,7 +48,7 @@ def matched(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any
         return (pattern or {}).get(get_pattern_key(list(pattern or {}), module), default)
     except re.error as error:
         raise CheckpointError(
-            f"a pattern of the adapter is no regular expression ({error}): restore its config"
+            f"a pattern of the adapter is not a regular expression ({error}): restore its config"
         ) from None
 
 
@@ -114,10 +114,10 @@ def check_values(config: Mapping[str, Any]) -> None:
         alphas = [config.get("lora_alpha", 8), *(config.get("alpha_pattern") or {}).values()]
     for rank in ranks:
         if type(rank) is not int or rank < 1:
-            raise ValueError(f"{rank!r} is no rank")
+            raise ValueError(f"rank {rank!r}: expected an int of at least 1")
     for alpha in alphas:
         if type(alpha) not in (int, float):
-            raise ValueError(f"{alpha!r} is no alpha")
+            raise ValueError(f"alpha {alpha!r}: expected a number")
 
 
 def read_shapes(folder: Path) -> tuple[dict[str, Shape], dict[str, str]]:

@@ -64,7 +64,7 @@ def fresh_deltas(model: nn.Module, adapter: str) -> dict[str, BlockDelta]:
         delta = layer.delta(adapter)
         if not isinstance(delta, LowRankDelta | TripletDelta):
             kind = type(model.peft_config[adapter]).__name__  # type: ignore[index]
-            raise ConfigError(f"{delta.name}: {kind} has no place for the low-rank ΔW of a source: start it afresh")
+            raise ConfigError(f"{delta.name}: {kind} cannot hold a low-rank ΔW: train it from its own start")
         name = name.removeprefix(PREFIX)
         steps = delta.observer.step if delta.observer is not None else delta.steps
         if steps or delta.indices(Status.ACTIVE) != [0]:
@@ -89,7 +89,7 @@ def blocks_for(name: str, delta: BlockDelta, rank: int) -> int:
         if total >= rank:
             return count
     raise ConfigError(
-        f"{name}: the source has rank {rank}, here is room for {sum(delta.sizes)}: raise `capacity` "
+        f"{name}: the source has rank {rank}, this adapter has room for {sum(delta.sizes)}: raise `capacity` "
         f"(of PlainLoraConfig: `r`), or give an export of the source with max_rank={sum(delta.sizes)}"
     )
 

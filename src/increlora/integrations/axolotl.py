@@ -1,18 +1,7 @@
-"""axolotl: our methods as values of `adapter`.
+"""axolotl: our methods as values of `adapter`; docs/howto/frameworks.md shows how to configure it.
 
-    plugins:
-      - increlora.integrations.axolotl.IncreLoraPlugin
-    adapter: increlora           # or increlora_sora, increlora_adalora, …: the name of a method
-    lora_r: 8                    # the budget: average rank per module
-    lora_alpha: 8
-    lora_target_linear: true
-    increlora:                   # further options of the method, by their names here
-      grow_by: 2
-
-axolotl's trainers are Hugging Face Trainers, so nothing drives the ranks but our callback, which joins by itself.
-
-Checked against the plugin interface and the adapter loader of axolotl 0.19.0, not in a run of axolotl: that release
-pins peft 0.20, and this library needs 0.21.
+Its trainers are Hugging Face Trainers, so our callback drives the ranks. Checked against the plugin interface and the
+adapter loader of axolotl 0.19.0, not in a run: that release pins peft 0.20, and this library needs 0.21.
 """
 
 from typing import Any
@@ -24,7 +13,7 @@ from pydantic import BaseModel
 from increlora.errors import ConfigError
 from increlora.integrations.settings import ADAPTERS, config_of, task_type
 
-# LoraConfig's name of each of axolotl's settings; what we do not do is refused by the config, in its own words.
+# LoraConfig's name of each of axolotl's settings; our config refuses what we do not support.
 SETTINGS = {
     "lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
     "lora_modules_to_save": "modules_to_save", "lora_exclude_modules": "exclude_modules",
@@ -43,7 +32,7 @@ class IncreLoraArgs(BaseModel):
 
 
 class IncreLoraPlugin(BasePlugin):
-    """What axolotl asks a plugin with adapters of its own."""
+    """The plugin interface of axolotl."""
 
     def get_input_args(self) -> str:
         return f"{__name__}.{IncreLoraArgs.__name__}"

@@ -1,17 +1,7 @@
-"""ms-swift: our methods as values of `--tuner_type`.
+"""ms-swift: our methods as values of `--tuner_type`; docs/howto/frameworks.md shows how to register them.
 
-    # plugin.py
-    from increlora.integrations.ms_swift import register
-
-    register("increlora", grow_by=2)             # further options of the method; none: the import alone is enough
-
-    swift sft --external_plugins plugin.py --tuner_type increlora --lora_rank 8 --target_modules all-linear …
-
-Names: increlora, and for other methods increlora_sora, increlora_adalora, … ms-swift's trainers are Hugging Face
-Trainers, so nothing drives the ranks but our callback, which joins by itself.
-
-Checked against the plugin interface of ms-swift 4.6.0, not in a run of ms-swift: that release wants peft below 0.21,
-and this library needs 0.21.
+Its trainers are Hugging Face Trainers, so our callback drives the ranks. Checked against the plugin interface of
+ms-swift 4.6.0, not in a run: that release wants peft below 0.21, and this library needs 0.21.
 """
 
 from typing import Any
@@ -23,11 +13,7 @@ from increlora.integrations.settings import ADAPTERS, config_of, task_type
 
 
 def register(name: str, **options: Any) -> None:
-    """Make an adapter known to ms-swift.
-
-    Args:
-        name: one of `ADAPTERS`; registering it again replaces the options.
-        options: of the method, before what the command line says of LoRA."""
+    """Make the adapter `name` of ADAPTERS known to ms-swift; `options` of the method override its command line."""
     ADAPTERS[name](**options)  # a wrong option is refused here, not after the model is loaded
     tuners_map[name] = type(f"{name.title()}Tuner", (IncreLoraTuner,), {"adapter": name, "options": options})
 
@@ -44,7 +30,7 @@ class IncreLoraTuner(PeftTuner):
 
 
 def lora_settings(args: Any, model: Any) -> dict[str, Any]:
-    """What ms-swift's arguments say of LoRA, by LoraConfig's names."""
+    """ms-swift's arguments for LoRA, by LoraConfig's names."""
     from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules  # they import this plugin's users
 
     return {

@@ -1,4 +1,4 @@
-"""A config of ours by name, from what a framework's own settings say of LoRA."""
+"""A config of ours by name, from a framework's own settings for LoRA."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,12 +22,11 @@ ENDINGS = {
 
 
 def config_of(name: str, given: Mapping[str, Any], options: Mapping[str, Any] | None) -> Any:
-    """The config of an adapter.
+    """The config of the adapter `name` of ADAPTERS.
 
     Args:
-        name: one of `ADAPTERS`.
-        given: what the framework's settings for LoRA say, by LoraConfig's names; empty values leave the default.
-        options: the method's own, as the user wrote them; they go before what is given.
+        given: the framework's settings for LoRA, by LoraConfig's names; empty values leave the default.
+        options: the method's own, as the user wrote them; they override what is given.
     Raises: ConfigError for options that do not exist, or have no meaning here."""
     if not isinstance(options or {}, Mapping):
         raise ConfigError(f"options of {name}: {options!r}: give a table, option: value")
@@ -38,8 +37,8 @@ def config_of(name: str, given: Mapping[str, Any], options: Mapping[str, Any] | 
 
 
 def task_type(model: nn.Module) -> TaskType | None:
-    """What peft calls the model's task: by the ending of its class's name, and by whether it generates. None where it
-    has no name for it, as for masked language models."""
+    """peft's name for the model's task, by the ending of its class's name and by whether it generates; None where there
+    is none, as for masked language models."""
     name = type(model).__name__
     known = next((task for ending, task in ENDINGS.items() if name.endswith(ending)), None)
     if known is None and hasattr(model, "prepare_inputs_for_generation"):

@@ -114,7 +114,7 @@ def test_wrong_options(words: list[str], message: str, run: Path, tmp_path: Path
 
 def test_what_is_in_the_way_or_unfinished(run: Path, tmp_path: Path) -> None:
     code, text = call("export", run, run)
-    assert code == 2 and "exists and is no earlier export of increlora" in text
+    assert code == 2 and "exists and is not an export of increlora" in text
     (tmp_path / "run.json").write_text("{}")
     for command in (["export", tmp_path, tmp_path / "out"], ["inspect", tmp_path], ["check", tmp_path]):
         code, text = call(*command)
@@ -243,7 +243,7 @@ def test_damaged_and_hostile_files_are_one_sentence(run: Path, tmp_path: Path) -
     evil = "base_model.model.\x1b[2Jup[/red]"
     for found, message in (
         ({key.replace("base_model.model.up", evil): value for key, value in tensors.items()}, "not printable"),
-        ({key: value.flatten()[0] for key, value in tensors.items()}, "is no linear map"),
+        ({key: value.flatten()[0] for key, value in tensors.items()}, "is not a linear map"),
         ({}, "damaged or empty"),
     ):
         save_file(found, weights)

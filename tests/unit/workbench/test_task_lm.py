@@ -202,7 +202,7 @@ def test_one_row_of_shakespeare_gives_two_parts(data, stories):
         ([{"a": "x", "b": "y"}] * 3, "its columns of text are a, b; lm reads the one called 'text': rename it"),
         ([{"a": 1}] * 3, "its columns of text are none"),
         ([{"text": "one"}, {"text": None}, {"text": "two"}], "column 'text' is null at row 1"),
-        ([{"text": " "}] * 3, "too short to train on one part and measure on another; add text"),
+        ([{"text": " "}] * 3, "too short for a training and a validation part; add text"),
     ),
 )
 def test_a_table_without_enough_text_is_refused(tokenizer, tmp_path, content, message):

@@ -72,7 +72,7 @@ def check_forward(base: nn.Module, parent: type[nn.Module], name: str) -> None:
     if type(base).forward is parent.forward or hasattr(base, "embed_scale") or packed:
         return
     raise ConfigError(
-        f"{name} of type {type(base).__name__} is no plain nn.{parent.__name__}, an adapter would compute something "
+        f"{name} of type {type(base).__name__} is not a plain nn.{parent.__name__}, an adapter would compute something "
         f"else: leave it out of `target_modules`, or train it whole (`modules_to_save`)"
     )
 

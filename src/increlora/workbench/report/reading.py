@@ -103,7 +103,7 @@ def labels(paths: Sequence[Path]) -> list[str]:
 def read_state(path: Path, notes: list[str]) -> Mapping[str, Any]:
     """run.json; empty, and noted, if it is damaged. Raises RunFolderError if this is no run folder of ours."""
     if not path.is_dir():
-        raise RunFolderError(f"{path} is no folder; {REMEDY}")
+        raise RunFolderError(f"{path} is not a folder; {REMEDY}")
     try:
         state: Mapping[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

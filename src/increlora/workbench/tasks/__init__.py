@@ -76,8 +76,7 @@ def load_model(task: str, model: str | None, seed: int) -> tuple[nn.Module, Any]
     """The model that a task trains, and its tokenizer (None where there is no text).
 
     Args:
-        model: name on the hub or folder; None: the task's default.
-        seed: of the head, or of the task's own net.
+        model: name on the hub or folder; None: the task's default.   seed: of the head, or of the task's own net.
     Raises: TaskError if the task has no default model or takes none; BackboneError if it cannot be loaded."""
     kind = find_task(task)
     if kind.net is not None:
@@ -104,9 +103,7 @@ def required_name(task: str, model: str | None) -> str:
 
 
 def train_size(task: str, model: str | None, options: TaskOptions) -> int:
-    """Number of training examples; no weights are loaded. Of GLUE the official number where no data is given.
-
-    Raises: TaskError as `load_task`; BackboneError if a tokenizer is needed and cannot be loaded."""
+    """Number of training examples; of GLUE the official number where no data is given. No weights are loaded."""
     if task.startswith("glue/"):
         size = glue_train_size(task.removeprefix("glue/"), options.data)
         return min(size, options.max_train_samples or size)
@@ -121,9 +118,7 @@ def model_name(task: str, model: str | None) -> str:
 
 
 def load_task(name: str, tokenizer: Any, **options: Any) -> Task:
-    """The task called `name`, tokenized; `options` as in `TaskOptions`.
-
-    Raises: TaskError if there is no such task, or its data cannot be had, or a limit is out of range."""
+    """The task called `name`, tokenized; `options` as in `TaskOptions`. Raises TaskError for name, data or limits."""
     kind, chosen = find_task(name), TaskOptions(**options)
     most = getattr(tokenizer, "model_max_length", chosen.max_length)
     if chosen.max_length > most:

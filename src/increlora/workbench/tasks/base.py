@@ -74,9 +74,8 @@ class Task:
     baseline: Mapping[str, float] = field(default_factory=dict)
 
     def batches(self, batch_size: int, *, seed: int, epoch: int = 0) -> DataLoader:
-        """One epoch of padded training batches, shuffled, with examples of similar length together.
-
-        The order is a function of (seed, epoch, batch_size) alone, so a resumed run sees the same batches."""
+        """One epoch of padded training batches, shuffled, with examples of similar length together; the order is a
+        function of (seed, epoch, batch_size) alone."""
         sampler = LengthGroupedSampler(batch_size, lengths=lengths(self.train), generator=epoch_order(seed, epoch))
         return self._loader(self.train, batch_size, sampler=sampler)
 

@@ -32,9 +32,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 
 
 def right_padding(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
-    """Pads input_ids, attention_mask and labels behind the text, whatever side the tokenizer prefers.
-
-    Padding in front would shift learned positions; behind the text it changes nothing for a causal model."""
+    """Pads behind the text: padding in front would shift learned positions, and some tokenizers prefer it."""
     padding = copy.copy(tokenizer)
     padding.padding_side = "right"
     return DataCollatorForSeq2Seq(padding, label_pad_token_id=IGNORED)

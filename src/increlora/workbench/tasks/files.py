@@ -79,9 +79,7 @@ class Splits:
 
 
 def read_splits(path: Path) -> Splits:
-    """A folder with a training and perhaps a validation (or else a test) file, or a single file.
-
-    Raises: TaskError if there is no training file, or one cannot be read."""
+    """A folder with a training and perhaps a validation (or else a test) file, or a single file."""
     files = split_files(path) if path.is_dir() else {"train": [path]}
     train, source = read_rows(files["train"]), f"training on {names(files['train'])}"
     other = files.get("validation") or files.get("test")
@@ -93,9 +91,7 @@ def read_splits(path: Path) -> Splits:
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:
-    """The data files of a folder by split, each split's in order of their names; a file alone is for training.
-
-    Raises: TaskError if none is for training."""
+    """The data files of a folder by split, in order of their names; a file alone is for training."""
     found = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in TABLES)
     files: dict[str, list[Path]] = defaultdict(list)
     for path in found:
@@ -110,9 +106,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def read_rows(paths: Sequence[Path]) -> Rows:
-    """The rows of all files, one after the other; a file of no known kind is read as one text.
-
-    Raises: TaskError if a file is damaged, or if two have other columns."""
+    """The rows of all files, one after the other; a file of no known kind is read as one text."""
     try:
         tables = [read_table(path) for path in paths]
         for path, table in zip(paths, tables, strict=True):

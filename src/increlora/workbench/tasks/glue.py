@@ -172,7 +172,7 @@ def from_hub(name: str) -> tuple[dict[str, Rows], str]:
         found = load_dataset(HUB_NAME, name)
     except Exception as error:  # not installed, no network and offline mode share no base class
         raise TaskError(
-            f"glue/{name}: {HUB_NAME} cannot be had from the hub ({summary(error)}); "
+            f"glue/{name}: {HUB_NAME} cannot be loaded from the hub ({summary(error)}); "
             f"name the folder that holds {name}/train.parquet and {name}/validation.parquet by --data"
         ) from error
     called = {"validation_matched": "validation", "validation_mismatched": MISMATCHED}

@@ -28,7 +28,7 @@ def lm_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
 
     Raises: TaskError without `options.data`, without one column of text, or if the text is too short."""
     if options.data is None:
-        raise TaskError("task lm trains on a text of yours: name a file or folder by --data")
+        raise TaskError("task lm trains on your text: name a file or folder by --data")
     splits = read_splits(options.data)
     text, other = texts(splits.train), [] if splits.validation is None else texts(splits.validation)
     if splits.validation is None and len(text) >= HELD_OUT:
@@ -38,7 +38,7 @@ def lm_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
     train = list(islice(blocks(tokens(tokenizer, text), options.max_length), options.max_train_samples))
     validation = list(blocks(tokens(tokenizer, other), options.max_length))
     if not (train and validation):
-        raise TaskError(f"--data {options.data}: too short to train on one part and measure on another; add text")
+        raise TaskError(f"--data {options.data}: too short for a training and a validation part; add text")
     return Task(
         name="lm",
         metric="perplexity",

@@ -4,8 +4,8 @@
     excess loss = ‖student − teacher‖² / ‖net − teacher‖²          1: nothing learnt, 0: the teacher
     recovery    = Σ_modules min(rank, planted rank) / Σ planted ranks
 
-The right allocation is known, so these are exact figures, and a run takes seconds on a CPU. The planted budget is an
-average rank of 2: at r = 2 a perfect allocator has recovery 1."""
+The right allocation is known, so these figures are exact. The planted budget is an average rank of 2: at r = 2 a
+perfect allocator has recovery 1."""
 
 import random
 from collections.abc import Mapping

@@ -31,7 +31,7 @@ def sft_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
 
     Raises: TaskError without `options.data`, without known columns, or if no pair fits into `options.max_length`."""
     if options.data is None:
-        raise TaskError("task sft trains on pairs of yours: name a file or folder by --data")
+        raise TaskError("task sft trains on your pairs: name a file or folder by --data")
     splits, notes = read_splits(options.data), Counter[str]()
     train, validation = splits.rows()
     train = train.sample(options.max_train_samples, options.seed)

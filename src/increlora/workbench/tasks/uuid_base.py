@@ -66,12 +66,9 @@ def uuid_decoder(settings: BaseSettings = BASE) -> LlamaForCausalLM:
 
 
 def load_uuid_base(settings: BaseSettings = BASE, folder: Path | None = None) -> LlamaForCausalLM:
-    """The pretrained net, in evaluation mode: from `folder`, or made now and kept there.
+    """The pretrained net, in evaluation mode: from `folder` (default: the hub client's cache), or made and kept there.
 
-    A damaged file is made anew; where nothing can be written, the net is made for this once, with a warning.
-
-    Args:
-        folder: None for the cache of the hub's client (`HF_HOME`)."""
+    A damaged file is made anew; where nothing can be written, a warning says so."""
     folder = folder or Path(HF_ASSETS_CACHE).expanduser() / "increlora" / "uuid"
     path = folder / f"{settings.digest()}.safetensors"
     if (weights := read(path)) is None:
