@@ -210,7 +210,7 @@ def test_an_adapted_embedding_is_taken_over_beside_its_base_weights(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [
-    ({"capacity": 2, "r": 2}, ConfigError, "q_proj: the source has rank 3, this adapter has room for 2: raise `capacity`"),
+    ({"capacity": 2, "r": 2}, ConfigError, "q_proj: the source has rank 3, this adapter has room for 2: raise `cap"),
     ({"r": 2, "grow_by": 1}, BudgetError, "budget of 12 ranks is below the start of 18"),
     ({"target_modules": ["q_proj"]}, ConfigError, "the source adapts .*down_proj.*: add it to `target_modules`"),
 ])  # fmt: skip

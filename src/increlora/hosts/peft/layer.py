@@ -108,9 +108,9 @@ class AdapterLayer(TunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active adapters to the base weight; with `safe_merge` refuse non-finite results.
 
-        The base as it was is kept, and given back by `unmerge`: W + ΔW − ΔW is not W in floating point, and a trainer
-        that merges for every generation would wear the base away. So an adapted weight is there twice while merged, but
-        not after `merge_and_unload`."""
+        `unmerge` restores the saved base: W + ΔW − ΔW is not W in floating point, and a trainer that merges for every
+        generation would change the base. So an adapted weight is in memory twice while merged, but not after
+        `merge_and_unload`."""
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter in self.lora_delta:
                 weight = self.get_base_weight()
@@ -124,7 +124,7 @@ class AdapterLayer(TunerLayer):
                 self.merged_adapters.append(adapter)
 
     def _write(self, adapter: str, merged: Tensor, change: Tensor) -> None:
-        """Replace the base weight; of a quantised one note what that has cost."""
+        """Replace the base weight; of a quantised one record the rounding error."""
         if self.quantization_backend is None:
             base = self.get_base_layer()  # a parameter of its own: what is tied to the old one is not to change
             base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
