@@ -152,8 +152,8 @@ def warn_of_rounding(layers: Mapping[str, Any], stacklevel: int) -> None:
     poorest = min(found, key=lambda name: found[name].kept)
     how = ", ".join(sorted({layers[name].quantization_backend.backend_name for name in found}))
     warnings.warn(
-        f"merged into quantised weights ({how}), which rounds them again: the error is {found[worst].error:.1%} of "
-        f"‖ΔW‖ in {worst}, {errors[len(errors) // 2]:.1%} in the middle of {len(errors)} modules; in the direction of "
-        f"ΔW {found[poorest].kept:.1%} is left in {poorest}; to lose nothing, {REMEDY}",
+        f"merging rounded quantised weights ({how}) again: the error is {found[worst].error:.1%} of ‖ΔW‖ in {worst}, "
+        f"its median over {len(errors)} modules {errors[len(errors) // 2]:.1%}; {poorest} keeps "
+        f"{found[poorest].kept:.1%} of its ΔW; to lose nothing, {REMEDY}",
         stacklevel=stacklevel,
     )
