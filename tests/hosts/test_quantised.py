@@ -135,6 +135,7 @@ def test_a_method_on_a_quantised_base(method: str, kind: str, files: Path, tmp_p
     assert lost < 1e-3  # in 8 bits inputs are rounded, too: the last bit of one may cross a boundary
 
     deltas = {n: m.get_delta_weight("default") for n, m in layers(model).items()}
+    stored = {n: getattr(m.get_base_layer(), "weight", None) for n, m in layers(model).items()}
     with pytest.warns(UserWarning, match=r"merging rounded quantised weights .* again"):
         model.merge_adapter()
     after = base_weights(model)
@@ -142,6 +143,7 @@ def test_a_method_on_a_quantised_base(method: str, kind: str, files: Path, tmp_p
         size, moved = deltas[name].norm(), after[name] - before[name]
         if not size:  # a module may be left without rank
             assert not moved.any() and layer.merge_errors["default"] == (0, 1)
+            assert getattr(layer.get_base_layer(), "weight", None) is stored[name]  # not written again
             continue
         error, kept = (moved - deltas[name]).norm() / size, (moved * deltas[name]).sum() / size**2
         assert layer.merge_errors["default"] == pytest.approx((float(error), float(kept)), rel=1e-2)
