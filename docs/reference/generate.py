@@ -16,11 +16,11 @@ import typer
 from typer.cli import get_docs_for_click
 
 import increlora
-from increlora import errors, probes
+from increlora import errors
 from increlora.hosts.peft.config import CONFIGS
 from increlora.hosts.peft.options import INSTEAD, SHARED, settings_doc
 from increlora.workbench.cli.app import app
-from increlora.workbench.cli.methods import SIGNS
+from increlora.workbench.cli.methods import CAPABILITIES, SIGNS, Outcome, footnotes, table_of, told, versions
 from increlora.workbench.cli.options import described
 
 DOCS = Path(__file__).resolve().parents[1]
@@ -97,28 +97,26 @@ def refused_options() -> str:
 
 # -- capabilities --------------------------------------------------------------------------------------------------
 
-CAPABILITIES = Path(__file__).with_name("capabilities.json")  # written by `increlora methods --json`
-
 
 def capabilities() -> str:
-    """The table as the command prints it, for the versions it was printed with."""
+    """The table as the command prints it."""
     data = json.loads(CAPABILITIES.read_text())
-    found = probes.from_data(data)
-    notes = probes.footnotes(found)
+    found = table_of(data)
+    notes = footnotes(found)
     methods = list(next(iter(found.values())))
     rows = [[name, *(capability(m, row[m], notes) for m in methods)] for name, row in found.items()]
     foot = [f"{number}. {reason}" for reason, number in notes.items()]
-    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    return "\n".join([table(["", *methods], rows), "", *foot, "", f"With {versions}."])
+    return "\n".join([table(["", *methods], rows), "", *foot, "", f"With {versions(data)}."])
 
 
-def capability(method: str, outcome: probes.Outcome, notes: Mapping[str, int]) -> str:
-    number = notes.get(probes.told(method, outcome))
+def capability(method: str, outcome: Outcome, notes: Mapping[str, int]) -> str:
+    number = notes.get(told(method, outcome))
     return SIGNS[outcome.verdict][0] + (f" <sup>{number}</sup>" if number else "")
 
 
 def probe_meanings() -> str:
-    return table(["", "yes means"], [[name, meaning] for name, meaning in probes.MEANINGS.items()])
+    meanings = json.loads(CAPABILITIES.read_text())["meanings"]
+    return table(["", "yes means"], [[name, meaning] for name, meaning in meanings.items()])
 
 
 # -- the command line ----------------------------------------------------------------------------------------------

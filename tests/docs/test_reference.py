@@ -10,10 +10,11 @@ import pytest
 import typer
 
 import increlora
-from increlora import errors, probes
+from increlora import errors
 from increlora.hosts.peft.config import CONFIGS
 from increlora.registry import METHODS
 from increlora.workbench.cli.app import app
+from tests import probes
 from tests.docs.blocks import ROOT
 
 

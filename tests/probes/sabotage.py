@@ -11,9 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 from increlora.deltas import Delta
 from increlora.hosts.peft.layer import AdapterLayer
 from increlora.ops.parallel import is_sharded
-from increlora.probes import processes
-from increlora.probes.subjects import Subject
 from increlora.runtime.taps import Watcher
+from tests.probes import processes
+from tests.probes.subjects import Subject
 
 
 def idle_parameters_stay_out() -> AbstractContextManager[Any]:

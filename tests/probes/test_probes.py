@@ -14,17 +14,17 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from increlora import probes
 from increlora.deltas import BlockDelta
 from increlora.errors import ConfigError
 from increlora.export import lora as export
 from increlora.hosts.peft import checkpoint, model
 from increlora.hosts.peft.layer import AdapterLayer
-from increlora.probes import processes, weights
-from increlora.probes.outcome import Disagreement, NotProbed, Outcome, check, different, outcome_of, same
-from increlora.probes.subjects import check_driven, subject_of, train
 from increlora.registry import METHODS
-from tests.probes import sabotage
+from increlora.workbench.cli.methods import CAPABILITIES, Outcome, Table, table_of
+from tests import probes
+from tests.probes import processes, sabotage, weights
+from tests.probes.outcome import Disagreement, NotProbed, check, different, outcome_of, same
+from tests.probes.subjects import check_driven, subject_of, train
 
 ROOT = Path(__file__).parents[2]
 Patch = pytest.MonkeyPatch
@@ -82,7 +82,7 @@ def test_a_run_must_be_driven_to_its_budget() -> None:
 
 
 @pytest.fixture(scope="module")
-def table() -> probes.Table:
+def table() -> Table:
     """Every probe of every method."""
     return probes.probe_methods(list(METHODS))
 
@@ -90,8 +90,8 @@ def table() -> probes.Table:
 @pytest.mark.distributed
 @pytest.mark.timeout(600)  # all probes of all methods, perhaps on a busy machine
 def test_the_documented_table_is_what_the_probes_find(table: probes.Table) -> None:
-    written = json.loads((ROOT / "docs" / "reference" / "capabilities.json").read_text())
-    documented = probes.from_data(written)
+    written = json.loads(CAPABILITIES.read_text())
+    documented = table_of(written)
     assert documented.keys() == table.keys() == probes.MEANINGS.keys()
     for name, row in table.items():
         assert documented[name].keys() == row.keys()
@@ -103,8 +103,8 @@ def test_the_documented_table_is_what_the_probes_find(table: probes.Table) -> No
 
 
 def test_the_documented_quantised_bases_are_what_the_probes_find() -> None:
-    written = json.loads((ROOT / "docs" / "reference" / "capabilities.json").read_text())
-    for method, documented in probes.from_data(written)["quantised base"].items():
+    written = json.loads(CAPABILITIES.read_text())
+    for method, documented in table_of(written)["quantised base"].items():
         found = outcome_of(probes.PROBES["quantised base"], subject_of(method))
         if found.verdict == "not probed":
             pytest.skip(found.reason)
@@ -112,10 +112,11 @@ def test_the_documented_quantised_bases_are_what_the_probes_find() -> None:
 
 
 def test_the_documented_table_is_of_the_versions_of_the_tests_and_nothing_in_it_is_broken() -> None:
-    written = json.loads((ROOT / "docs" / "reference" / "capabilities.json").read_text())
+    written = json.loads(CAPABILITIES.read_text())
     pins = dict(line.split("==") for line in (ROOT / "constraints-dev.txt").read_text().splitlines() if "==" in line)
     assert written["versions"] == {name: pins[name] for name in probes.PACKAGES}
-    cells = [cell for row in probes.from_data(written).values() for cell in row.values()]
+    assert written["meanings"] == probes.MEANINGS
+    cells = [cell for row in table_of(written).values() for cell in row.values()]
     assert {cell.verdict for cell in cells} == {"yes", "no"}
     assert all(re.search(r": .*(leave it out|choose|use|add)", cell.reason) for cell in cells if cell.verdict == "no")
 

@@ -25,13 +25,11 @@ LEVELS = [
     {"hosts"},
     {"export"},
     {""},  # increlora/__init__.py: what users import
-    {"probes"},
     {"workbench"},
     {"integrations"},  # at the top, so that nothing imports them: they need frameworks that users may not have
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 CORE = {part for part in LEVEL if LEVEL[part] <= LEVEL["registry"]}
-DOCUMENTED = {"peft.utils.hotswap.hotswap_adapter"}  # what users of peft import from within
 WORKBENCH = {part for part in LEVEL if LEVEL[part] > LEVEL[""]}
 # The rooms of the workbench, lowest first: the same rule holds between them.
 ROOMS = [{"runs"}, {"tasks", "report"}, {"cli"}]
@@ -97,7 +95,7 @@ def allowed(name: str, module: str) -> bool:
     if part in CORE:
         return False
     if top == "peft" and part in WORKBENCH:
-        return name.count(".") == 1 or name in DOCUMENTED
+        return name.count(".") == 1
     return part in WORKBENCH | {"export"} or (
         part == "hosts" and (top != "peft" or module != "increlora.hosts.transformers")
     )

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 
-from ..errors import ConfigError
+from increlora.errors import ConfigError
+
 from .outcome import Disagreement, NotProbed, check, different, same
 from .running import equals_plain_run
 from .subjects import Subject, llama, output, train

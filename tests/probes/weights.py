@@ -9,8 +9,9 @@ from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
-from ..errors import ExportError
-from ..export.lora import export_lora, is_exact
+from increlora.errors import ExportError
+from increlora.export.lora import export_lora, is_exact
+
 from .outcome import Disagreement, check, different, same
 from .subjects import STEPS, Subject, deltas, layers, llama, output
 

@@ -19,7 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..runtime import controllers_of
+from increlora.runtime import controllers_of
+
 from .outcome import Outcome, check, outcome_of, same
 from .subjects import Subject, check_driven, layers, subject_of, train
 

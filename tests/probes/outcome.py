@@ -1,4 +1,4 @@
-"""What a probe finds out, as data.
+"""What a probe finds out: an `Outcome`, as `increlora methods` shows it.
 
 A probe is a function of a subject. It returns (a note, if there is something to add) where the library does what is
 asked and the numbers agree; it lets an error of ours through where the library refuses; everything else is broken.
@@ -8,29 +8,13 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import IncreLoraError
-
-Verdict = Literal["yes", "no", "not probed", "broken"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A cell of the table.
-
-    Attributes:
-        verdict: `yes`, the probe ran and its numbers agree; `no`, the library refuses; `not probed`, something is
-            missing here; `broken`, a crash, or numbers that do not agree.
-        reason: why not, with the alternative where the library refuses; what to know where it is a yes.
-    """
-
-    verdict: Verdict
-    reason: str = ""
+from increlora.errors import IncreLoraError
+from increlora.workbench.cli.methods import Outcome
 
 
 class NotProbed(Exception):

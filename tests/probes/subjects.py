@@ -9,10 +9,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from ..hosts.peft import CONFIGS
-from ..hosts.peft.config import type_name
-from ..hosts.peft.layer import AdapterLayer
-from ..runtime import controllers_of
+from increlora.hosts.peft import CONFIGS
+from increlora.hosts.peft.config import type_name
+from increlora.hosts.peft.layer import AdapterLayer
+from increlora.runtime import controllers_of
+
 from .outcome import check
 
 STEPS = 8
