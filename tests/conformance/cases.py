@@ -19,22 +19,18 @@ from torch import nn
 from increlora.errors import ConfigError
 from increlora.hosts.peft import CONFIGS
 
+if __package__ == "conformance":  # the plugin of a run of peft's tests, where the package `tests` is peft's
+    from catalogue import CATALOGUE
+else:
+    from tests.catalogue import CATALOGUE
+
 Options = dict[str, Any]
 CLASSES: dict[str, Any] = {config_cls.__name__: config_cls for config_cls in CONFIGS.values()}
+ROWS = {row.config_cls.__name__: row for row in CATALOGUE}
 
 # peft's models are tiny, down to one feature: the case's own rank, or the first of these that a method accepts.
 RANKS: tuple[Options, ...] = ({}, {"r": 2}, {"r": 1})
-
-# What a method has to be told about models and loops like peft's; of several the first that it accepts.
-NEEDS: dict[str, tuple[Options, ...]] = {
-    **dict.fromkeys(("AdaLoraConfig", "IncreLoraConfig", "PriLoraConfig", "SoraConfig"), ({"total_steps": 100},)),
-    "MeLoraConfig": ({"minis_pattern": {"conv1d": 1}},),
-    "LortaConfig": ({}, *({"matrices": dict.fromkeys(("lin0", "lin1", "conv1d"), "q"), "heads": heads, "head_dim": size}
-                          for heads, size in ((2, 10), (2, 1), (1, 1)))),
-}  # fmt: skip
-
-# Options of LoRA that a method has no use for, though peft sets them throughout.
-WITHOUT = {"MoraConfig": {"lora_alpha"}}  # it has no scale
+STEPS = 100  # what a method on a schedule is told about the length of peft's loops
 
 
 class Selection:
@@ -77,9 +73,12 @@ def refused(config_cls: Any, options: Options, bases: Sequence[nn.Module]) -> st
 
 
 def variants(name: str, kwargs: Options) -> Iterator[Options]:
-    given = {key: value for key, value in kwargs.items() if key not in WITHOUT.get(name, ())}
-    for rank, need in product(RANKS, NEEDS.get(name, ({},))):
-        yield {**need, **given, **rank}
+    """The case as the method takes it: without what it has no use for, with what it needs, at a rank it accepts."""
+    row = ROWS[name]
+    given = {key: value for key, value in kwargs.items() if key not in row.unused}
+    length = {"total_steps": STEPS} if row.adaptive else {}
+    for rank, need in product(RANKS, row.needs.get("peft", ({},))):
+        yield {**length, **need, **given, **rank}
 
 
 def general(refusal: str) -> str:

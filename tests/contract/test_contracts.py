@@ -1,12 +1,12 @@
-"""The contract table: one row per (method, tiny config), every row runs every contract. A new method is a new row."""
+"""The contracts: every method of the catalogue and its variants run every contract. A new method needs no new test."""
 
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -16,57 +16,44 @@ from torch import Tensor, nn
 from increlora import (
     AdaLoraConfig,
     IncreLoraConfig,
-    LoraMiniConfig,
-    LortaConfig,
-    MeLoraConfig,
     MoraConfig,
-    PlainLoraConfig,
-    PriLoraConfig,
     SoraConfig,
     attach,
     rank_summary,
+    registry,
 )
 from increlora.deltas import BlockDelta, Status
 from increlora.errors import DriveError, ScheduleError
+from increlora.hosts.peft import CONFIGS
 from increlora.hosts.peft.layer import AdapterLayer
+from tests import catalogue
+from tests.catalogue import METHODS
 from tests.hosts.tiny import Mlp, seeded
-from tests.reference.attention import ARCHITECTURE, AttentionNet
+from tests.reference.attention import AttentionNet
 
 STEPS = 16
 TARGETS = ["up", "down", "head"]
 MODULES = {"up": 20, "down": 20, "head": 11}  # parameters of one rank
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
-    """One method with a tiny config, and what its page says about it.
+    """A method of the catalogue on a tiny net of 8 features in and 3 out, and what its page says about these options.
 
     Attributes:
-        config: of a run of STEPS steps in which the whole budget is spent.
-        ranks: do they grow from a start below the budget, are they pruned from one above, or are they fixed?
-        driven: is there something to drive although ranks are fixed?
-        shares: times as shares of a run of unknown length.
+        options: of a run of STEPS steps in which the whole budget is spent.
         jump: (rank before, after growth) → factor on the ΔW already learnt.
-        shrinks: is what stays made smaller, too, by a step that moves nothing?
         exact: are as many ranks left as the budget says, or at most so many?
         at_most_lora: does `r` promise at most LoRA's parameters? (The published code counts ranks alone.)
-        base: the model, 8 features in and 3 out.   targets: what is adapted in it.
-        lean: has it fewer parameters than LoRA of rank 1?
     """
 
     name: str
-    config: Callable[..., Any]
-    options: dict[str, Any] = field(hash=False)
-    ranks: Literal["grow", "pruned", "fixed"] = "grow"
-    driven: bool = False
-    shares: dict[str, Any] = field(default_factory=lambda: {"warmup_steps": 0.1, "total_steps": None}, hash=False)
+    method: catalogue.Row
+    make: Callable[..., Any]
+    options: dict[str, Any]
     jump: Callable[[int, int], float] = lambda before, after: 1.0
-    shrinks: bool = False
     exact: bool = True
     at_most_lora: bool = True
-    base: Callable[[], nn.Module] = Mlp
-    targets: tuple[str, ...] = tuple(TARGETS)
-    lean: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -74,67 +61,36 @@ class Row:
     @property
     def adaptive(self) -> bool:
         """Does it need an optimizer that it can follow?"""
-        return self.ranks != "fixed" or self.driven
+        return self.method.adaptive or "restart_steps" in self.options
+
+    @property
+    def shares(self) -> dict[str, Any]:
+        """Times as shares of a run of unknown length."""
+        return dict(self.method.shares) if self.method.adaptive else {"total_steps": None} if self.adaptive else {}
+
+    @property
+    def targets(self) -> list[str]:
+        return list(catalogue.ATTENTION) if self.method.attention else TARGETS
 
     def build(self, **changes: Any) -> PeftModel:
-        chosen = {"target_modules": list(self.targets), "seed": 3} | self.options | changes
-        return get_peft_model(self.bare(), self.config(**chosen))
+        chosen = {"target_modules": self.targets, "seed": 3} | self.options | changes
+        return get_peft_model(self.bare(), self.make(**chosen))
 
     def bare(self) -> nn.Module:
-        return seeded(self.base).double()
+        return seeded(AttentionNet if self.method.attention else Mlp).double()
 
 
-def grown(name: str, **options: Any) -> Row:
-    """A row of IncreLoRA with events at steps 2, 4, …"""
-    chosen = {"r": 3, "warmup_steps": 1, "interval_steps": 2, "top_h": 2, "total_steps": STEPS} | options
-    return Row(name, IncreLoraConfig, chosen)
-
-
-def pruned(name: str, config: Callable[..., Any] = AdaLoraConfig, **options: Any) -> Row:
-    """A row of AdaLoRA with cuts at steps 2, 4, … 10."""
-    chosen = {"r": 3, "warmup_steps": 1, "interval_steps": 2, "settle_steps": 6, "total_steps": STEPS} | options
-    return Row(
-        name, config, chosen, ranks="pruned", at_most_lora=config is AdaLoraConfig and "total_ranks" not in chosen
-    )
-
-
-def gated(name: str, config: Callable[..., Any] = SoraConfig, **options: Any) -> Row:
-    """A row of SoRA, on the schedule of `pruned`; with a threshold what is left is found on the way."""
-    chosen = {"r": 3, "warmup_steps": 1, "interval_steps": 2, "settle_steps": 6, "total_steps": STEPS} | options
-    exact = chosen.get("threshold") is None
-    return Row(
-        name, config, chosen, ranks="pruned", shrinks=True, exact=exact, at_most_lora="total_ranks" not in chosen
-    )
-
-
-def entries(name: str, **options: Any) -> Row:
-    """A row of PRILoRA with prunings after steps 3, 6, … 15."""
-    chosen = {"r": 3, "interval_steps": 3, "total_steps": STEPS} | options
-    return Row(name, PriLoraConfig, chosen, ranks="fixed", driven=True, at_most_lora="total_ranks" not in chosen)
-
-
-def placed(name: str, **options: Any) -> Row:
-    """A row of LoRTA, which adapts attention alone."""
-    targets = tuple(f"{role}_proj" for role in "qkvo")
-    return Row(
-        name, LortaConfig, {"r": 3} | ARCHITECTURE | options, ranks="fixed", shares={}, base=AttentionNet,
-        targets=targets,
-    )  # fmt: skip
-
-
-def restarted(name: str, **options: Any) -> Row:
-    """A row of ReMoRA with restarts after steps 4, 8 and 12 of 16."""
-    chosen = {"r": 3, "restart_steps": 0.25, "restart_warmup": 2, "total_steps": STEPS} | options
-    return Row(name, MoraConfig, chosen, ranks="fixed", driven=True, shares={"total_steps": None})
-
-
-def mini(name: str, **options: Any) -> Row:
-    """A row of LoRA-Mini: 6 parameters a module."""
-    chosen = {"r": 1, "inner_in": 3, "inner_out": 3} | options
-    return Row(name, LoraMiniConfig, chosen, ranks="fixed", shares={}, lean=True)
+def row(name: str, make: Any = None, /, **options: Any) -> Row:
+    """A row of the method that the name begins with: the catalogue's, or a variant with further options."""
+    method = METHODS[name.partition(",")[0]]
+    chosen = method.tiny("mlp", STEPS) | options
+    about = {key: chosen.pop(key) for key in ("jump", "exact", "at_most_lora") if key in chosen}
+    return Row(name, method, make or method.config_cls, chosen, **{"at_most_lora": "total_ranks" not in chosen} | about)
 
 
 ADVANCE = {"reserve": "trained", "newborn": "published", "orthogonality": 0.1}  # as published
+RESTARTS = {"restart_steps": 0.25, "restart_warmup": 2, "total_steps": STEPS}  # after steps 4, 8 and 12
+FOLDED = {"r": 2, "dead_inputs": "fold"}
 
 
 def published(rank: int) -> float:
@@ -142,69 +98,69 @@ def published(rank: int) -> float:
 
 
 ROWS = [
-    grown("increlora"),
-    grown("increlora, trained reserve", **ADVANCE),
-    grown("increlora, signed score", score="signed", **ADVANCE),
-    grown("increlora, exact accumulation", score_accumulation="exact", **ADVANCE),
-    grown("increlora, no reserve", reserve="none", newborn="published", orthogonality=0.1),
-    grown("increlora, frozen reserve", **ADVANCE | {"reserve": "frozen"}),
-    grown("increlora, reserve kept", finish="keep", **ADVANCE),
-    grown("increlora, parameters", total_parameters=130, **ADVANCE),
-    grown("increlora, total ranks", total_ranks=8),
-    grown("increlora, grow_by 3", r=4, grow_by=3, capacity=8),
-    grown("increlora, init_r 2", init_r=2),
-    grown("increlora, no penalty", **ADVANCE | {"orthogonality": 0.0}),
-    Row(
-        "increlora, paper", IncreLoraConfig.paper,
-        {"r": 3, "grow_by": 1, "top_h": 2, "warmup_steps": 1, "interval_steps": 2, "total_steps": STEPS},
-        jump=lambda before, after: published(before) / published(after), at_most_lora=False,
-    ),
-    pruned("adalora"),
-    pruned("adalora, after the step", observe="after_step"),
-    pruned("adalora, penalty", orthogonality=0.1, start="published"),
-    pruned("adalora, total ranks", total_ranks=4, init_r=6),
-    pruned("adalora, nothing to prune", init_r=3),
-    pruned("adalora, odd interval", interval_steps=3),
-    pruned("adalora, paper", AdaLoraConfig.paper, lora_alpha=8),
-    gated("sora"),
-    gated("sora, gates of 1", gate_init="ones", close_after=None),
-    gated("sora, total ranks", total_ranks=4, init_r=6, close_after=1),
-    gated("sora, penalty", gate_penalty=1.0),
-    gated("sora, threshold", threshold=0.04, close_after=2),
-    gated("sora, threshold by rate", threshold=2.0, threshold_unit="learning_rate", levels=3),
-    gated("sora, paper", SoraConfig.paper, lora_alpha=8, threshold=0.005, gate_penalty=0.1),
-    entries("prilora"),
-    entries("prilora, matrix", group="matrix"),
-    entries("prilora, zeros held", regrow=False, settle_steps=5),
-    entries("prilora, constant scale", scaling="constant", total_ranks=7, warmup_steps=4),
-    entries("prilora, rare statistic", statistic_interval=2, prune_share=0.3),
-    Row("lora", PlainLoraConfig, {"r": 3}, ranks="fixed", shares={}),
-    placed("lorta"),
-    placed("lorta, as lora starts", init="lora_matched", alpha_pattern={"q_proj": 5}),
-    Row("melora", MeLoraConfig, {"r": 3, "minis": 4, "minis_pattern": {"head": 1}}, ranks="fixed", shares={}),
-    Row("mora", MoraConfig, {"r": 3}, ranks="fixed", shares={}),
-    Row("mora, blocks", MoraConfig, {"r": 2, "mora_type": 2}, ranks="fixed", shares={}),
-    Row("mora, zero-padded", MoraConfig, {"r": 2, "mora_type": 4, "pad": "zero"}, ranks="fixed", shares={}),
-    Row("mora, truncation", MoraConfig, {"r": 3, "operator": "truncation"}, ranks="fixed", shares={}),
-    Row("mora, decoupling", MoraConfig, {"r": 2, "operator": "decoupling", "dead_inputs": "fold"}, ranks="fixed",
-        shares={}),
-    Row("mora, rotation", MoraConfig, {"r": 2, "operator": "rotation", "dead_inputs": "fold"}, ranks="fixed",
-        shares={}),
-    Row("mora, paper", MoraConfig.paper, {"r": 2, "mora_type": 6, "lora_dropout": 0.0}, ranks="fixed", shares={}),
-    restarted("mora, restarts"),
-    restarted("mora, restarts in a cycle", mora_type=3, restart_maps="cycle"),
-    restarted("mora, restarts of the same", restart_maps="same", restart_warmup=0),
-    restarted("mora, restarts of rotation", r=2, operator="rotation", dead_inputs="fold"),
-    mini("lora_mini"),
-    mini("lora_mini, composed", forward="composed", init="orthonormal"),
-    mini("lora_mini, sequential", forward="sequential"),
-    mini("lora_mini, frozen factors drawn again", save_projection=False),
-    mini("lora_mini, official auxiliaries", init="official_aux", save_projection=False),
-    mini("lora_mini, reduction", r=2, reduction=1, inner_in=None, inner_out=None),
+    *map(row, METHODS),
+    row("increlora, trained reserve", **ADVANCE),
+    row("increlora, signed score", score="signed", **ADVANCE),
+    row("increlora, exact accumulation", score_accumulation="exact", **ADVANCE),
+    row("increlora, no reserve", reserve="none", newborn="published", orthogonality=0.1),
+    row("increlora, frozen reserve", **ADVANCE | {"reserve": "frozen"}),
+    row("increlora, reserve kept", finish="keep", **ADVANCE),
+    row("increlora, parameters", total_parameters=130, **ADVANCE),
+    row("increlora, total ranks", total_ranks=8),
+    row("increlora, grow_by 3", r=4, grow_by=3, capacity=8),
+    row("increlora, init_r 2", init_r=2),
+    row("increlora, no penalty", **ADVANCE | {"orthogonality": 0.0}),
+    row("increlora, paper", IncreLoraConfig.paper, grow_by=1, at_most_lora=False,
+        jump=lambda before, after: published(before) / published(after)),
+    row("adalora, after the step", observe="after_step"),
+    row("adalora, penalty", orthogonality=0.1, start="published"),
+    row("adalora, total ranks", total_ranks=4, init_r=6),
+    row("adalora, nothing to prune", init_r=3),
+    row("adalora, odd interval", interval_steps=3),
+    row("adalora, paper", AdaLoraConfig.paper, lora_alpha=8, at_most_lora=False),
+    row("sora, gates of 1", gate_init="ones", close_after=None),
+    row("sora, total ranks", total_ranks=4, init_r=6, close_after=1),
+    row("sora, penalty", gate_penalty=1.0),
+    row("sora, threshold", threshold=0.04, close_after=2, exact=False),
+    row("sora, threshold by rate", threshold=2.0, threshold_unit="learning_rate", levels=3, exact=False),
+    row("sora, paper", SoraConfig.paper, lora_alpha=8, threshold=0.005, gate_penalty=0.1, exact=False),
+    row("prilora, matrix", group="matrix"),
+    row("prilora, zeros held", regrow=False, settle_steps=5),
+    row("prilora, constant scale", scaling="constant", total_ranks=7, warmup_steps=4),
+    row("prilora, rare statistic", statistic_interval=2, prune_share=0.3),
+    row("lorta, as lora starts", init="lora_matched", alpha_pattern={"q_proj": 5}),
+    row("melora, four minis", minis=4),
+    row("mora, blocks", r=2, mora_type=2),
+    row("mora, zero-padded", r=2, mora_type=4, pad="zero"),
+    row("mora, truncation", operator="truncation"),
+    row("mora, decoupling", operator="decoupling", **FOLDED),
+    row("mora, rotation", operator="rotation", **FOLDED),
+    row("mora, paper", MoraConfig.paper, r=2, mora_type=6, lora_dropout=0.0),
+    row("mora, restarts", **RESTARTS),
+    row("mora, restarts in a cycle", mora_type=3, restart_maps="cycle", **RESTARTS),
+    row("mora, restarts of the same", **RESTARTS | {"restart_maps": "same", "restart_warmup": 0}),
+    row("mora, restarts of rotation", operator="rotation", **FOLDED, **RESTARTS),
+    row("lora_mini, composed", forward="composed", init="orthonormal"),
+    row("lora_mini, sequential", forward="sequential"),
+    row("lora_mini, frozen factors drawn again", save_projection=False),
+    row("lora_mini, official auxiliaries", init="official_aux", save_projection=False),
+    row("lora_mini, reduction", r=2, reduction=1, inner_in=None, inner_out=None),
 ]  # fmt: skip
-every_row = pytest.mark.parametrize("row", ROWS, ids=str)
-growing_rows = pytest.mark.parametrize("row", [row for row in ROWS if row.ranks == "grow"], ids=str)
-pruned_rows = pytest.mark.parametrize("row", [row for row in ROWS if row.ranks == "pruned"], ids=str)
+
+
+def of(*ranks: str) -> pytest.MarkDecorator:
+    """Every row whose ranks do this; those beside a method's default are marked as variants."""
+    rows = [row for row in ROWS if row.method.ranks in ranks]
+    marked = [pytest.param(row, id=row.name, marks=[pytest.mark.variant] * (row.name not in METHODS)) for row in rows]
+    return pytest.mark.parametrize("row", marked)
+
+
+every_row, growing_rows, pruned_rows = of("grow", "pruned", "fixed"), of("grow"), of("pruned")
+
+
+def test_every_method_has_a_row_in_the_catalogue() -> None:
+    assert list(METHODS) == list(registry.METHODS)
+    assert {row.config_cls for row in METHODS.values()} == set(CONFIGS.values())
 
 
 # -- what the contracts share --------------------------------------------------------------------------------------
@@ -377,7 +333,7 @@ def test_a_cut_takes_the_dropped_components_away_and_nothing_else(row: Row) -> N
     for name, delta in deltas.items():
         parts, e = whole[name]
         left = torch.where(e != 0, delta.block(0)["E"].detach() / e, 0.0)
-        assert ((left == 0) | (left == 1)).all() or (row.shrinks and (left >= 0).all() and (left < 1).all())
+        assert ((left == 0) | (left == 1)).all() or (row.method.shrinks and (left >= 0).all() and (left < 1).all())
         assert all(kept or share == 0 for kept, share in zip(delta.kept, left.flatten(), strict=True))
         assert close(delta.weight(), (torch.stack(parts) * left.unsqueeze(2)).sum(0))
 
@@ -432,7 +388,7 @@ def test_r_promises_at_most_the_parameters_of_lora(row: Row) -> None:
     model = trained(row, STEPS)
     summary, uniform = rank_summary(model), sum(m.in_features + m.out_features for m in layers(model).values())
     assert summary.parameters <= row.options["r"] * uniform or not row.at_most_lora
-    assert summary.parameters >= uniform or summary.shared or row.lean
+    assert summary.parameters >= uniform or summary.shared or row.method.lean
 
 
 @every_row

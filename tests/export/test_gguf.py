@@ -13,9 +13,9 @@ from peft import get_peft_model
 from torch import Tensor
 
 from increlora import check_export, export_lora
+from tests.catalogue import METHODS, STEPS
 from tests.export.test_engines import Deltas, in_peft, read
 from tests.hosts.bases import LLAMA
-from tests.hosts.methods import METHODS, STEPS
 from tests.hosts.tiny import BUILDERS
 from tests.hosts.training import train
 
@@ -72,7 +72,7 @@ def served(file: Path, modules: list[str]) -> tuple[dict[str, tuple[Tensor, Tens
 @pytest.mark.parametrize("method", METHODS)
 def test_a_round_trip_of_every_method(method: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    model = get_peft_model(BUILDERS["llama"](), METHODS[method]())
+    model = get_peft_model(BUILDERS["llama"](), METHODS[method].config())
     train(model, "llama", stop=STEPS)
     for layout in ("uniform", "pattern"):
         folder = export_lora(model, tmp_path / layout, layout).path

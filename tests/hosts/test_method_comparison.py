@@ -17,7 +17,7 @@ from peft import PeftConfig, get_peft_model
 from transformers import get_cosine_schedule_with_warmup
 
 from increlora import IncreLoraConfig, rank_summary
-from tests.hosts.methods import METHODS, MOVING, TARGETS
+from tests.catalogue import METHODS
 from tests.hosts.tiny import BUILDERS
 
 STEPS = 10
@@ -89,7 +89,7 @@ def accuracy(model: Any) -> float:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_experiment_folder_of_every_method(method: str, tmp_path: Path) -> None:
-    place = experiment(tmp_path, METHODS[method](task_type="CAUSAL_LM"))
+    place = experiment(tmp_path, METHODS[method].config(task_type="CAUSAL_LM"))
     result = run(place)
     assert (result.status, result.error) == ("success", "")
     first, second, last = result.rows
@@ -99,10 +99,12 @@ def test_an_experiment_folder_of_every_method(method: str, tmp_path: Path) -> No
     summary = rank_summary(result.model)
     assert sum(result.peft_config["ranks"].values()) == summary.active  # the live config is what it writes down
     assert result.peft_config["parameters"] == summary.parameters <= result.trainable  # theirs counts capacity
-    if method in MOVING:
+    if METHODS[method].moving:
         assert summary.active == summary.budget_ranks
 
 
 def test_a_run_of_unknown_length_is_cancelled_with_the_remedy(tmp_path: Path) -> None:
-    result = run(experiment(tmp_path, IncreLoraConfig(r=3, warmup_steps=0.1, **TARGETS)))
+    result = run(
+        experiment(tmp_path, IncreLoraConfig(r=3, warmup_steps=0.1, target_modules=METHODS["increlora"].targets))
+    )
     assert result.status == "canceled" and "total_steps" in result.error

@@ -8,34 +8,30 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import GenerationConfig
 
+from increlora import IncreLoraConfig, PlainLoraConfig
 from increlora.errors import ConfigError
-from increlora.hosts.peft.config import CONFIGS
+from tests.catalogue import METHODS
 from tests.hosts.tiny import BUILDERS, inputs_for
 from tests.hosts.vision import net, tokens
 
 NAMES = ["one", "__base__", "two", "one"]
 
 
-def options_of(kind: str, peft_type: str) -> dict[str, Any]:
+def adapters(kind: str, method: str, **options: Any) -> PeftModel:
+    """A model with two adapters of a method, "one" and "two", that do something from the start."""
     targets = {"llama": ["q_proj", "v_proj"], "t5": ["q", "v"], "bert": ["query", "value"]}[kind]
-    own = {"INCRELORA_MELORA": {"minis": 2}, "INCRELORA_LORA_MINI": {"inner_in": 4, "inner_out": 4}}.get(peft_type, {})
-    return {"r": 2, "target_modules": targets, "init_lora_weights": False, **own}
-
-
-def two_adapters(kind: str, peft_type: str) -> PeftModel:
-    options = options_of(kind, peft_type)
-    model = get_peft_model(BUILDERS[kind](), CONFIGS[peft_type](**options, seed=1), adapter_name="one")
-    model.add_adapter("two", CONFIGS[peft_type](**options, seed=2))
+    chosen = {"r": min(2, METHODS[method].r), "target_modules": targets, "init_lora_weights": False} | options
+    one, two = (METHODS[method].config(**chosen, seed=seed) for seed in (1, 2))
+    model = get_peft_model(BUILDERS[kind](), one, adapter_name="one")
+    model.add_adapter("two", two)
     return model.eval()
 
 
-@pytest.mark.parametrize("peft_type", CONFIGS)
-def test_a_second_adapter_finds_all_linear_layers_again(peft_type: str) -> None:
-    options = options_of("llama", peft_type) | {"target_modules": "all-linear"}
-    model = get_peft_model(BUILDERS["llama"](), CONFIGS[peft_type](**options), adapter_name="one")
-    model.add_adapter("two", CONFIGS[peft_type](**options))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_second_adapter_finds_all_linear_layers_again(method: str) -> None:
+    model = adapters("llama", method, target_modules="all-linear")
     assert model.peft_config["two"].target_modules == model.peft_config["one"].target_modules
-    assert len(model.peft_config["two"].target_modules) == (8 if peft_type == "INCRELORA_LORTA" else 14)
+    assert len(model.peft_config["two"].target_modules) == (8 if METHODS[method].attention else 14)
 
 
 def batch(kind: str, examples: int = 4) -> dict[str, Tensor]:
@@ -53,12 +49,12 @@ def alone(model: PeftModel, inputs: dict[str, Tensor], name: str) -> Tensor:
     return model(**inputs).logits
 
 
-@pytest.mark.parametrize("peft_type", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_every_example_goes_through_its_own_adapter(kind: str, peft_type: str) -> None:
-    if kind == "t5" and peft_type == "INCRELORA_LORTA":
+def test_every_example_goes_through_its_own_adapter(kind: str, method: str) -> None:
+    if kind == "t5" and METHODS[method].attention:
         pytest.skip("LoRTA adapts one stack of layers")
-    model, inputs = two_adapters(kind, peft_type), batch(kind)
+    model, inputs = adapters(kind, method), batch(kind)
     outputs = {name: alone(model, inputs, name) for name in set(NAMES)}
     assert all((outputs["__base__"] - outputs[name]).abs().max() > 1e-4 for name in ("one", "two"))
     with torch.no_grad():
@@ -70,8 +66,8 @@ def test_every_example_goes_through_its_own_adapter(kind: str, peft_type: str) -
 
 def test_embeddings_and_convolutions_are_mixed_too() -> None:
     options = {"r": 2, "target_modules": ["embed", "conv"], "init_lora_weights": False}
-    model = get_peft_model(net(), CONFIGS["INCRELORA_INCRELORA"](**options, seed=1), adapter_name="one")
-    model.add_adapter("two", CONFIGS["INCRELORA_INCRELORA"](**options, seed=2))
+    model = get_peft_model(net(), IncreLoraConfig(**options, seed=1), adapter_name="one")
+    model.add_adapter("two", IncreLoraConfig(**options, seed=2))
     model.eval()
     outputs = {}
     for name in ("one", "two"):
@@ -84,7 +80,7 @@ def test_embeddings_and_convolutions_are_mixed_too() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_beams_share_the_adapter_of_their_example(kind: str) -> None:
-    model = two_adapters(kind, "INCRELORA_INCRELORA")
+    model = adapters(kind, "increlora")
     words = {"num_beams": 2, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     inputs = {"input_ids": batch(kind)["input_ids"], "attention_mask": torch.ones(4, 6, dtype=torch.long)}
     mixed = model.generate(**inputs, **words, adapter_names=NAMES)
@@ -105,7 +101,7 @@ def test_beams_share_the_adapter_of_their_example(kind: str) -> None:
     {"generation_config": None, "num_beams": 2, "num_return_sequences": 2},
 ], ids=["in the config", "the argument counts", "returned, too"])  # fmt: skip
 def test_beams_may_stand_in_a_generation_config(options: dict[str, Any]) -> None:
-    model, ids = two_adapters("llama", "INCRELORA_LORA"), batch("llama")["input_ids"]
+    model, ids = adapters("llama", "lora"), batch("llama")["input_ids"]
     length = {"max_new_tokens": 4, "min_new_tokens": 4}
     config = options.pop("generation_config")
     given = options | ({} if config is None else {"generation_config": GenerationConfig(**length, **config)})
@@ -119,7 +115,7 @@ def test_beams_may_stand_in_a_generation_config(options: dict[str, Any]) -> None
 
 
 def test_several_samples_share_the_adapter_of_their_example() -> None:
-    model, ids = two_adapters("llama", "INCRELORA_LORA"), batch("llama")["input_ids"]
+    model, ids = adapters("llama", "lora"), batch("llama")["input_ids"]
     words = {"do_sample": True, "max_new_tokens": 4, "min_new_tokens": 4, "num_return_sequences": 3, "top_k": 1}
     words["attention_mask"] = torch.ones_like(ids)
     mixed = model.generate(input_ids=ids, **words, adapter_names=["one", "two"] * 2)
@@ -129,15 +125,15 @@ def test_several_samples_share_the_adapter_of_their_example() -> None:
 
 
 def test_a_module_whose_adapter_was_deleted_is_in_nobodys_way() -> None:
-    model = two_adapters("llama", "INCRELORA_LORA")
-    model.add_adapter("three", CONFIGS["INCRELORA_LORA"](target_modules=["o_proj"], init_lora_weights=False))
+    model = adapters("llama", "lora")
+    model.add_adapter("three", PlainLoraConfig(target_modules=["o_proj"], init_lora_weights=False))
     expected = model(**batch("llama"), adapter_names=NAMES).logits
     model.delete_adapter("three")
     torch.testing.assert_close(model(**batch("llama"), adapter_names=NAMES).logits, expected, rtol=0, atol=1e-6)
 
 
 def test_what_all_examples_share_cannot_be_mixed_and_is_named() -> None:
-    config = CONFIGS["INCRELORA_LORA"](target_modules=["wpe"], init_lora_weights=False)
+    config = PlainLoraConfig(target_modules=["wpe"], init_lora_weights=False)
     model = get_peft_model(BUILDERS["gpt2"](), config).eval()
     with pytest.raises(ConfigError, match=r"got 4 and 1 respectively, in transformer\.wpe: .*position embeddings"):
         model(**batch("llama"), adapter_names=["default", "__base__"] * 2)
@@ -147,9 +143,9 @@ def test_what_all_examples_share_cannot_be_mixed_and_is_named() -> None:
 def test_every_example_has_the_head_of_its_own_adapter_or_that_of_the_base(active: str) -> None:
     config = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
     whole = {"modules_to_save": ["lm_head"]}
-    model = get_peft_model(BUILDERS["llama"](), CONFIGS["INCRELORA_LORA"](**config, **whole), adapter_name="one")
-    model.add_adapter("two", CONFIGS["INCRELORA_LORA"](**config, **whole, seed=2))
-    model.add_adapter("bare", CONFIGS["INCRELORA_LORA"](**config, seed=3))
+    model = get_peft_model(BUILDERS["llama"](), PlainLoraConfig(**config, **whole), adapter_name="one")
+    model.add_adapter("two", PlainLoraConfig(**config, **whole, seed=2))
+    model.add_adapter("bare", PlainLoraConfig(**config, seed=3))
     with torch.no_grad():
         for name, head in model.base_model.model.lm_head.modules_to_save.items():
             head.weight.mul_({"one": 2, "two": -1}[name])
@@ -171,7 +167,7 @@ def test_every_example_has_the_head_of_its_own_adapter_or_that_of_the_base(activ
     ],
 )
 def test_what_cannot_be_mixed_is_refused_and_leaves_no_hooks(prepare: Any, names: list[str], message: str) -> None:
-    model = two_adapters("llama", "INCRELORA_INCRELORA")
+    model = adapters("llama", "increlora")
     prepare(model)
     with pytest.raises(ConfigError, match=message):
         model(**batch("llama"), adapter_names=names)

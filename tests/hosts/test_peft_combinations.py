@@ -22,6 +22,7 @@ from torch import nn
 from increlora.errors import ConfigError
 from increlora.hosts.peft import CONFIGS
 from increlora.hosts.peft.options import SHARED, WRITTEN
+from tests.catalogue import CATALOGUE
 from tests.hosts.tiny import BUILDERS, logits
 
 every_method = pytest.mark.parametrize("config_cls", CONFIGS.values(), ids=lambda c: c.__name__)
@@ -91,10 +92,8 @@ def test_a_start_that_is_not_the_methods_own_is_refused(config_cls: type, start:
 
 def tiny(config_cls: type, **options: Any) -> Any:
     """A config for the attention of the tiny Llama."""
-    small = {"minis": 2, "inner_in": 4, "inner_out": 4}
-    own = {f.name for f in fields(config_cls.settings_cls)}
-    chosen = {name: value for name, value in small.items() if name in own}
-    return config_cls(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **chosen, **options)
+    row = next(row for row in CATALOGUE if row.config_cls is config_cls)
+    return row.config(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
 
 
 def prompts() -> PromptTuningConfig:

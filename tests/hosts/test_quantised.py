@@ -19,7 +19,7 @@ from increlora import PlainLoraConfig, export_lora, export_merged, rank_summary
 from increlora.errors import ExportError
 from increlora.hosts.peft.layer import AdapterLayer
 from increlora.hosts.peft.quantised import Rounding, backend_of, keep_layout, rounding, working_dtype
-from tests.hosts.methods import METHODS, MOVING, STEPS
+from tests.catalogue import METHODS, STEPS
 from tests.hosts.tiny import logits
 from tests.hosts.training import train
 
@@ -92,7 +92,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(files: Path, kind: str, method: str = "increlora", steps: int = STEPS) -> PeftModel:
     torch.manual_seed(1)
-    model = get_peft_model(BASES[kind](files), METHODS[method]())
+    model = get_peft_model(BASES[kind](files), METHODS[method].config())
     train(model, "llama", stop=steps)
     return model.eval()
 
@@ -113,13 +113,13 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_on_a_quantised_base(method: str, kind: str, files: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    model = get_peft_model(BASES[kind](files), METHODS[method]())
+    model = get_peft_model(BASES[kind](files), METHODS[method].config())
     start, before = rank_summary(model).active, base_weights(model)
     plain = logits(model, "llama")
     train(model, "llama", stop=STEPS)
     model.eval()
     assert all(torch.equal(weight, before[name]) for name, weight in base_weights(model).items())
-    assert (rank_summary(model).active != start) == (method in MOVING)
+    assert (rank_summary(model).active != start) == (METHODS[method].moving)
     assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
     native = logits(model, "llama")
     assert (native - plain).abs().max() > 0.1
@@ -221,7 +221,7 @@ def test_the_weight_that_comes_back_is_still_quantised(files: Path) -> None:
 def test_two_adapters_merge_and_come_out_one_by_one(kind: str, files: Path) -> None:
     model = trained(files, kind)
     plain, layer = base_weights(model), next(iter(layers(model)))
-    model.add_adapter("second", METHODS["increlora"](init_lora_weights=False))
+    model.add_adapter("second", METHODS["increlora"].config(init_lora_weights=False))
     with pytest.warns(UserWarning):
         model.merge_adapter(["default"])
     one = base_weights(model)
@@ -236,7 +236,7 @@ def test_two_adapters_merge_and_come_out_one_by_one(kind: str, files: Path) -> N
 
 
 def test_nothing_is_said_of_a_base_in_full_precision(files: Path) -> None:
-    model = get_peft_model(load(files), METHODS["lora"]())
+    model = get_peft_model(load(files), METHODS["lora"].config())
     model.merge_adapter()
     model.unmerge_adapter()
     assert not any(layer.merge_errors or layer.saved_base for layer in layers(model).values())
@@ -245,7 +245,7 @@ def test_nothing_is_said_of_a_base_in_full_precision(files: Path) -> None:
 def test_double_quantisation_and_half_precision(files: Path) -> None:
     """What QLoRA recommends: nf4, quantised constants, bfloat16 inside. Parameters are float32, as of peft's LoRA."""
     base = four_bit(files, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    model = get_peft_model(base, METHODS["increlora"]())
+    model = get_peft_model(base, METHODS["increlora"].config())
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     plain, before = logits(model, "llama"), rank_summary(model).active
     train(model, "llama", stop=STEPS)
@@ -265,7 +265,7 @@ def test_prepared_for_training_with_checkpointing(method: str, kind: str, files:
     outputs = []
     for prepare in (lambda base: base, lambda base: prepare_model_for_kbit_training(base, **options)):
         torch.manual_seed(1)
-        model = get_peft_model(prepare(BASES[kind](files)), METHODS[method]())
+        model = get_peft_model(prepare(BASES[kind](files)), METHODS[method].config())
         train(model.train(), "llama", stop=STEPS)
         outputs.append(logits(model, "llama"))
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
@@ -302,7 +302,7 @@ def test_torchao_without_a_config_trains_but_does_not_merge(files: Path) -> None
 
     base = load(files)
     quantize_(base, Int8WeightOnlyConfig())
-    model = get_peft_model(base, METHODS["increlora"]())
+    model = get_peft_model(base, METHODS["increlora"].config())
     train(model, "llama", stop=STEPS)
     with pytest.raises(ExportError, match="instead of transformers' TorchAoConfig"):
         model.merge_adapter()

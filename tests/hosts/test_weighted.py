@@ -8,11 +8,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from increlora import PlainLoraConfig, export_lora, rank_summary
+from increlora import PlainLoraConfig, SoraConfig, export_lora, rank_summary
 from increlora.errors import ConfigError
-from increlora.hosts.peft.config import CONFIGS
 from increlora.hosts.peft.layer import adapter_layers
-from tests.hosts.test_mixed_batch import batch, two_adapters
+from tests.catalogue import METHODS
+from tests.hosts.test_mixed_batch import adapters, batch
 from tests.hosts.tiny import BUILDERS, logits
 from tests.hosts.vision import net, tokens
 
@@ -32,9 +32,9 @@ def check_sum(model: PeftModel, weights: dict[str, float], name: str, tolerance:
         assert delta.abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("peft_type", CONFIGS)
-def test_cat_is_the_sum_and_svd_of_full_rank_too(peft_type: str, tmp_path: Path) -> None:
-    model = two_adapters("llama", peft_type)
+@pytest.mark.parametrize("method", METHODS)
+def test_cat_is_the_sum_and_svd_of_full_rank_too(method: str, tmp_path: Path) -> None:
+    model = adapters("llama", method)
     weights = {"one": 0.5, "two": -2.0}
     errors = model.add_weighted_adapter(list(weights), list(weights.values()), "both", "cat")
     assert set(errors.values()) == {0.0}
@@ -54,7 +54,7 @@ def test_cat_is_the_sum_and_svd_of_full_rank_too(peft_type: str, tmp_path: Path)
 
 
 def test_svd_keeps_the_strongest_ranks_and_says_what_it_loses() -> None:
-    model = two_adapters("llama", "INCRELORA_INCRELORA")
+    model = adapters("llama", "increlora")
     errors = model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "small", "svd", svd_rank=1)
     parts, found = [dense(model, name) for name in ("one", "two")], dense(model, "small")
     for name, error in errors.items():
@@ -69,7 +69,7 @@ def test_svd_keeps_the_strongest_ranks_and_says_what_it_loses() -> None:
 def test_modules_and_ranks_may_differ() -> None:
     """Each adapter has its own modules, of which one's name ends in another's."""
     base = nn.ModuleDict({"q": nn.Linear(6, 5), "in": nn.ModuleDict({"q": nn.Linear(4, 3), "v": nn.Linear(4, 3)})})
-    make = CONFIGS["INCRELORA_LORA"]
+    make = PlainLoraConfig
     model = get_peft_model(base, make(r=3, target_modules=["in.q"], init_lora_weights=False), adapter_name="one")
     model.add_adapter("two", make(r=2, target_modules=["q", "v"], init_lora_weights=False, seed=5))
     model.add_weighted_adapter(["one", "two"], [1.0, 3.0], "both", "cat")
@@ -80,8 +80,8 @@ def test_modules_and_ranks_may_differ() -> None:
 
 def test_embeddings_and_convolutions_add_up() -> None:
     options: dict[str, Any] = {"r": 2, "target_modules": ["embed", "conv"], "init_lora_weights": False}
-    model = get_peft_model(net(), CONFIGS["INCRELORA_SORA"](**options, seed=1), adapter_name="one")
-    model.add_adapter("two", CONFIGS["INCRELORA_SORA"](**options, seed=2))
+    model = get_peft_model(net(), SoraConfig(**options, seed=1), adapter_name="one")
+    model.add_adapter("two", SoraConfig(**options, seed=2))
     model.add_weighted_adapter(["one", "two"], [1.0, 2.0], "both", "cat")
     check_sum(model, {"one": 1.0, "two": 2.0}, "both")
     model.set_adapter("both")
@@ -89,7 +89,7 @@ def test_embeddings_and_convolutions_add_up() -> None:
 
 
 def test_a_module_without_rank_adds_nothing() -> None:
-    model = two_adapters("llama", "INCRELORA_INCRELORA")
+    model = adapters("llama", "increlora")
     for adapter in ("one", "two"):
         for layer in list(adapter_layers(model.base_model.model, adapter).values())[:1]:
             layer.delta(adapter).closed = [True] * 99  # as pruning leaves it
@@ -108,14 +108,14 @@ def test_a_module_without_rank_adds_nothing() -> None:
     ],
 )
 def test_what_cannot_be_added_up_is_refused(request_: tuple[Any, ...], message: str) -> None:
-    model = two_adapters("llama", "INCRELORA_INCRELORA")
+    model = adapters("llama", "increlora")
     with pytest.raises(ConfigError, match=message):
         model.add_weighted_adapter(*request_)
     assert set(model.peft_config) == {"one", "two"} and model(**batch("llama")) is not None
 
 
 def test_options_of_other_combinations_are_refused() -> None:
-    model = two_adapters("llama", "INCRELORA_LORA")
+    model = adapters("llama", "lora")
     with pytest.raises(ConfigError, match="combination_type='ties_svd' is not supported"):
         model.add_weighted_adapter(["one"], [1.0], "sum", combination_type="ties_svd", density=0.5)
     with pytest.raises(ConfigError, match=r"density=0\.5 is not supported.*leave it out"):
@@ -126,8 +126,8 @@ def test_options_of_other_combinations_are_refused() -> None:
 def test_modules_trained_whole_cannot_be_added_up(both: bool) -> None:
     config = {"r": 2, "target_modules": ["query"]}
     whole = {"modules_to_save": ["classifier"]}
-    model = get_peft_model(BUILDERS["bert"](), CONFIGS["INCRELORA_LORA"](**config, **whole), adapter_name="one")
-    model.add_adapter("two", CONFIGS["INCRELORA_LORA"](**config, **(whole if both else {})))
+    model = get_peft_model(BUILDERS["bert"](), PlainLoraConfig(**config, **whole), adapter_name="one")
+    model.add_adapter("two", PlainLoraConfig(**config, **(whole if both else {})))
     names = "one, two" if both else "one"
     with pytest.raises(ConfigError, match=rf"classifier: {names} trained it whole \(`modules_to_save`\).*set_adapter"):
         model.add_weighted_adapter(["one", "two"], [1.0, 0.0], "sum")
@@ -136,22 +136,22 @@ def test_modules_trained_whole_cannot_be_added_up(both: bool) -> None:
 @pytest.mark.parametrize("name", ["a.b", "", "keys"])
 @pytest.mark.filterwarnings("ignore:Adapter name '' should not be contained in the prefix")
 def test_a_name_that_no_module_can_have_is_refused_before_anything_changes(name: str) -> None:
-    model = two_adapters("llama", "INCRELORA_LORA")
+    model = adapters("llama", "lora")
     for _ in range(2):
         with pytest.raises(ConfigError, match=f"'{name}' cannot name an adapter"):
             model.add_weighted_adapter(["one", "two"], [1.0, 1.0], name, "cat")
         with pytest.raises(ConfigError, match=f"'{name}' cannot name an adapter"):
-            model.add_adapter(name, CONFIGS["INCRELORA_LORA"](target_modules=["q_proj"]))
+            model.add_adapter(name, PlainLoraConfig(target_modules=["q_proj"]))
     assert set(model.peft_config) == {"one", "two"}
     bare = BUILDERS["llama"]()
     before = [type(module) for module in bare.modules()]
     with pytest.raises(ConfigError, match=f"'{name}' cannot name an adapter"):
-        get_peft_model(bare, CONFIGS["INCRELORA_LORA"](target_modules=["q_proj"]), adapter_name=name)
+        get_peft_model(bare, PlainLoraConfig(target_modules=["q_proj"]), adapter_name=name)
     assert [type(module) for module in bare.modules()] == before
 
 
 def test_a_sum_that_cannot_be_put_in_place_leaves_no_name_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = two_adapters("llama", "INCRELORA_LORA")
+    model = adapters("llama", "lora")
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(type(model.base_model), "_prepare_model", no_memory)
         model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", "cat")
@@ -172,7 +172,7 @@ def no_memory(*args: object) -> None:
     ("cat", 2, "svd_rank=2: 'cat' is exact; leave it out"),
 ])  # fmt: skip
 def test_a_rank_that_cannot_be_or_is_of_no_use_is_refused(kind: str, rank: Any, message: str) -> None:
-    model = two_adapters("llama", "INCRELORA_LORA")
+    model = adapters("llama", "lora")
     with pytest.raises(ConfigError, match=message):
         model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", kind, svd_rank=rank)
     assert set(model.peft_config) == {"one", "two"}
@@ -183,8 +183,8 @@ def test_a_rank_that_cannot_be_or_is_of_no_use_is_refused(kind: str, rank: Any, 
 ])  # fmt: skip
 def test_a_sum_is_as_exact_as_its_summands(dtype: torch.dtype, kept: torch.dtype, tolerance: float) -> None:
     config = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
-    model = get_peft_model(BUILDERS["llama"]().to(dtype), CONFIGS["INCRELORA_LORA"](**config), adapter_name="one")
-    model.add_adapter("two", CONFIGS["INCRELORA_LORA"](**config, seed=2))
+    model = get_peft_model(BUILDERS["llama"]().to(dtype), PlainLoraConfig(**config), adapter_name="one")
+    model.add_adapter("two", PlainLoraConfig(**config, seed=2))
     model.add_weighted_adapter(["one", "two"], [1 / 3, -0.7], "both", "cat")
     assert {d.dtype for d in dense(model, "both").values()} == {kept}
     check_sum(model, {"one": 1 / 3, "two": -0.7}, "both", tolerance)

@@ -9,31 +9,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from increlora.hosts.peft import CONFIGS
-from increlora.hosts.peft.config import type_name
 from increlora.hosts.peft.layer import AdapterLayer
 from increlora.runtime import controllers_of
+from tests.catalogue import ATTENTION, METHODS
 
 from .outcome import check
 
 STEPS = 8
 VOCABULARY, ROWS, LENGTH = 32, 4, 6
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")  # LoRTA adapts attention alone
-
-# Tiny options by method, so that the whole budget is spent in STEPS steps; methods that are not here have none.
-TINY: dict[str, dict[str, Any]] = {
-    "increlora": {"warmup_steps": 1, "interval_steps": 2, "top_h": 2, "total_steps": STEPS},
-    "adalora": {"warmup_steps": 1, "interval_steps": 2, "settle_steps": 3, "total_steps": STEPS},
-    "sora": {"warmup_steps": 1, "interval_steps": 2, "settle_steps": 3, "total_steps": STEPS},
-    "prilora": {"interval_steps": 3, "total_steps": STEPS},
-    "lora_mini": {"inner_in": 3, "inner_out": 3},
-    "lorta": {"heads": 2, "head_dim": 8},
-    "melora": {"minis": 2},
-}
-# Options that change what a method can do: their outcomes are told in a note.
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "mora": [{"operator": "decoupling", "dead_inputs": "fold"}, {"operator": "rotation", "dead_inputs": "fold"}],
-}
 
 
 @dataclass(frozen=True)
@@ -45,12 +28,12 @@ class Subject:
 
     def config(self, **changes: Any) -> Any:
         """A config of the method, of average rank 2, for the attention of `llama`."""
-        chosen = {"r": 2, "seed": 3, "target_modules": list(TARGETS)} | dict(self.options) | changes
-        return CONFIGS[type_name(self.method)](**chosen)
+        chosen = {"target_modules": list(ATTENTION), "seed": 3} | dict(self.options) | changes
+        return METHODS[self.method].config_cls(**chosen)
 
     @property
     def adaptive(self) -> bool:
-        return bool(self.config().settings().method(1, 1).adaptive)
+        return METHODS[self.method].adaptive
 
     def adapted(self, **changes: Any) -> PeftModel:
         return get_peft_model(llama(), self.config(**changes))
@@ -67,7 +50,7 @@ class Subject:
         return deltas(self.trained())
 
     def variants(self) -> Iterator["Subject"]:
-        for options in VARIANTS.get(self.method, []):
+        for options in METHODS[self.method].variants:
             yield Subject(self.method, {**self.options, **options})
 
     def changes(self, other: "Subject") -> str:
@@ -76,7 +59,7 @@ class Subject:
 
 
 def subject_of(method: str) -> Subject:
-    return Subject(method, TINY.get(method, {}))
+    return Subject(method, {**METHODS[method].tiny("probes", STEPS), "r": 2})
 
 
 # -- models ----------------------------------------------------------------------------------------------------------

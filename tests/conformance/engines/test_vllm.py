@@ -13,9 +13,9 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from increlora import check_export, export_lora
+from tests.catalogue import METHODS, STEPS
 from tests.conformance.engines.vllm import RELEASES, RefusedError, is_here, loaded, rank_and_scale, reads
 from tests.export.test_engines import FOLDERS, Deltas, edited, in_peft, lora, read
-from tests.hosts.methods import METHODS, STEPS
 from tests.hosts.tiny import BUILDERS
 from tests.hosts.training import train
 
@@ -55,7 +55,7 @@ def test_the_check_says_what_the_release_does(kind: str, engine: str, tmp_path: 
 @pytest.mark.parametrize("method", METHODS)
 def test_both_releases_compute_the_exports_of_every_method(method: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    model = get_peft_model(BUILDERS["llama"](), METHODS[method]())
+    model = get_peft_model(BUILDERS["llama"](), METHODS[method].config())
     train(model, "llama", stop=STEPS)
     for layout in ("uniform", "pattern"):
         folder = export_lora(model, tmp_path / layout, layout).path
@@ -150,7 +150,7 @@ def test_adapted_embeddings(name: str, engine: str, tmp_path: Path) -> None:
 
 def test_a_native_adapter_gets_past_the_config_and_not_past_the_check(tmp_path: Path) -> None:
     """vLLM does not look at `peft_type`; what stops it are the names of the tensors."""
-    model = get_peft_model(BUILDERS["llama"](), METHODS["increlora"]())
+    model = get_peft_model(BUILDERS["llama"](), METHODS["increlora"].config())
     model.save_pretrained(tmp_path / "native")
     for engine in RELEASES:
         loaded(engine, tmp_path / "native")
