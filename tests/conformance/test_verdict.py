@@ -42,6 +42,13 @@ def test_an_entry_that_explains_nothing_is_a_problem():
     assert not judge(outcomes(IncreLora="passed"), [DORMANT], whole=False).problems
 
 
+def test_an_entry_that_depends_on_the_machine_may_explain_nothing():
+    digits = Allowed(DORMANT.tests, "last digits", may_pass=True)
+    assert not judge(outcomes(IncreLora="passed"), [digits]).problems
+    found = judge(outcomes(IncreLora="failed"), [digits])
+    assert found.explained == {digits.tests: 1} and not found.problems
+
+
 def test_more_than_two_percent_are_too_many():
     many = outcomes(IncreLora="failed") | {f"{MERGE.format('IncreLora')} again": ("failed", "")}
     assert judge(many, [DORMANT]).problems == ["2 of 62 are allowed to fail: more than 2%"]
@@ -99,3 +106,4 @@ def test_reasons_are_told_without_the_names_of_a_case(refusal, reason):
 def test_every_entry_of_the_list_has_a_reason_of_one_line():
     allowed = read_allowed(HERE / "allowed.toml")
     assert allowed and all(entry.reason and "\n" not in entry.reason for entry in allowed)
+    assert [entry.may_pass for entry in allowed if "test_mixed_adapter_batches_mlp" in entry.tests] == [True]

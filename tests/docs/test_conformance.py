@@ -16,7 +16,9 @@ TOTALS = sum(map(Counter, SUMMARY["counts"].values()), Counter())
 def test_the_committed_run_is_whole_and_green():
     assert f"peft=={SUMMARY['peft']}\n" in (ROOT / "constraints-dev.txt").read_text()
     assert set(SUMMARY["counts"]) == set(CLASSES)
-    assert set(SUMMARY["explained"]) == {entry.tests for entry in read_allowed(HERE / "allowed.toml")}
+    allowed = read_allowed(HERE / "allowed.toml")
+    assert set(SUMMARY["explained"]) <= {entry.tests for entry in allowed}
+    assert set(SUMMARY["explained"]) >= {entry.tests for entry in allowed if not entry.may_pass}
     assert sum(SUMMARY["explained"].values()) == TOTALS["allowed"] and not too_many(TOTALS)
     assert not TOTALS["failed"]
 
