@@ -20,11 +20,11 @@ empty :=
 space := $(empty) $(empty)
 CORE  := $(subst $(space),$(comma),$(addprefix src/increlora/,*.py decide/* ops/* deltas/* rules/* methods/* structural/*/* runtime/* runtime/pruning/*))
 
-.PHONY: help setup demo test conformance bench docs stub lint format clean
+.PHONY: help setup demo test test-fast conformance bench docs stub lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(STAMP) ## create .venv and install everything; does nothing when nothing changed
 
@@ -47,6 +47,9 @@ test: setup ## all tests, with coverage; the core and the runtime must reach 95 
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=
 	$(WITH_BNB) $(BIN)/python -m pytest -n 2 --cov --cov-append --cov-report=term tests/hosts tests/probes -k quantised
 	$(BIN)/python -m coverage report --include='$(CORE)' --fail-under=95
+
+test-fast: setup ## under 90 seconds on 2 cores: unit tests without the slow ones, contracts of each method's own row
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not variant and not distributed" tests/unit tests/contract
 
 conformance: setup ## peft's own tests on our methods (writes docs/conformance.json); vLLM's code on our exports; plugins
 	$(BIN)/python -m tests.conformance

@@ -28,6 +28,8 @@ from increlora.workbench.cli.recorder import Recorder
 from increlora.workbench.tasks import DEFAULT_BACKBONE, load_classifier
 from tests.hosts.comparison_schema import UNKNOWN_TO_A_RUN, problems
 
+pytestmark = pytest.mark.slow  # most of it trains
+
 TINY = "--r 2 --epochs 2.5 --batch-size 8 --max-length 16 --max-train-samples 64 --max-eval-samples 20".split()
 ADVANCE = (
     "--set reserve=trained --set newborn=published".split()

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -37,6 +38,7 @@ def test_a_plan_has_twenty_times_fewer_parameters_than_loras() -> None:
     assert "58,368" in plan("--config", str(RECIPE), "--set", "inner_in=152", "--set", "inner_out=152")
 
 
+@pytest.mark.slow
 def test_a_run_counts_what_it_trains_and_exports_from_drawn_factors(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ["train", "--task", "planted", "--method", "lora_mini", "--r", "2", "--epochs", "0.02", "--out", str(out)]

@@ -80,6 +80,7 @@ def test_it_takes_neither_model_nor_data(tmp_path):
         load_model("planted", "some/model", 0)
 
 
+@pytest.mark.slow
 def test_the_study_prints_a_row_per_allocation(tmp_path, capsys):
     path = Path(__file__).parents[3] / "benchmarks" / "planted.py"
     spec = importlib.util.spec_from_file_location("planted_study", path)

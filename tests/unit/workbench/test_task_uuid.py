@@ -172,6 +172,7 @@ def test_the_base_is_reproducible_and_leaves_the_random_state():
     assert fingerprint(one) == fingerprint(two) != fingerprint(pretrained(replace(TINY, seed=1)).state_dict())
 
 
+@pytest.mark.slow
 def test_pretraining_learns_the_format_and_no_pair():
     """The loss comes down to what the format leaves open: 60 free digits of 16 and two of 4 among 73 characters."""
     settings = replace(BASE, width=32, hidden=64, steps=220, batch=8, lr=1e-2)
@@ -238,6 +239,7 @@ def state(out):
     return json.loads((out / "run.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "method"), (("uuid", "lora"), ("uuid/value", "increlora")))
 def test_the_command_line_trains_exports_and_reports(tiny, tmp_path, task, method):
     words = ["train", "--task", task, "--method", method, "--r", 2, "--max-train-samples", 12, "--batch-size", 4]
@@ -258,6 +260,7 @@ def test_the_command_line_trains_exports_and_reports(tiny, tmp_path, task, metho
     export_merged(tmp_path / "run", tmp_path / "merged", base=load_model("uuid", None, 0)[0])
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_bitwise(tiny, tmp_path, monkeypatch):
     words = "train --task uuid --method lora --r 2 --max-train-samples 12 --batch-size 4 --epochs 4 --lr 0.05".split()
     call(*words, "--out", tmp_path / "straight")
@@ -282,6 +285,7 @@ def test_a_rank_in_every_linear_map_of_the_trunk_by_all_linear(tiny):
     assert sum(".lora_A" in name for name, _ in model.named_parameters()) == 7
 
 
+@pytest.mark.slow
 def test_the_study_prints_a_row_per_rate(tiny, tmp_path, capsys, monkeypatch):
     folder = Path(__file__).parents[3] / "benchmarks"
     monkeypatch.syspath_prepend(folder)
