@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from increlora.deltas import BlockDelta
 from increlora.errors import ConfigError
 from increlora.export import lora as export
-from increlora.hosts.peft import checkpoint, model
+from increlora.hosts.peft import checkpoint, handle, model
 from increlora.hosts.peft.layer import AdapterLayer
 from increlora.registry import METHODS
 from increlora.workbench.cli.methods import CAPABILITIES, Outcome, Table, table_of
@@ -181,7 +181,7 @@ def conv1d_is_not_transposed(patch: Patch) -> None:
 
 
 def any_layer_is_accepted(patch: Patch) -> None:
-    patch.setattr(model, "check_readable", nothing)
+    patch.setattr(handle, "check_readable", nothing)
 
 
 def adapters_are_not_switched(patch: Patch) -> None:
@@ -231,7 +231,7 @@ def dormant_blocks_stay_on_meta(patch: Patch) -> None:
 
 
 def nobody_drives(patch: Patch) -> None:
-    patch.setattr(model, "drive", nothing)
+    patch.setattr(handle.Handle, "drive", nothing)
 
 
 def hooked_layers_halve_the_adapter(patch: Patch) -> None:
