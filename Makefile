@@ -18,7 +18,7 @@ WITH_BNB := PYTHONPATH=.venv/quantised
 comma := ,
 empty :=
 space := $(empty) $(empty)
-CORE  := $(subst $(space),$(comma),$(addprefix src/increlora/,*.py decide/* ops/* deltas/* rules/* methods/* structural/*/* runtime/* runtime/pruning/*))
+CORE  := $(subst $(space),$(comma),$(addprefix src/increlora/,*.py decide/* ops/* deltas/* rules/* methods/* structural/*/* runtime/*))
 
 .PHONY: help setup demo test test-fast conformance bench docs stub lint format clean
 .DEFAULT_GOAL := help
