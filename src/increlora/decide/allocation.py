@@ -57,14 +57,20 @@ class Event:
         return asdict(self)
 
 
+def with_blocks(holding: Holding, positions: Sequence[int]) -> Holding:
+    """The holding once the blocks at these positions of `free` are active."""
+    ranks = sum(holding.free[i] for i in positions)
+    return replace(
+        holding,
+        rank=holding.rank + ranks,
+        free=tuple(size for i, size in enumerate(holding.free) if i not in positions),
+    )
+
+
 def granted(holdings: Sequence[Holding], plan: Plan) -> list[Holding]:
     """What the modules hold after a plan was carried out."""
-    after = list(holdings)
-    for grant in plan.grants:
-        old = after[grant.module]
-        free = tuple(size for i, size in enumerate(old.free) if i not in grant.blocks)
-        after[grant.module] = replace(old, rank=old.rank + grant.ranks, free=free)
-    return after
+    blocks = {grant.module: grant.blocks for grant in plan.grants}
+    return [with_blocks(holding, blocks.get(i, ())) for i, holding in enumerate(holdings)]
 
 
 def ranks_used(holdings: Sequence[Holding]) -> int:

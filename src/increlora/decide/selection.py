@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 
-from .allocation import Grant, Holding, Plan, parameters_used, ranks_used
+from .allocation import Grant, Holding, Plan, parameters_used, ranks_used, with_blocks
 from .budget import Budget
 
 
@@ -33,7 +33,7 @@ def grow_top(importance: Sequence[float], holdings: Sequence[Holding], *, top_h:
         elif (position := _first_that_fits(state, i, budget)) is not None:
             size = state[i].free[position]
             grants.append(Grant(i, (position,), size))
-            state[i] = _granted(state[i], position)
+            state[i] = with_blocks(state[i], (position,))
     return Plan(tuple(grants), tuple(saturated), spent(state, budget))
 
 
@@ -96,21 +96,12 @@ def _sums_of_cheapest(costs: Iterable[int]) -> list[int]:
 
 
 def _first_that_fits(state: Sequence[Holding], i: int, budget: Budget) -> int | None:
-    """Position of the first free block of module i that may be granted."""
-    for position in _one_per_size(state[i].free):
-        after = [*state[:i], _granted(state[i], position), *state[i + 1 :]]
-        if can_finish(after, budget):
+    """Position of the first free block of module i that may be granted; of blocks of one size the first is tried."""
+    for size in dict.fromkeys(state[i].free):
+        position = state[i].free.index(size)
+        if can_finish([*state[:i], with_blocks(state[i], (position,)), *state[i + 1 :]], budget):
             return position
     return None
-
-
-def _one_per_size(free: Sequence[int]) -> list[int]:
-    return [position for position, size in enumerate(free) if free.index(size) == position]
-
-
-def _granted(holding: Holding, position: int) -> Holding:
-    free = (*holding.free[:position], *holding.free[position + 1 :])
-    return Holding(holding.name, holding.rank + holding.free[position], free, holding.cost)
 
 
 def keep_top(scores: Sequence[Sequence[float]], costs: Sequence[int], budget: Budget) -> list[list[bool]]:

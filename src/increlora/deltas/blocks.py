@@ -235,7 +235,11 @@ class BlockDelta(Delta):
         return kept
 
     def check(self, found: Mapping[str, Tensor]) -> None:
-        state = self._checked_state(found)
+        if STATE not in found:
+            raise CheckpointError(f"{STATE} is missing: the adapter file is incomplete or not increlora's")
+        state = unpack(found[STATE])
+        if self.kept and not state.kept:
+            raise CheckpointError(f"{STATE} does not say which ranks count: it belongs to another method")
         for i, status in enumerate(state.status):
             if status not in (Status.ACTIVE, Status.RESERVE):
                 continue
@@ -244,14 +248,6 @@ class BlockDelta(Delta):
                 raise CheckpointError(f"{first}: expected a tensor, found nothing; the adapter file is incomplete")
             for letter in self.letters:
                 check_shape(f"lora_{letter}{i}", self.shape(letter, self.size_of(found[first])), found)
-
-    def _checked_state(self, found: Mapping[str, Tensor]) -> ModuleState:
-        if STATE not in found:
-            raise CheckpointError(f"{STATE} is missing: the adapter file is incomplete or not increlora's")
-        state = unpack(found[STATE])
-        if self.kept and not state.kept:
-            raise CheckpointError(f"{STATE} does not say which ranks count: it belongs to another method")
-        return state
 
     def fit(self, found: Mapping[str, Tensor], *, keep_dormant: bool) -> None:
         first = f"lora_{self.letters[0]}"

@@ -7,7 +7,7 @@ is not even computed any more. float64 holds float32 statistics without loss.
 Formats 1 and 2, of earlier versions, are read: they had the averages of growth at a fixed place, and one rule at most.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -101,18 +101,17 @@ def unpack(state: Tensor) -> ModuleState:
         return ModuleState(step, status, born, reserved, statistics=[values for values in growth if values.any()])
     settled, flags = bool(reader.one()), reader.whole(reader.one())
     kept, closed = [flag > 0 for flag in flags], [flag < 0 for flag in flags]
-    statistics = list(read_statistics(reader)) if version == STATE_FORMAT else [reader.take(reader.left)]
+    statistics = (
+        [reader.take(reader.one()) for _ in range(reader.one())]
+        if version == STATE_FORMAT
+        else [reader.take(reader.left)]
+    )
     reader.end()
     return ModuleState(step, status, born, reserved, kept, settled, closed if any(closed) else [], statistics)
 
 
 def damaged(what: str) -> CheckpointError:
     return CheckpointError(f"{STATE} ({what}): the adapter file is damaged; restore it from a copy")
-
-
-def read_statistics(reader: Reader) -> Iterator[Tensor]:
-    for _ in range(reader.one()):
-        yield reader.take(reader.one())
 
 
 def without_idle_statistics(state: Tensor) -> Tensor:

@@ -115,24 +115,16 @@ class Shrinker(Runner):
         self.gates = {id(e_of(delta)) for delta in self.deltas}  # sharding has put others in their place
         if not self.done:
             self.schedule, self.levels = self._plan(run)
-            if first == 0:
-                self._begin()
-            self._read_statistics()
+            if first == 0:  # what an unfinished run before this one has taken may come back
+                self._check_not_all_at_once(self.levels)
+                for delta in self.deltas:
+                    delta.kept, delta.closed = [True] * len(delta.kept), []
+                    delta.statistics[self.slot] = torch.zeros(len(delta.kept) + 1, dtype=dtype_of(delta))
+            check_statistics(self, self._sizes())
+            self.idle = [[int(count) for count in values[:-1].tolist()] for values in self.statistics()]
+            self.threshold = float(self.statistics()[0][-1])
+            self._lay_out_open()
         self.ranks.lay_out()
-
-    def _begin(self) -> None:
-        """A new run: what an unfinished one before it has taken may come back."""
-        self._check_not_all_at_once(self.levels)
-        for delta in self.deltas:
-            delta.kept, delta.closed = [True] * len(delta.kept), []
-            delta.statistics[self.slot] = torch.zeros(len(delta.kept) + 1, dtype=dtype_of(delta))
-
-    def _read_statistics(self) -> None:
-        """They are read and written on the host, at cuts only."""
-        check_statistics(self, self._sizes())
-        self.idle = [[int(count) for count in values[:-1].tolist()] for values in self.statistics()]
-        self.threshold = float(self.statistics()[0][-1])
-        self._lay_out_open()
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -177,7 +169,11 @@ class Shrinker(Runner):
         sizes = self._gate_sizes()
         if self.levels is not None:
             kept = [[size > 0 for size in of_module] for of_module in sizes]
-            self._check_some_left(step, kept)
+            if not any(map(any, kept)):
+                raise BudgetError(
+                    f"step {step}: the threshold has set every gate of the whole model to zero, no rank is left to "
+                    f"train: lower `threshold` (or `gate_penalty`), or leave `threshold` out to meet a budget"
+                )
         else:
             kept = self.rule.keep(sizes, self.ranks.costs, self.ranks.budget(schedule.ranks(step)))
         scores = [[max(0.0, size) for size in of_module] for of_module in sizes]
@@ -194,13 +190,6 @@ class Shrinker(Runner):
         closed = [c for delta in self.deltas for c in delta.closed or [False] * len(delta.kept)]
         sizes = iter(-1.0 if c else size for size, c in zip(flat, closed, strict=True))
         return [list(islice(sizes, len(delta.kept))) for delta in self.deltas]
-
-    def _check_some_left(self, step: int, kept: Sequence[Sequence[bool]]) -> None:
-        if not any(map(any, kept)):
-            raise BudgetError(
-                f"step {step}: the threshold has set every gate of the whole model to zero, no rank is left to train: "
-                f"lower `threshold` (or `gate_penalty`), or leave `threshold` out to meet a budget"
-            )
 
     def _close(self) -> None:
         """Take ranks out of the forward pass that have not counted for long, or never will again."""

@@ -19,7 +19,7 @@ from ..deltas import BlockDelta
 from ..errors import ConfigError
 from ..methods import Method
 from ..ops.parallel import all_finite
-from ..rules import Change, Expected, Forecast, Rule, Runner, Step, holding_of
+from ..rules import Expected, Forecast, Rule, Runner, Step, holding_of
 from . import amp
 from .births import BirthRates, unmoved
 from .health import Health
@@ -49,7 +49,8 @@ class Controller:
         self.events: list[Event] = []
         self.records: list[dict[str, object]] = []
         self.recording = False
-        self.step = self.restored_step = max(map(steps_of, self.deltas))
+        # of a loaded adapter; the observer of a copied one knows better
+        self.step = self.restored_step = max(d.steps if d.observer is None else d.observer.step for d in self.deltas)
         self.expected_steps: int | None = None
         self.expected_start: int | None = None
         self.run = Run(method.total_steps, len(self.names))
@@ -130,8 +131,8 @@ class Controller:
             rule.start(run, start)
         self.run, self.step = run, start
         self.births = BirthRates(self.method.clock, run, optimizer) if self.method.clock else None
-        if start == 0:
-            self._forget_births()
+        for delta in self.deltas if start == 0 else ():  # in a new run every live tensor belongs to the model
+            delta.born, delta.reserved = [-1] * len(delta.sizes), [-1] * len(delta.sizes)
         previous = self._optimizer() if self._optimizer is not None else None
         if previous is not None and previous is not optimizer:
             self._former.add(previous)
@@ -151,12 +152,6 @@ class Controller:
             return self.expected_start
         start = self.step if self.follows(optimizer) else self.restored_step
         return 0 if total is not None and start >= total else start
-
-    def _forget_births(self) -> None:
-        """In a new run every live tensor belongs to the model from the start."""
-        for delta in self.deltas:
-            delta.born = [-1] * len(delta.sizes)
-            delta.reserved = [-1] * len(delta.sizes)
 
     def follows(self, optimizer: Optimizer) -> bool:
         return self._optimizer is not None and self._optimizer() is optimizer
@@ -212,9 +207,12 @@ class Controller:
             self.births.apply()
         before = self.ranks if self.recording else {}
         changes = [change for rule in self.rules for change in rule.after_step(self.step)]
+        for change in changes:
+            kind: Kind = change.kind or ("birth" if change.ranks > 0 else "retirement")
+            name, rank = self.names[change.module], self.deltas[change.module].rank
+            self.events.append(Event(self.step, kind, name, change.ranks, rank, change.importance))
         if changes:
             self.health.read()
-            self.events += map(self._event, changes)
             self.on_change()
         if self.recording:
             self.records.append(record(self, before))
@@ -231,11 +229,6 @@ class Controller:
         self.sees_gradients = "gradients" in wants or not self.driven
         self.may_see_gradients = any("gradients" in rule.may_want for rule in self.rules) or not self.driven
 
-    def _event(self, change: Change) -> Event:
-        kind: Kind = change.kind or ("birth" if change.ranks > 0 else "retirement")
-        name, rank = self.names[change.module], self.deltas[change.module].rank
-        return Event(self.step, kind, name, change.ranks, rank, change.importance)
-
     def forget_fake_step(self, optimizer: Optimizer) -> None:
         """torch's checkpoint loader steps once with zero gradients everywhere to invent optimizer states: tensors that
         may not move, or have not yet, must not have one, or a resumed run would differ from a straight one."""
@@ -249,11 +242,6 @@ class Controller:
             watcher.seen = False
         for rule in self.rules:
             rule.forget()
-
-
-def steps_of(delta: BlockDelta) -> int:
-    """Optimizer steps behind the state of a module; those of a copied one are its observer's."""
-    return delta.observer.step if delta.observer is not None else delta.steps
 
 
 def bound(rule: Rule, deltas: Mapping[str, BlockDelta], method: Method, slot: int) -> Runner:
