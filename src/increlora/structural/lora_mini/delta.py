@@ -55,7 +55,7 @@ class FourFactorDelta(BlockDelta):
         outer = {name: self.draw(letter, 0) for name, letter in OUTER.items()}
         for name, values in outer.items():
             self.register_buffer(name, values.to(self.block(0)["A"].dtype))
-        self.drawn = digest(*outer.values())  # of the seed, for good; the buffer goes with what is loaded
+        self.drawn = digest(*outer.values())  # of the seed; the buffer says what was loaded
         self.register_buffer("lora_digest", torch.tensor(list(self.drawn), dtype=torch.uint8))
 
     def shape(self, letter: str, size: int) -> tuple[int, int]:
@@ -74,7 +74,6 @@ class FourFactorDelta(BlockDelta):
     # -- computation ---------------------------------------------------------------------------------------------
 
     def _operands(self) -> tuple[Tensor, Tensor]:
-        """The inner pair."""
         block = self.block(0)
         return block["A"] * self.scale, block["B"]
 
@@ -127,17 +126,14 @@ class FourFactorDelta(BlockDelta):
         for name, letter in OUTER.items():
             check_shape(name, self.shape(letter, 0), found)
         outer = [found[name] for name in OUTER]
-        if not outer[0].is_meta and digest(*outer) != trained_with:  # meta: a file of which only the shapes are known
+        if not outer[0].is_meta and digest(*outer) != trained_with:  # meta: only the shapes are known
             raise CheckpointError(
                 "lora_digest is not that of lora_aux_A and lora_aux_B: the adapter is damaged; restore it from a copy"
             )
 
     def left_out(self, given: Container[str]) -> dict[str, Tensor]:
-        found = super().left_out(given)
-        for name, letter in OUTER.items():
-            if name not in given:
-                found[name] = self.draw(letter, 0).to(getattr(self, name).dtype)
-        return found
+        drawn = {n: self.draw(letter, 0).to(getattr(self, n).dtype) for n, letter in OUTER.items() if n not in given}
+        return super().left_out(given) | drawn
 
 
 def composing_pays(tokens: int, r: int, inner: tuple[int, int], ends: tuple[int, int]) -> bool:

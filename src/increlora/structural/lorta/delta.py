@@ -92,16 +92,12 @@ class TensorDelta(Delta):
         return 0
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        bank = self.bank
-        C, g = bank.lora_C_head, [self._inner(m) for m, _ in self.parts]
+        bank, C = self.bank, self.bank.lora_C_head
+        g = [self.scale * bank.lora_C_matrix[m] * bank.lora_C_layer[self.layer] for m, _ in self.parts]
         if self.heads_out:
             heads = [grouped(C, n) * g_m for (_, n), g_m in zip(self.parts, g, strict=True)]
             return bank.lora_A.t(), khatri_rao(stacked(heads), bank.lora_B)
         return khatri_rao(C, bank.lora_B).t(), stacked([bank.lora_A * g_m for g_m in g])
-
-    def _inner(self, matrix: int) -> Tensor:
-        """g of one part."""
-        return self.scale * self.bank.lora_C_matrix[matrix] * self.bank.lora_C_layer[self.layer]
 
     def add_to(self, y: Tensor | Pending, x: Tensor) -> Tensor:
         refuse_reentrant_checkpointing()

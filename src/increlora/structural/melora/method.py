@@ -15,12 +15,12 @@ from functools import partial
 from typing import Any, Self
 
 from ...decide.budget import Budget
-from ...deltas import BlockDelta, LowRankDelta, Status, Vectors
+from ...deltas import BlockDelta, LowRankDelta, Vectors
 from ...errors import ConfigError
 from ...methods.base import Method, Settings, Site, matching
 from ...methods.checks import check_counts, check_patterns, check_shares
+from ...methods.fixed_rank import one_block, rank_and_scale
 from ...methods.initial import gaussian, kaiming, zeros
-from ...methods.scaling import fixed, scale_of
 from .delta import BlockDiagonalDelta
 
 
@@ -53,7 +53,7 @@ class MeLora(Settings):
     @classmethod
     def paper(cls, r: int = 8, **overrides: Any) -> Self:
         """The published GLUE script: minis = 2, lora_alpha = 16, lora_dropout = 0.05, unless given."""
-        return cls(**paper_settings(r, **overrides))
+        return cls(**{"r": r, "minis": 2, "lora_alpha": 16, "lora_dropout": 0.05} | overrides)
 
     def __post_init__(self) -> None:
         check_counts(self, ("r", "minis"))
@@ -65,19 +65,12 @@ class MeLora(Settings):
         return Method("melora", self._delta, Budget(None) if self.rank_pattern else uniform)
 
     def _delta(self, site: Site) -> BlockDelta:
-        rank = matching(self.rank_pattern, site.name) or self.r
-        alpha = matching(self.alpha_pattern, site.name) or self.lora_alpha
+        rank, scale = rank_and_scale(self, site.name)
         minis = matching(self.minis_pattern, site.name) or self.minis
         check_divides(minis, site)
         make: Callable[..., BlockDelta] = LowRankDelta if minis == 1 else partial(BlockDiagonalDelta, minis=minis)
-        delta = make(
-            site.in_features, site.out_features, [rank],
-            init={"A": kaiming, "B": zeros if self.init_lora_weights else gaussian},
-            scale=partial(fixed, scale_of(alpha, rank, rslora=self.use_rslora)),
-            name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
-        )  # fmt: skip
-        delta.status[0] = Status.ACTIVE
-        return delta
+        init = {"A": kaiming, "B": zeros if self.init_lora_weights else gaussian}
+        return one_block(make, self, site, rank, init=init, scale=scale)
 
 
 def check_divides(minis: int, site: Site) -> None:
@@ -91,8 +84,3 @@ def check_divides(minis: int, site: Site) -> None:
         f"nearest that does is {nearest}: set it for this module by minis_pattern={{{site.name!r}: {nearest}}}, for "
         f"all by minis={nearest}, or leave the module out of `target_modules`"
     )
-
-
-def paper_settings(r: int, **overrides: Any) -> dict[str, Any]:
-    """Settings of the published script for GLUE."""
-    return {"r": r, "minis": 2, "lora_alpha": 16, "lora_dropout": 0.05} | overrides
