@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import ConfigError
+from ...rules import Forecast
 from ...runtime import controllers_of
 from ..tasks import Task, find_task, load_model, load_task
 from .settings import TrainSettings
@@ -35,10 +36,10 @@ def adapted(settings: TrainSettings, model: nn.Module) -> Any:
         return get_peft_model(model, config)
 
 
-def check_schedule(model: nn.Module, steps: int) -> None:
-    """Raise ScheduleError or BudgetError if a rule cannot do its work in a run of so many steps."""
-    for controller in controllers_of(model):
-        controller.forecast(steps)
+def forecast_run(model: nn.Module, steps: int) -> Forecast:
+    """What will happen to the ranks; nothing if they are fixed. Raises ScheduleError or BudgetError if a rule cannot do
+    its work in a run of so many steps."""
+    return next((controller.forecast(steps) for controller in controllers_of(model)), Forecast((), ()))
 
 
 def target_modules(chosen: str | None, model: nn.Module) -> str | list[str]:

@@ -52,9 +52,9 @@ def show_result(console: Console, state: Mapping[str, Any], path: Path) -> None:
     table = Table.grid(padding=(0, 2))
     for name, after in sorted(state["metrics"]["after"].items(), key=lambda item: item[0] != metric["name"]):
         best = f" (best {number(metric['best'])})" if name == metric["name"] else ""
-        baseline = state["metrics"]["baseline"].get(name)
-        floor = "" if baseline is None else f", {number(baseline)} without looking"
-        table.add_row(name, f"{number(state['metrics']['before'][name])} → {number(after)}{best}{floor}")
+        known = state["metrics"]["baseline"].get(name)
+        baseline = "" if known is None else f", baseline {number(known)}"
+        table.add_row(name, f"{number(state['metrics']['before'][name])} → {number(after)}{best}{baseline}")
     table.add_row("time", f"{state['seconds']['train']:.0f} s training, {state['seconds']['total']:.0f} s in all")
     table.add_row("memory", "not measured" if memory is None else f"{memory / 2**20:,.0f} MiB at peak")
     table.add_row("ranks", f"{budget['ranks_used']}" + of(budget["ranks_target"]))

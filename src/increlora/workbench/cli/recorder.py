@@ -31,24 +31,24 @@ class Recorder(TrainerCallback):
         self.evaluate_every, self.batch_size = evaluate_every, batch_size
         self.before = max((row.get("seconds", 0.0) for row in folder.rows("metrics.jsonl")), default=0.0)
         self.events = 0
-        self.live = 0
-        self.row: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
+        self.started = time.perf_counter() - self.before
 
     def on_step_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        self.live = live_parameters(model)
+        self.live = rank_summary(model).live_parameters
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         for controller in controllers_of(model):
             for event in controller.events[self.events :]:
                 self.folder.append("events.jsonl", event.as_dict())
             self.events = len(controller.events)
-        seconds = self.before + time.perf_counter() - self.started
-        self.row = {"ranks": rank_summary(model).active, "parameters": self.live, "seconds": round(seconds, 3)}
+        stopped = time.perf_counter()
+        seconds = round(stopped - self.started, 3)
+        self.row = {"ranks": rank_summary(model).active, "parameters": self.live, "seconds": seconds}
         if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
-            self.row |= self._evaluate(model)
+            self.row |= self.task.evaluate(model, batch_size=self.batch_size)
+            self.started += time.perf_counter() - stopped  # seconds of training alone
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: Mapping[str, float], **kwargs: Any) -> None:
         if "loss" not in logs:  # the Trainer's summary at the end
@@ -56,15 +56,3 @@ class Recorder(TrainerCallback):
         row = {"step": state.global_step, "loss": logs["loss"], "learning_rate": logs["learning_rate"], **self.row}
         self.folder.append("metrics.jsonl", row)
         self.progress.step(row, self.task.metric)
-
-    def _evaluate(self, model: nn.Module) -> dict[str, float]:
-        begin = time.perf_counter()
-        values = self.task.evaluate(model, batch_size=self.batch_size)
-        self.started += time.perf_counter() - begin
-        return values
-
-
-def live_parameters(model: nn.Module) -> int:
-    """Adapter parameters that count now, of active ranks and reserve: those that are computed, but where ranks are
-    pruned those that the last cut has kept."""
-    return rank_summary(model).live_parameters

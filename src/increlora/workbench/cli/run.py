@@ -17,7 +17,7 @@ from ...hosts.peft.config import check_folder
 from ...runtime import controllers_of
 from ..runs import RunFolder, checkpoint_step
 from ..tasks import Task, model_name
-from .build import build, check_schedule
+from .build import build, forecast_run
 from .display import Progression, show_result
 from .recorder import Recorder
 from .result import close, finish, initial_state
@@ -46,7 +46,7 @@ def train(settings: TrainSettings, folder: RunFolder, console: Console, *, resum
     check_logger(settings.report_to)
     model, task = build(settings)
     total = total_steps(settings, len(task.train))
-    check_schedule(model, total)
+    forecast_run(model, total)  # raises where a rule cannot do its work
     state = (folder.state() if resume else None) or initial_state(settings, model, task, folder.path)
     done = checkpoint_step(checkpoint) if checkpoint else 0
     if resume:
@@ -57,7 +57,7 @@ def train(settings: TrainSettings, folder: RunFolder, console: Console, *, resum
     try:
         fit(settings, folder, model, task, console, checkpoint=checkpoint, done=done, total=total)
         save(settings, folder, model)
-        finish(state, folder, model)
+        finish(state, folder, model, task)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         status, message = ("interrupted", "") if interrupted else ("failed", f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""The run's second Trainer callback: it writes where rank, importance and ΔW stand, at some steps of the run."""
+"""The run's second Trainer callback: it writes rank, importance and singular values of ΔW at some steps of the run."""
 
 import math
 from typing import Any
@@ -29,63 +29,51 @@ class Tracer(TrainerCallback):
     """
 
     def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
-        self.events = 0
-        self.traced = max((row["step"] for row in folder.rows("trace.jsonl")), default=-1)
-        self.decomposed = max((row["step"] for row in folder.rows("spectra.jsonl")), default=0)
+        self.folder, self.events = folder, 0
+        before = {"trace.jsonl": -1, "spectra.jsonl": 0}
+        self.last = {name: max([start, *(row["step"] for row in folder.rows(name))]) for name, start in before.items()}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        self.events = count_events(model)
+        self.events = sum(len(controller.events) for controller in controllers_of(model))
         if state.global_step == 0:
-            self._trace(model, 0)
+            self._write("trace.jsonl", 0, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         step, before = state.global_step, self.events
-        self.events = count_events(model)
+        self.events = sum(len(controller.events) for controller in controllers_of(model))
         if self.events > before or step % math.ceil(state.max_steps / TRACES) == 0:
-            self._trace(model, step)
+            self._write("trace.jsonl", step, model)
         if step % math.ceil(state.max_steps / SPECTRA) == 0:
-            self._decompose(model, step)
+            self._write("spectra.jsonl", step, model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        self._trace(model, state.global_step)
-        self._decompose(model, state.global_step)
+        for name in self.last:
+            self._write(name, state.global_step, model)
 
-    def _trace(self, model: nn.Module, step: int) -> None:
-        if step > self.traced:
-            self.folder.append("trace.jsonl", trace(model, step))
-            self.traced = step
-
-    def _decompose(self, model: nn.Module, step: int) -> None:
-        if step > self.decomposed:
-            self.folder.append("spectra.jsonl", {"step": step, "modules": spectra(model)})
-            self.decomposed = step
+    def _write(self, name: str, step: int, model: nn.Module) -> None:
+        if step > self.last[name]:
+            content = trace(model) if name == "trace.jsonl" else {"modules": spectra(model)}
+            self.folder.append(name, {"step": step, **content})
+            self.last[name] = step
 
 
-def count_events(model: nn.Module) -> int:
-    return sum(len(controller.events) for controller in controllers_of(model))
-
-
-def trace(model: nn.Module, step: int) -> dict[str, Any]:
-    """One row of trace.jsonl; modules without a controller (plain LoRA) have ranks alone."""
-    modules: dict[str, dict[str, Any]]
+def trace(model: nn.Module) -> dict[str, Any]:
+    """Content of a row of trace.jsonl; modules without a controller (plain LoRA) have ranks alone."""
     modules = {m.module: {"rank": m.active, "importance": None} for m in rank_summary(model).modules}
     factors: dict[int, float] = {}
     for controller in controllers_of(model):
         modules |= snapshot(controller)
         factors |= birth_factors(controller)
-    for module in modules.values():
-        module["importance"] = None if module["importance"] is None else rounded(module["importance"])
-    return {"step": step, "modules": modules, "lr_factor": {str(k): rounded(v) for k, v in factors.items()}}
+    return {
+        "modules": {name: {key: rounded(value) for key, value in module.items()} for name, module in modules.items()},
+        "lr_factor": {str(created): rounded(factor) for created, factor in factors.items()},
+    }
 
 
-def spectra(model: nn.Module) -> dict[str, list[float]]:
-    """Singular values of every ΔW that has factors."""
-    found = {}
-    for delta in model.modules():
-        if isinstance(delta, Delta) and type(delta).factors is not Delta.factors:
-            found[getattr(delta, "name", "")] = [rounded(value) for value in singular_values(*delta.factors()).tolist()]
-    return found
+def spectra(model: nn.Module) -> dict[str, list[Any]]:
+    """Singular values of every ΔW."""
+    deltas = [module for module in model.modules() if isinstance(module, Delta)]
+    return {delta.name: list(map(rounded, singular_values(*delta.factors()).tolist())) for delta in deltas}
 
 
 @torch.no_grad()
@@ -102,5 +90,6 @@ def singular_values(A: Tensor, B: Tensor) -> Tensor:
     return torch.linalg.svdvals(inner) if inner.isfinite().all() else inner.diagonal() * torch.nan
 
 
-def rounded(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
+def rounded(value: float | None) -> float | None:
+    """The value with six digits; None and ints as they are."""
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
