@@ -1,5 +1,5 @@
-"""Where a linear map stands in attention, told from its name: in which attention block, as which of its projections;
-and what the model's config says of its heads.
+"""The role of a linear map in attention, from its name: its attention block, and which projection it is; and the heads
+that the model's config describes.
 
 model.layers.3.self_attn.k_proj → ("model.layers.3.self_attn", "k")
 transformer.h.3.attn.c_attn     → ("transformer.h.3.attn", "qkv"): its outputs are those of q, then of k, then of v
@@ -15,8 +15,8 @@ from ...errors import ConfigError
 
 ROLES = "qkvo"  # o: the projection behind the heads
 
-# Endings of names, q k v o. What tells a block from its neighbours is part of the ending: BERT's feed-forward has a
-# `dense`, too, and GPT-2's a `c_proj`.
+# Endings of names, q k v o, long enough to exclude other modules: BERT's feed-forward has a `dense`, too, and GPT-2's
+# a `c_proj`.
 SEPARATE = (
     "q_proj k_proj v_proj o_proj",  # Llama, Mistral, Qwen, Gemma, Phi-3's o, ViT, …
     "q_proj k_proj v_proj self_attn.out_proj",  # OPT, BART, Whisper, CLIP

@@ -93,7 +93,7 @@ class Lorta(Settings):
     def method(self, sites: int, uniform_parameters: int) -> Method:
         return Method("lorta", self._delta, Budget(None, self.r * uniform_parameters))
 
-    def places(self, name: str) -> bool:
+    def adapts(self, name: str) -> bool:
         return find(name, self.matrices) is not None or interleaved(name)  # for these the refusal says why
 
     def completed(self, model: nn.Module, targets: Iterable[str]) -> dict[str, Any]:
@@ -104,10 +104,12 @@ class Lorta(Settings):
             raise ConfigError("LoRTA's factors have the shape of the modules they serve: name them in `target_modules`")
         first = sites[0]
         width = first.out_features if projection(first.name, self.matrices)[1] == "o" else first.in_features
-        heads, head_dim = self._heads(first.name)
+        if self.heads is None or self.head_dim is None:
+            missing = "heads" if self.heads is None else "head_dim"
+            raise ConfigError(f"{first.name}: {missing} is not given, and the model's config lacks it: set `{missing}`")
         layers = len(self._layers(first))
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32  # a product of five is none for halves
-        rows = {"A": width, "B": head_dim, "C_head": heads, "C_matrix": len(ROLES), "C_layer": layers}
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32  # halves round products of five
+        rows = {"A": width, "B": self.head_dim, "C_head": self.heads, "C_matrix": len(ROLES), "C_layer": layers}
         return TensorBank(*(self._draw(name, count).to(dtype) for name, count in rows.items()))
 
     def _draw(self, factor: str, rows: int) -> Tensor:
@@ -146,15 +148,9 @@ class Lorta(Settings):
     def _layers(self, site: Site) -> list[str]:
         return self.layers or blocks((name for name, *_ in site.peers), self.matrices)
 
-    def _heads(self, name: str) -> tuple[int, int]:
-        if self.heads is not None and self.head_dim is not None:
-            return self.heads, self.head_dim
-        missing = "heads" if self.heads is None else "head_dim"
-        raise ConfigError(f"{name}: {missing} is not given, and no config of the model says it: set `{missing}`")
-
     def _check(self, site: Site, roles: str, bank: TensorBank) -> int:
         """Heads of k and of v. Raises ConfigError for a module that is no slice of the tensor."""
-        (heads, head_dim), width = self._heads(site.name), len(bank.lora_A)
+        heads, head_dim, width = len(bank.lora_C_head), len(bank.lora_B), len(bank.lora_A)
         read, inner = site.in_features, site.out_features
         if roles == "o":
             read, inner = inner, read

@@ -7,8 +7,8 @@
     decoupling   x is cut into chunks of R, M applied to each, the results lie end to end
     rotation     the same, chunk b turned by b · θ first
 
-n = ⌈in/R⌉ chunks go in, m = ⌈out/R⌉ come out. If n < m they are repeated; if n > m those without a place are not
-computed (their inputs are dead), or added to chunk b mod m (`fold`). Only M of the last round is trained.
+n = ⌈in/R⌉ chunks go in, m = ⌈out/R⌉ come out. If n < m they are repeated; if n > m the last n − m
+are not computed (their inputs are dead), or added to chunk b mod m (`fold`). Only M of the last round is trained.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ class Form:
     Attributes:
         operator, compress, expand, pairing: see above and `maps`.
         wrap: where R does not divide `in`, the first inputs fill the gap at the end, and count twice.
-        fold: chunks without a place in the output are added to others.
+        fold: chunks that the output has no room for are added to others.
         shuffle: key of a random order of inputs and of outputs; empty: as they are.
     """
 
@@ -73,7 +73,7 @@ class SquareMaps:
 
     @property
     def dead(self) -> int:
-        """Inputs that reach no output because their chunk has no place there."""
+        """Inputs that reach no output because it has no room for their chunk."""
         return max(0, self.in_features - self.chunks[0] * self.side) if self.form.chunked else 0
 
     @property

@@ -3,7 +3,7 @@
     ΔW = D M C      M (R, R), R ≈ √((in + out) r), zero at the start; C: in → R and D: R → out are fixed
     rank(ΔW) = R for sharing and truncation, min(in, out) for rotation and decoupling; see `delta`
 
-ReMoRA restarts every `restart_steps`: ΔW = Σ D_i M_i C_i, of which the last M learns, and its learning rate rises anew.
+ReMoRA restarts every `restart_steps`: ΔW = Σ D_i M_i C_i, of which only the last M learns, each with a warm-up.
 
 Source: MoRA (arXiv 2405.12130), equations 4 to 11, and its published code. Differs: docs/methods/mora.md
 """
@@ -52,7 +52,7 @@ class Mora(Settings):
         compress, expand: groups of `sharing` for inputs and outputs: `stride` (interleaved) or `block` (runs).
         pad: where R does not divide the inputs, `wrap` counts the first ones twice (published code), `zero` none.
         pairing: entries that `rotation` turns: j with j + R/2 (`half`, published code) or neighbours (`adjacent`).
-        dead_inputs: chunks of the input without a place in a shorter output: `refuse` such a module, `ignore` them
+        dead_inputs: chunks of the input that a shorter output has no room for: `refuse` such a module, `ignore` them
             (published code), or `fold`, which adds them to other chunks.
         mora_type: the maps by their number in the published code, instead of the options above: 1, 2, 3, 4 or 6.
     Restarts

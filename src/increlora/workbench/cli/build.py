@@ -29,8 +29,7 @@ def adapted(settings: TrainSettings, model: nn.Module) -> Any:
     kind = find_task(settings.task).task_type  # SEQ_CLS: the head is trained, too
     config = settings.peft_config(target_modules(settings.target_modules, model), task_type=kind)
     if settings.target_modules is None:
-        places = config.settings().places
-        config.target_modules = {name for name in config.target_modules if places(name)}
+        config.target_modules = set(filter(config.settings().adapts, config.target_modules))
     with warnings.catch_warnings():  # peft 0.21 reads a property by the name it had before transformers 5.23
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(model, config)

@@ -1,20 +1,20 @@
 """`increlora export`: a trained adapter as a plain LoRA folder, or merged into its base model."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ...errors import ConfigError, ExportError
-from ...export.adapters import Adapter, adapter_folder, check_elsewhere, read_adapter
+from ...export.adapters import adapter_folder, check_elsewhere, read_adapter
 from ...export.engines import check_export
 from ...export.lora import Exported, write_lora
 from ...export.merged import export_merged
 from .check import verdicts
 
-HEADS = ("classifier", "score")
+HEADS = ("classifier", "score")  # names of trained heads; their outputs are the labels
 
 
 def export(
@@ -85,19 +85,12 @@ def merged(source: Path, out: Path, name: str | None) -> None:
         raise ExportError(f"{folder} does not say which model it belongs to: give --base")
     kind = str(getattr(adapter.config.task_type, "value", adapter.config.task_type))
     if kind == "SEQ_CLS":
-        model, tokenizer = load_classifier(name, labels(adapter, folder), seed=0)
+        heads = [t for key, t in adapter.others.items() if key.split(".")[0] in HEADS and t.dim() == 2]
+        if not heads:
+            raise ExportError(f"{folder} holds no trained head: merge it in Python, with export_merged(…, base=model)")
+        model, tokenizer = load_classifier(name, heads[-1].shape[0], seed=0)
     elif kind == "CAUSAL_LM":
         model, tokenizer = load_causal(name)
     else:
         raise ExportError(f"{folder} has task_type {kind}: merge it in Python, with export_merged(…, base=model)")
     export_merged(folder, out, base=model, tokenizer=tokenizer)
-
-
-def labels(adapter: Adapter, folder: Path) -> int:
-    """Outputs of the trained head."""
-    heads: list[Any] = [
-        value for key, value in adapter.others.items() if key.split(".")[0] in HEADS and value.dim() == 2
-    ]
-    if not heads:
-        raise ExportError(f"{folder} holds no trained head: merge it in Python, with export_merged(…, base=model)")
-    return int(heads[-1].shape[0])

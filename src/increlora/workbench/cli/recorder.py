@@ -1,4 +1,4 @@
-"""The run's own Trainer callback: it measures, writes rows, and tells the display."""
+"""The run's first Trainer callback: it measures, writes rows, and updates the display."""
 
 import time
 from collections.abc import Mapping

@@ -155,7 +155,7 @@ def system_info() -> dict[str, str]:
 
 
 def peak_memory_bytes() -> int | None:
-    """Most memory so far: of the accelerator if there is one, else of this process; None where it cannot be told."""
+    """Most memory so far: of the accelerator if there is one, else of this process; None if unknown."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:

@@ -45,17 +45,15 @@ def train(settings: TrainSettings, folder: RunFolder, console: Console, *, resum
         folder.check_free(overwrite=overwrite)
     check_logger(settings.report_to)
     model, task = build(settings)
-    total = total_steps(settings, len(task.train))
-    forecast_run(model, total)  # raises where a rule cannot do its work
+    forecast_run(model, total_steps(settings, len(task.train)))  # raises where a rule cannot do its work
     state = (folder.state() if resume else None) or initial_state(settings, model, task, folder.path)
-    done = checkpoint_step(checkpoint) if checkpoint else 0
     if resume:
-        rewind(folder, state, done)
+        rewind(folder, state, steps_done(checkpoint))
     else:
         folder.create(settings.toml(folder.path), state, overwrite=overwrite)
     status, message = "finished", ""
     try:
-        fit(settings, folder, model, task, console, checkpoint=checkpoint, done=done, total=total)
+        fit(settings, folder, model, task, console, checkpoint=checkpoint)
         save(settings, folder, model)
         finish(state, folder, model, task)
     except BaseException as error:
@@ -82,6 +80,10 @@ def save(settings: TrainSettings, folder: RunFolder, model: Any) -> None:
             model.save_pretrained(adapter)
         if is_exact(model):  # otherwise `show_result` says how it can leave
             write_lora(model, folder.path / "lora")
+
+
+def steps_done(checkpoint: Path | None) -> int:
+    return checkpoint_step(checkpoint) if checkpoint is not None else 0
 
 
 def total_steps(settings: TrainSettings, examples: int) -> int:
@@ -125,25 +127,21 @@ def check_checkpoint(path: Path) -> None:
 
 
 def fit(
-    settings: TrainSettings, folder: RunFolder, model: Any, task: Task, console: Console, *, checkpoint: Path | None,
-    done: int, total: int,
-) -> None:  # fmt: skip
-    """Evaluate, train from step `done` to `total`, evaluate in between and at the end."""
-    trainer = SampledTrainer(
-        model=model,
-        args=training_arguments(
-            settings, folder.path / "checkpoints", total=total, save_every=math.ceil(total / CHECKPOINTS)
-        ),
-        train_dataset=task.train,
-        data_collator=task.collate,
+    settings: TrainSettings, folder: RunFolder, model: Any, task: Task, console: Console, *, checkpoint: Path | None
+) -> None:
+    """Evaluate, train from the checkpoint or from the start, evaluate in between and at the end."""
+    total = total_steps(settings, len(task.train))
+    args = training_arguments(
+        settings, folder.path / "checkpoints", total=total, save_every=math.ceil(total / CHECKPOINTS)
     )
+    trainer = SampledTrainer(model=model, args=args, train_dataset=task.train, data_collator=task.collate)
     trainer.remove_callback(PrinterCallback)
     together = EVALUATION_BATCHES * settings.batch_size
     if not folder.rows("metrics.jsonl"):
         folder.append("metrics.jsonl", {"step": 0, **task.evaluate(model, batch_size=together)})
     budget = controllers_of(model)[0].method.budget.ranks if controllers_of(model) else None
     every = math.ceil(total / settings.evaluations)
-    with Progression(console, total=total, done=done, budget=budget) as progress:
+    with Progression(console, total=total, done=steps_done(checkpoint), budget=budget) as progress:
         trainer.add_callback(Recorder(folder, task, progress, evaluate_every=every, batch_size=together))
         trainer.add_callback(Tracer(folder))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
