@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 from increlora import PlainLoraConfig
 from increlora.deltas import Delta
-from increlora.workbench.cli.tracer import Tracer, singular_values
+from increlora.workbench.cli.recorder import Tracer, singular_values
 from increlora.workbench.report import read_runs, save_figures, writing
 from increlora.workbench.report.figures import FIGURES
 from increlora.workbench.runs import RunFolder
@@ -96,8 +96,8 @@ def test_a_resumed_run_continues_its_files(traced, tmp_path):
 
 
 def test_long_runs_are_traced_at_some_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr("increlora.workbench.cli.tracer.TRACES", 4)
-    monkeypatch.setattr("increlora.workbench.cli.tracer.SPECTRA", 2)
+    monkeypatch.setattr("increlora.workbench.cli.recorder.TRACES", 4)
+    monkeypatch.setattr("increlora.workbench.cli.recorder.SPECTRA", 2)
     model = run(tmp_path, adapted(**SCHEDULE))
     events = {event.step + 1 for event in controller_of(model).events}
     assert [row["step"] for row in rows(tmp_path, "trace.jsonl")] == sorted({0, 5, 10, 15, 20} | events)

@@ -113,18 +113,15 @@ class Lorta(Settings):
         return TensorBank(*(self._draw(name, count).to(dtype) for name, count in rows.items()))
 
     def _draw(self, factor: str, rows: int) -> Tensor:
-        """Initial values (rows, r) of a factor, the same on every machine."""
-        values = torch.rand(rows, self.r, generator=generator_of(f"{self.seed}/{factor}"))
-        return (2 * values - 1) * self._bound(factor, rows)
-
-    def _bound(self, factor: str, rows: int) -> float:
-        """b of U(−b, b)."""
+        """Initial values U(−b, b) of a factor (rows, r), the same on every machine."""
         if factor == "B":
-            return 0.0 if self.init_lora_weights else 1 / math.sqrt(self.r)
-        if self.init == "lora_matched":
-            return 1 / math.sqrt(rows) if factor == "A" else math.sqrt(3)
-        # Kaiming's law with the columns for a fan-in, of slope √5 for A, √5 · init_scale for C
-        return math.sqrt(6 / ((1 + 5 * (1 if factor == "A" else self.init_scale**2)) * self.r))
+            bound = 0.0 if self.init_lora_weights else 1 / math.sqrt(self.r)
+        elif self.init == "lora_matched":
+            bound = 1 / math.sqrt(rows) if factor == "A" else math.sqrt(3)
+        else:  # Kaiming's law with the columns for a fan-in, of slope √5 for A, √5 · init_scale for C
+            bound = math.sqrt(6 / ((1 + 5 * (1 if factor == "A" else self.init_scale**2)) * self.r))
+        values = torch.rand(rows, self.r, generator=generator_of(f"{self.seed}/{factor}"))
+        return (2 * values - 1) * bound
 
     def _delta(self, site: Site) -> TensorDelta:
         bank = site.shared

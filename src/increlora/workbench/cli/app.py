@@ -9,8 +9,7 @@ from typer.core import TyperGroup
 
 from ...errors import IncreLoraError
 from ...naming import nearest
-from .check import check
-from .export import export
+from .export import check, export
 from .inspect import inspect
 from .methods import methods
 from .report import report

@@ -1,4 +1,5 @@
-"""`increlora export`: a trained adapter as a plain LoRA folder, or merged into its base model."""
+"""`increlora export`: a trained adapter as a plain LoRA folder, or merged into its base model; `increlora check`: would
+an engine serve that?"""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,10 +10,9 @@ from rich.table import Table
 
 from ...errors import ConfigError, ExportError
 from ...export.adapters import adapter_folder, check_elsewhere, read_adapter
-from ...export.engines import check_export
+from ...export.engines import ALIASES, ENGINES, EngineReport, check_export
 from ...export.lora import Exported, write_lora
 from ...export.merged import export_merged
-from .check import verdicts
 
 HEADS = ("classifier", "score")  # names of trained heads; their outputs are the labels
 
@@ -94,3 +94,34 @@ def merged(source: Path, out: Path, name: str | None) -> None:
     else:
         raise ExportError(f"{folder} has task_type {kind}: merge it in Python, with export_merged(…, base=model)")
     export_merged(folder, out, base=model, tokenizer=tokenizer)
+
+
+def check(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter folder, or a run (its lora/ is checked).")],
+    engine: Annotated[
+        str | None, typer.Option(help=f"{', '.join([*ENGINES, *ALIASES])}.", show_default="all of them")
+    ] = None,
+    max_lora_rank: Annotated[
+        int | None, typer.Option(help="The rank limit that the server runs with.", show_default="one that fits")
+    ] = None,
+) -> None:
+    """Report what an engine would refuse or compute wrongly, with the remedy. Exit code 1 if there is anything."""
+    report = check_export(adapter_folder(path, "lora"), engine, max_lora_rank=max_lora_rank)
+    Console(highlight=False, markup=False).print(verdicts(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def verdicts(report: EngineReport) -> Table:
+    """What each engine does with the folder, one line per finding."""
+    table = Table.grid(padding=(0, 2))
+    for engine in report.engines:
+        findings = report.of(engine)
+        if not findings:
+            table.add_row(engine, "serves it")
+        for finding in findings:
+            verdict = "refuses it, or is wrong" if finding.level == "error" else "serves it on a condition"
+            table.add_row(engine, verdict, f"{finding.where}: {finding.problem}; {finding.remedy}")
+    for column in table.columns:
+        column.overflow = "fold"  # names are never cut
+    return table

@@ -19,10 +19,9 @@ from ..runs import RunFolder, checkpoint_step
 from ..tasks import Task, model_name
 from .build import build, forecast_run
 from .display import Progression, show_result
-from .recorder import Recorder
+from .recorder import Recorder, Tracer
 from .result import close, finish, initial_state
 from .settings import TrainSettings
-from .tracer import Tracer
 from .trainer import SampledTrainer, check_logger, training_arguments
 
 CHECKPOINTS = 4  # per run
