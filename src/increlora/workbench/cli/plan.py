@@ -14,7 +14,7 @@ from ...hosts.peft import rank_summary
 from ...rules import Expected
 from ..tasks import model_name, sketch, train_size
 from .build import adapted, forecast_run
-from .display import of
+from .display import grid, of
 from .run import total_steps
 from .settings import TrainSettings
 
@@ -38,15 +38,13 @@ def show_plan(settings: TrainSettings, console: Console) -> None:
     else:
         ranks = f"{summary.active} at the start; how many are left is found in training"
         parameters = f"{summary.parameters:,} at the start, at most so many at the end"
-    table = Table.grid(padding=(0, 2))
-    for row in (
+    table = grid([
         ("steps", f"{steps:,}: {examples:,} examples, {settings.batch_size} a step, {settings.epochs:g} epochs"),
         ("modules", f"{len(summary.modules)}: {kinds([m.module for m in summary.modules])}"),
         ("ranks", ranks),
         ("parameters", parameters),
         ("memory", memory_forecast(model, max(event.parameters for event in events))),
-    ):
-        table.add_row(*row)
+    ])  # fmt: skip
     console.print(f"{settings.method} on {settings.task}: {model_name(settings.task, settings.model)}", highlight=False)
     console.print(table, soft_wrap=True)
     if forecast.events:

@@ -1,5 +1,4 @@
-"""`increlora export`: a trained adapter as a plain LoRA folder, or merged into its base model; `increlora check`: would
-an engine serve that?"""
+"""Commands on the folder of an adapter: `increlora export`, `increlora check`, `increlora inspect`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,10 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ...errors import ConfigError, ExportError
-from ...export.adapters import adapter_folder, check_elsewhere, read_adapter
+from ...export.adapters import Adapter, adapter_folder, check_elsewhere, read_adapter
 from ...export.engines import ALIASES, ENGINES, EngineReport, check_export
 from ...export.lora import Exported, write_lora
+from ...export.lora_format import SAFETENSORS_WEIGHTS_NAME, read_shapes
 from ...export.merged import export_merged
+from ...hosts.peft.config import CONFIGS
+from .display import grid, of, rank_map
 
 HEADS = ("classifier", "score")  # names of trained heads; their outputs are the labels
 
@@ -114,14 +116,50 @@ def check(
 
 def verdicts(report: EngineReport) -> Table:
     """What each engine does with the folder, one line per finding."""
-    table = Table.grid(padding=(0, 2))
+    words = {"error": "refuses it, or is wrong", "warning": "serves it on a condition"}
+    rows: list[tuple[str, ...]] = []
     for engine in report.engines:
-        findings = report.of(engine)
-        if not findings:
-            table.add_row(engine, "serves it")
-        for finding in findings:
-            verdict = "refuses it, or is wrong" if finding.level == "error" else "serves it on a condition"
-            table.add_row(engine, verdict, f"{finding.where}: {finding.problem}; {finding.remedy}")
-    for column in table.columns:
-        column.overflow = "fold"  # names are never cut
-    return table
+        found = [(engine, words[f.level], f"{f.where}: {f.problem}; {f.remedy}") for f in report.of(engine)]
+        rows += found or [(engine, "serves it")]
+    return grid(rows)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter folder (ours, LoRA, AdaLoRA), or a run.")],
+) -> None:
+    """Print the rank of every module of an adapter, and the totals; no model is loaded."""
+    folder = adapter_folder(path)
+    adapter = read_adapter(folder)
+    console = Console(highlight=False, markup=False)
+    console.print(rank_map(adapter.ranks))
+    console.print(totals(adapter, folder))
+
+
+def totals(adapter: Adapter, folder: Path) -> Table:
+    """Ranks, parameters, layout and size."""
+    ranks = list(adapter.ranks.values())
+    spread = f"mean {sum(ranks) / len(ranks):.2f}, from {min(ranks)} to {max(ranks)}"
+    others = sum(t.numel() for t in adapter.others.values())
+    return grid([
+        ("type", f"{adapter.kind}, {layout(adapter, folder)}"),
+        ("base", str(adapter.config.base_model_name_or_path or "not named")),
+        ("ranks", f"{sum(ranks):,}{of(adapter.budget.ranks)} over {len(ranks)} modules: {spread}"),
+        ("parameters", f"{adapter.parameters:,}{of(adapter.budget.parameters)}"),
+        *([("beside it", f"{others:,} parameters trained in full")] if others else []),
+        ("file", f"{(folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size:,} bytes"),
+    ])  # fmt: skip
+
+
+def layout(adapter: Adapter, folder: Path) -> str:
+    """How the ranks are laid out in the file."""
+    if adapter.limits:
+        return (
+            "native: increlora loads it; it has no low rank: `increlora export --merge`, or LoRA within a --tolerance"
+        )
+    if adapter.kind in CONFIGS:
+        return "native: increlora loads it, `increlora export` makes plain LoRA of it"
+    if adapter.kind == "ADALORA":
+        return "peft's triplets: `increlora export` makes plain LoRA of them"
+    shapes, _ = read_shapes(folder)
+    rows = {shape[0] for key, shape in shapes.items() if key.endswith(".lora_A.weight")}
+    return f"rank {rows.pop()} for all" if len(rows) == 1 else f"a rank for each, {min(rows)} to {max(rows)}"
