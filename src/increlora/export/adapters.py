@@ -16,14 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..decide.budget import Budget
-from ..deltas import Inputs, Stored
+from ..deltas import Inputs
 from ..deltas.inputs import VECTORS, from_json
 from ..errors import CheckpointError, ConfigError, ExportError
 from ..hosts.peft import checkpoint
 from ..hosts.peft.config import CONFIGS, check_folder
 from ..hosts.peft.handle import Handle
 from ..hosts.peft.layer import chosen_adapter, handle_of
-from ..hosts.peft.model import SHARED
 from ..methods import Site
 from ..naming import natural
 from .foreign import ForeignState, description, foreign_state, live_state
@@ -163,11 +162,9 @@ def rebuilt(config: Any, parts: Mapping[str, Mapping[str, Tensor]]) -> Handle:
         handle = Handle(config, sites)
     except ConfigError as error:
         raise CheckpointError(f"{error}: the adapter's config and weights do not belong together") from error
-    shared = {SHARED: handle.shared} if handle.shared is not None else {}
-    owners: dict[str, Stored] = {**shared, **handle.deltas}
-    checkpoint.check_parts(owners, parts)
+    checkpoint.check_parts(handle.stored, parts)
     for name, part in parts.items():
-        checkpoint.load(owners[name], part)
+        checkpoint.load(handle.stored[name], part)
     return handle
 
 

@@ -13,6 +13,8 @@ from ...runtime import Controller, register
 from .. import transformers as trainer_host
 from .bases import check_readable
 
+SHARED = "shared_factors"  # attribute of the model with what all modules of an adapter share
+
 
 class Handle:
     """One adapter of one model, or of a folder.
@@ -54,6 +56,11 @@ class Handle:
     def blocks(self) -> dict[str, BlockDelta]:
         """The deltas that have blocks: of an adaptive method all."""
         return {name: delta for name, delta in self.deltas.items() if isinstance(delta, BlockDelta)}
+
+    @property
+    def stored(self) -> dict[str, Stored]:
+        """All that a checkpoint holds of the adapter, by module name."""
+        return {**self.deltas, **({SHARED: self.shared} if self.shared is not None else {})}
 
     @property
     def budget(self) -> Budget:

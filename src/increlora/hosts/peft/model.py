@@ -14,7 +14,7 @@ from ...errors import ConfigError
 from ...methods import Site
 from . import checkpoint, weighted
 from .bases import check_in_memory, check_matched, is_all_linear, is_called, read
-from .handle import Handle, described_states
+from .handle import SHARED, Handle, described_states
 from .layer import (
     AdapterLayer,
     SharedFactors,
@@ -26,8 +26,6 @@ from .layer import (
 )
 from .mixed import copies_of, mixed_batch
 from .quantised import backend_of, check_mergeable, keep_layout, warn_of_rounding, working_dtype
-
-SHARED = "shared_factors"  # where the model holds what all modules of an adapter share
 
 
 class AdapterModel(BaseTuner):
@@ -56,10 +54,7 @@ class AdapterModel(BaseTuner):
             self._take_over(peft_config, name, delta)
         contents = vars(peft_config).pop("contents", None)
         if contents and not getattr(model, "_checkpoint_conversion_mapping", None):  # its keys are renamed on loading
-            shared = {SHARED: self._handle.shared} if self._handle.shared is not None else {}
-            checkpoint.check_contents(
-                contents, {**self._handle.deltas, **shared}, model, peft_config.modules_to_save or ()
-            )
+            checkpoint.check_contents(contents, self._handle.stored, model, peft_config.modules_to_save or ())
         if bases and not peft_config.inference_mode:
             self._handle.check()
 
