@@ -1,5 +1,4 @@
-"""The run's own Trainer callbacks: Recorder writes numbers and events of every step, Tracer the state of all modules at
-some steps."""
+"""The run's own Trainer callback: it measures, writes rows, and updates the display."""
 
 import math
 import time
@@ -18,18 +17,24 @@ from ..runs import RunFolder
 from ..tasks import Task
 from .display import Progression
 
-TRACES, SPECTRA = 200, 10  # evenly spaced rows per run, beside those at events, and at the start or the end
+TRACES, SPECTRA = 200, 10  # evenly spaced rows per run, beside those at events, at the start and at the end
 DIGITS = 6
 
 
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl (a row per optimizer step) and events.jsonl (a row per event of the controller).
+    """Writes what happens in a run; a resumed run continues the files.
 
-        {"step", "loss", "learning_rate", "ranks", "parameters", "seconds"[, metrics]}
+        metrics.jsonl   every step: {"step", "loss", "learning_rate", "ranks", "parameters", "seconds"[, metrics]}
+        events.jsonl    every event of the controller
+        trace.jsonl     some steps: {"step", "modules": {name: {"rank", "importance"}}, "lr_factor": {created: factor}}
+        spectra.jsonl   some steps: {"step", "modules": {name: [σ₁, σ₂, …]}}
 
     step: optimizer steps done.   ranks: active after the step.   parameters: live during the step, reserve included (in
     LoRA form, where the method has one).   seconds: of training so far, without evaluation.   The task's metrics, each
     under its name, are there every `evaluate_every` steps and at the end; row 0 has nothing but those before training.
+    importance: None for methods that score nothing.   lr_factor: learning rate in the last step of tensors born after
+    step `created` (see `runtime.records`).   σ: singular values of ΔW, largest first, as many as there are ranks in the
+    forward pass.
     """
 
     def __init__(
@@ -39,24 +44,32 @@ class Recorder(TrainerCallback):
         self.evaluate_every, self.batch_size = evaluate_every, batch_size
         self.before = max((row.get("seconds", 0.0) for row in folder.rows("metrics.jsonl")), default=0.0)
         self.events = 0
+        first = {"trace.jsonl": -1, "spectra.jsonl": 0}
+        self.last = {name: max([step, *(row["step"] for row in folder.rows(name))]) for name, step in first.items()}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self._write("trace.jsonl", 0, model)
         self.started = time.perf_counter() - self.before
 
     def on_step_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         self.live = rank_summary(model).live_parameters
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        for controller in controllers_of(model):
-            for event in controller.events[self.events :]:
-                self.folder.append("events.jsonl", event.as_dict())
-            self.events = len(controller.events)
-        stopped = time.perf_counter()
+        stopped, step = time.perf_counter(), state.global_step
         seconds = round(stopped - self.started, 3)
         self.row = {"ranks": rank_summary(model).active, "parameters": self.live, "seconds": seconds}
-        if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
+        events = [event for controller in controllers_of(model) for event in controller.events[self.events :]]
+        self.events += len(events)
+        for event in events:
+            self.folder.append("events.jsonl", event.as_dict())
+        if events or step % math.ceil(state.max_steps / TRACES) == 0:
+            self._write("trace.jsonl", step, model)
+        if step % math.ceil(state.max_steps / SPECTRA) == 0:
+            self._write("spectra.jsonl", step, model)
+        if step % self.evaluate_every == 0 or step == state.max_steps:
             self.row |= self.task.evaluate(model, batch_size=self.batch_size)
-            self.started += time.perf_counter() - stopped  # seconds of training alone
+        self.started += time.perf_counter() - stopped  # seconds of training alone
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: Mapping[str, float], **kwargs: Any) -> None:
         if "loss" not in logs:  # the Trainer's summary at the end
@@ -64,36 +77,6 @@ class Recorder(TrainerCallback):
         row = {"step": state.global_step, "loss": logs["loss"], "learning_rate": logs["learning_rate"], **self.row}
         self.folder.append("metrics.jsonl", row)
         self.progress.step(row, self.task.metric)
-
-
-class Tracer(TrainerCallback):
-    """Writes trace.jsonl and spectra.jsonl; a resumed run continues them.
-
-        trace.jsonl     {"step", "modules": {name: {"rank", "importance"}}, "lr_factor": {created: factor}}
-        spectra.jsonl   {"step", "modules": {name: [σ₁, σ₂, …]}}
-
-    step: optimizer steps done.   importance: None for methods that score nothing.   lr_factor: learning rate in the
-    last step of tensors born after step `created` (see `runtime.records`).   σ: singular values of ΔW, largest first,
-    as many as there are ranks in the forward pass.
-    """
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder, self.events = folder, 0
-        before = {"trace.jsonl": -1, "spectra.jsonl": 0}
-        self.last = {name: max([start, *(row["step"] for row in folder.rows(name))]) for name, start in before.items()}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        self.events = sum(len(controller.events) for controller in controllers_of(model))
-        if state.global_step == 0:
-            self._write("trace.jsonl", 0, model)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        step, before = state.global_step, self.events
-        self.events = sum(len(controller.events) for controller in controllers_of(model))
-        if self.events > before or step % math.ceil(state.max_steps / TRACES) == 0:
-            self._write("trace.jsonl", step, model)
-        if step % math.ceil(state.max_steps / SPECTRA) == 0:
-            self._write("spectra.jsonl", step, model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         for name in self.last:

@@ -19,7 +19,7 @@ from ..runs import RunFolder, checkpoint_step
 from ..tasks import Task, model_name
 from .build import build, forecast_run
 from .display import Progression, show_result
-from .recorder import Recorder, Tracer
+from .recorder import Recorder
 from .result import close, finish, initial_state
 from .settings import TrainSettings
 from .trainer import SampledTrainer, check_logger, training_arguments
@@ -142,5 +142,4 @@ def fit(
     every = math.ceil(total / settings.evaluations)
     with Progression(console, total=total, done=steps_done(checkpoint), budget=budget) as progress:
         trainer.add_callback(Recorder(folder, task, progress, evaluate_every=every, batch_size=together))
-        trainer.add_callback(Tracer(folder))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
