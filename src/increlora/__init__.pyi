@@ -614,7 +614,7 @@ class MoraConfig(MethodConfig):
         compress, expand: groups of `sharing` for inputs and outputs: `stride` (interleaved) or `block` (runs).
         pad: where R does not divide the inputs, `wrap` counts the first ones twice (published code), `zero` none.
         pairing: entries that `rotation` turns: j with j + R/2 (`half`, published code) or neighbours (`adjacent`).
-        dead_inputs: chunks of the input without a place in a shorter output: `refuse` such a module, `ignore` them
+        dead_inputs: chunks of the input that a shorter output has no room for: `refuse` such a module, `ignore` them
             (published code), or `fold`, which adds them to other chunks.
         mora_type: the maps by their number in the published code, instead of the options above: 1, 2, 3, 4 or 6.
     Restarts

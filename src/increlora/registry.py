@@ -1,9 +1,9 @@
-"""Methods by name. Adding one is a line here and a file in `methods/` or a folder in `structural/`."""
+"""Methods by name. Adding one is a line here, and a file in `methods/` or in `structural/`."""
 
 from .methods import AdaLora, IncreLora, PlainLora, PriLora, Settings, Sora
 from .structural.lora_mini.method import LoraMini
 from .structural.lorta.method import Lorta
-from .structural.melora.method import MeLora
+from .structural.melora import MeLora
 from .structural.mora.method import Mora
 
 METHODS: dict[str, type[Settings]] = {

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..decide.budget import Budget
-from ..deltas import Inputs, Stored
+from ..deltas import Inputs
 from ..deltas.inputs import VECTORS, from_json
 from ..errors import CheckpointError, ConfigError, ExportError
 from ..hosts.peft import checkpoint
 from ..hosts.peft.config import CONFIGS, check_folder
-from ..hosts.peft.handle import Handle, Place
+from ..hosts.peft.handle import Handle
 from ..hosts.peft.layer import chosen_adapter, handle_of
-from ..hosts.peft.model import SHARED
+from ..methods import Site
 from ..naming import natural
 from .foreign import ForeignState, description, foreign_state, live_state
 from .lora_format import PREFIX, read_config, read_shapes
@@ -157,20 +157,18 @@ def foreign(raw: Mapping[str, Any], state: ForeignState, every: frozenset[str] |
 
 def rebuilt(config: Any, parts: Mapping[str, Mapping[str, Tensor]]) -> Handle:
     """The adapter as a checkpoint left it; no model is built."""
-    places = places_in(config)
+    sites = sites_in(config)
     try:
-        handle = Handle(config, places)
+        handle = Handle(config, sites)
     except ConfigError as error:
         raise CheckpointError(f"{error}: the adapter's config and weights do not belong together") from error
-    shared = {SHARED: handle.shared} if handle.shared is not None else {}
-    modules: dict[str, Stored] = {**shared, **handle.deltas}
-    checkpoint.check_parts(modules, parts)
+    checkpoint.check_parts(handle.stored, parts)
     for name, part in parts.items():
-        checkpoint.load(modules[name], part)
+        checkpoint.load(handle.stored[name], part)
     return handle
 
 
-def places_in(config: Any) -> list[Place]:
+def sites_in(config: Any) -> list[Site]:
     """The modules as adapter_config.json describes them. Raises CheckpointError if it is damaged there."""
     shapes = config.shapes
     if not isinstance(shapes, dict) or not shapes:
@@ -183,7 +181,7 @@ def places_in(config: Any) -> list[Place]:
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"adapter_config.json: inputs ({error!r}): restore it from a copy") from error
     names = sorted(shapes, key=natural)
-    return [Place(n, shapes[n][0], shapes[n][1], inputs.get(n, VECTORS)) for n in names]
+    return [Site(n, shapes[n][0], shapes[n][1], inputs=inputs.get(n, VECTORS)) for n in names]
 
 
 def nonzero(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ LOW_RANK_READS: tuple[type[Inputs], ...] = (Vectors, Tokens, Patches)  # whateve
 @dataclass(frozen=True)
 class Site:
     """One linear map, embedding or convolution that gets a delta: its full name, its shape as a matrix, and the totals
-    over all sites of the model.
+    over all sites of the model, which the host fills in.
 
     peers: (name, in, out) of every site in model order, for methods that look at a module's place among them.
     shared: what `Settings.make_shared` made, where the method has such.   inputs: what the module reads."""
@@ -31,8 +31,8 @@ class Site:
     name: str
     in_features: int
     out_features: int
-    sites: int  # adapted modules in the model
-    uniform_parameters: int  # Σ over sites of (in + out): parameters of rank 1 everywhere
+    sites: int = 0  # adapted modules in the model
+    uniform_parameters: int = 0  # Σ over sites of (in + out): parameters of rank 1 everywhere
     dtype: torch.dtype | None = None  # of the adapter's parameters; default: torch's
     peers: tuple[tuple[str, int, int], ...] = ()
     shared: Stored | None = None
@@ -101,7 +101,7 @@ class Settings:
 
     # -- what only methods with another form of ΔW have to say: see `structural` ---------------------------------------
 
-    def places(self, name: str) -> bool:
+    def adapts(self, name: str) -> bool:
         """Can the method adapt a linear module of this name? "all-linear" means those that it can."""
         return True
 

@@ -7,14 +7,13 @@ Source: LoRA, section 4.1. Differs: nothing (equal to peft's LoRA step by step f
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 from ..decide.budget import Budget
-from ..deltas import LowRankDelta, Status
-from .base import Method, Settings, Site, matching
+from ..deltas import LowRankDelta
+from .base import Method, Settings, Site
 from .checks import check_counts, check_patterns, check_shares
+from .fixed_rank import one_block, rank_and_scale
 from .initial import lora_start
-from .scaling import fixed, scale_of
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,6 @@ class PlainLora(Settings):
         return Method("lora", self._delta, Budget(None) if self.rank_pattern else uniform)
 
     def _delta(self, site: Site) -> LowRankDelta:
-        rank = matching(self.rank_pattern, site.name) or self.r
-        alpha = matching(self.alpha_pattern, site.name) or self.lora_alpha
-        delta = LowRankDelta(
-            site.in_features, site.out_features, [rank],
-            init=lora_start(site.inputs, random=not self.init_lora_weights),
-            scale=partial(fixed, scale_of(alpha, rank, rslora=self.use_rslora)),
-            name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
-            inputs=site.inputs,
-        )  # fmt: skip
-        delta.status[0] = Status.ACTIVE
-        return delta
+        rank, scale = rank_and_scale(self, site.name)
+        init = lora_start(site.inputs, random=not self.init_lora_weights)
+        return one_block(LowRankDelta, self, site, rank, init=init, scale=scale)

@@ -18,10 +18,11 @@ from ..decide.budget import Budget, resolve
 from ..decide.projections import Group
 from ..decide.ramps import depths, first_of, ramp_ranks
 from ..decide.schedules import PruneSteps, Run, Time, in_steps
-from ..deltas import LowRankDelta, Status
+from ..deltas import LowRankDelta
 from ..rules import Entries
 from .base import Method, Settings, Site
 from .checks import check_choices, check_counts, check_shares
+from .fixed_rank import one_block
 from .initial import lora_start
 from .scaling import scale_of
 
@@ -101,15 +102,8 @@ class PriLora(Settings):
         # a site that is not among its peers is found by a checkpoint's keys; its tensors then say the rank
         known = ranks_of(site.peers, first, budget, restart=self.ramp == "per_stack") if site.peers else {}
         rank = known.get(site.name) or min(max(1, round(mean)), site.in_features, site.out_features)
-        delta = LowRankDelta(
-            site.in_features, site.out_features, [rank],
-            init=lora_start(site.inputs, random=not self.init_lora_weights),
-            scale=partial(self._scale, float(mean)),
-            name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
-            inputs=site.inputs,
-        )  # fmt: skip
-        delta.status[0] = Status.ACTIVE
-        return delta
+        init = lora_start(site.inputs, random=not self.init_lora_weights)
+        return one_block(LowRankDelta, self, site, rank, init=init, scale=partial(self._scale, float(mean)))
 
     def _scale(self, mean: float, rank: int) -> float:
         return scale_of(self.lora_alpha, rank if self.scaling == "per_rank" else mean, rslora=self.use_rslora)

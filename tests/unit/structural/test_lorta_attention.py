@@ -74,8 +74,6 @@ def make(name: str, shape: tuple[int, int], bank: TensorBank | None = None, **op
 @pytest.mark.parametrize(("name", "shape", "options", "message"), [
     ("layers.0.mlp.up", (6, 8), {}, "up: not known as a projection .*matrices={'up': 'q'}.*target_modules"),
     ("h.0.attention.query_key_value", (6, 24), {}, "in turns, head by head.*{'query_key_value': 'qkv'}"),
-    ("layers.0.self_attn.q_proj", (6, 8), {"heads": None}, "q_proj: heads is not given, .*set `heads`"),
-    ("layers.0.self_attn.q_proj", (6, 8), {"head_dim": None}, "q_proj: head_dim is not given"),
     ("layers.0.self_attn.q_proj", (7, 8), {}, "q_proj: width 7, but the factor that all modules share has 6"),
     ("layers.0.self_attn.o_proj", (8, 7), {}, "o_proj: width 7, but the factor"),
     ("layers.0.self_attn.q_proj", (6, 10), {}, "q_proj: 10 features are not q of 4 heads of 2: set `heads`"),
@@ -89,6 +87,13 @@ def test_modules_that_are_no_slices_are_refused(name, shape, options, message) -
     """4.4, 4.13, 4.9."""
     with pytest.raises(ConfigError, match=message):
         make(name, shape, **options)
+
+
+@pytest.mark.parametrize("missing", ["heads", "head_dim"])
+def test_heads_that_nothing_says_are_refused(missing: str) -> None:
+    sites = [Site("layers.0.self_attn.q_proj", 6, 8)]
+    with pytest.raises(ConfigError, match=f"q_proj: {missing} is not given, .*set `{missing}`"):
+        Lorta(**{"heads": 4, "head_dim": 2, missing: None}).make_shared(sites)
 
 
 def test_the_official_orientations_know_no_grouped_queries() -> None:

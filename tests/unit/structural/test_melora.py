@@ -12,8 +12,7 @@ from increlora import MeLoraConfig
 from increlora.deltas import BlockDelta, LowRankDelta, Status
 from increlora.errors import ConfigError
 from increlora.methods import PlainLora, Site
-from increlora.structural.melora.delta import BlockDiagonalDelta
-from increlora.structural.melora.method import MeLora
+from increlora.structural.melora import BlockDiagonalDelta, MeLora
 from tests.reference.official_melora import OfficialMeLora, standard_deviation
 
 SHAPES = [(4, 6), (6, 4), (8, 8), (2, 10)]  # in, out: the scale is folded into the smaller factor

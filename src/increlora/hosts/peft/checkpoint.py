@@ -4,10 +4,10 @@
     <module>.lora_state  what a resumed run needs beside it, see `deltas.state`
     shared_factors.lora_…  parameters that all modules share, where the method has such
 
-The tensors say everything: whatever loads a state dict resumes a run.
+A run resumes from these tensors alone, however they are loaded.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,8 @@ from ...errors import CheckpointError
 from .layer import AdapterLayer, TunerLayer
 
 PREFIX = "base_model.model."
+SMALL = (".lora_state", ".lora_digest")  # entries whose values are checked before loading, not their shapes alone
+OURS = {entry: name for name, entry in NAMES.items()}  # on disk → in a state dict
 
 
 def stored(model: nn.Module, adapter_name: str) -> dict[str, Stored]:
@@ -39,13 +41,13 @@ def checkpoint_key(key: str, adapter_name: str) -> str:
 
 def compact(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries worth saving."""
-    kept = dict(state_dict)
+    found = dict(state_dict)
     for name, module in stored(model, adapter_name).items():
-        place = f"{name}.lora_delta.{adapter_name}."
-        keys = {checkpoint_key(key, adapter_name).rpartition(".")[2]: key for key in kept if key.startswith(place)}
-        values = {entry: kept.pop(key) for entry, key in keys.items()}
-        kept |= {keys[entry]: value for entry, value in module.saved(values).items()}
-    return kept
+        prefix = f"{name}.lora_delta.{adapter_name}."
+        own = {key: key.removeprefix(prefix) for key in found if key.startswith(prefix)}
+        values = {NAMES.get(entry, entry): found.pop(key) for key, entry in own.items()}
+        found |= {prefix + OURS.get(entry, entry): value for entry, value in module.saved(values).items()}
+    return found
 
 
 def fit(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], *, trainable: bool) -> None:
@@ -71,13 +73,10 @@ def contents(weights: Path) -> dict[str, Tensor]:
         }
 
 
-SMALL = (".lora_state", ".lora_digest")  # their values are checked, too
-
-
 def check_contents(
     found: Mapping[str, Tensor], modules: Mapping[str, Stored], model: nn.Module, modules_to_save: Sequence[str]
 ) -> None:
-    """Raise CheckpointError if a file with these contents cannot be loaded into `model`, which is still untouched."""
+    """Raise CheckpointError if a file with these contents cannot be loaded into `model`, which is unchanged so far."""
     check_parts(modules, split(found))
     others = {key.removeprefix(PREFIX): tuple(value.shape) for key, value in found.items()}
     for full_name, p in model.named_parameters():
@@ -104,7 +103,12 @@ def split(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def check_parts(modules: Mapping[str, Stored], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raise CheckpointError unless the parts of a checkpoint are those of these modules."""
-    check_modules([name for name, module in modules.items() if module.entries()], parts)
+    expected = {name for name, module in modules.items() if module.entries()}
+    for name in sorted(expected ^ set(parts)):
+        where = "the checkpoint" if name in expected else "the model"
+        raise CheckpointError(
+            f"module {name!r} is missing in {where}: the adapter belongs to another model or other `target_modules`"
+        )
     for name, part in parts.items():
         try:
             modules[name].check(part)
@@ -112,30 +116,19 @@ def check_parts(modules: Mapping[str, Stored], parts: Mapping[str, Mapping[str, 
             raise CheckpointError(f"{name}.{error}") from error
 
 
-def check_modules(names: Iterable[str], parts: Iterable[str]) -> None:
-    here = set(names)
-    for name in sorted(here ^ set(parts)):
-        where = "the checkpoint" if name in here else "the model"
-        raise CheckpointError(
-            f"module {name!r} is missing in {where}: the adapter belongs to another model or other `target_modules`"
-        )
-
-
 def load(module: Stored, found: Mapping[str, Tensor]) -> None:
-    """Give a module that lives outside any model the entries of a checkpoint. Raises CheckpointError, see `check`."""
-    module.check(found)
+    """Give a module that lives outside any model the entries of a checkpoint, which were checked."""
     module.fit(found, keep_dormant=False)
-    ours = {entry: name for name, entry in NAMES.items()}
     values = {**module.left_out(found), **found}
-    module.load_state_dict({ours.get(entry, entry): value for entry, value in values.items()}, assign=True)
+    module.load_state_dict({OURS.get(entry, entry): value for entry, value in values.items()}, assign=True)
 
 
 def complete(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add what the checkpoint leaves out, so that nothing is missing."""
     for name, module in stored(model, adapter_name).items():
-        place = f"{name}.lora_delta.{adapter_name}."
-        given = {key.removeprefix(place) for key in state_dict if key.startswith(place)}
-        state_dict |= {f"{place}{entry}": value for entry, value in module.left_out(given).items()}
+        prefix = f"{name}.lora_delta.{adapter_name}."
+        given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+        state_dict |= {f"{prefix}{entry}": value for entry, value in module.left_out(given).items()}
     return state_dict
 
 

@@ -1,4 +1,4 @@
-"""What users call on a model: attach it to an optimizer, and see where its ranks and blocks are."""
+"""What users call on a model: attach it to an optimizer, and read its ranks and blocks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ def attach(
 ) -> Controller:
     """Follow `optimizer` from its next step on, and return the controller.
 
-    Needed only where nothing else can tell the length of the run, or to read `controller.events` and, with
+    Needed only where the length of the run is not known otherwise, or to read `controller.events` and, with
     `record=True`, `controller.records`. Any training loop is followed without this call.
 
     Args:
@@ -24,7 +24,7 @@ def attach(
         optimizer: torch optimizer (or accelerate's wrapper) that holds the adapter's parameters.
         total_steps: optimizer steps of this run; schedules given as shares of the run need it.
         record: keep one entry per step in `controller.records`.
-    Raises: DriveError (no or several adapters; LBFGS; not all parameters held), ScheduleError, BudgetError.
+    Raises: DriveError (no or several adapters; LBFGS; not all parameters in the optimizer), ScheduleError, BudgetError.
     """
     if not controllers_of(model):  # a copied or unpickled model
         for handle in adapters_of(model).values():

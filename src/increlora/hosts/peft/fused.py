@@ -1,4 +1,4 @@
-"""Which base layers the fast path of `ops.fused_linear` may compute in their place."""
+"""Which base layers the fast path of `ops.fused_linear` may compute instead of them."""
 
 from typing import Any
 
@@ -13,9 +13,8 @@ from ...ops.fused_linear import PLAIN, Pending
 def pending(base: Any, x: Tensor, *, transposed: bool = False) -> Pending | None:
     """The output of a frozen linear layer without hooks, to be computed later; None for any other.
 
-    transposed: its weight is stored as (in, out).
-
-    The caller vouches for the type of the layer; an instance may still have been given another forward pass."""
+    base: an nn.Linear or Conv1D; the instance may have another forward pass.   transposed: the weight is (in, out).
+    """
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return None
     if _has_any_global_hook() or "forward" in base.__dict__:

@@ -1,30 +1,19 @@
 """The one owner of an adapter: its config, the method made of it once, its deltas, and its controller."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ...decide.budget import Budget
-from ...deltas import BlockDelta, Delta, Inputs, Status, Stored, Vectors
-from ...deltas.inputs import VECTORS, as_json
+from ...deltas import BlockDelta, Delta, Status, Stored, Vectors
+from ...deltas.inputs import as_json
 from ...methods import Site
 from ...rules import holding_of
 from ...runtime import Controller, register
 from .. import transformers as trainer_host
 from .bases import check_readable
 
-
-@dataclass(frozen=True)
-class Place:
-    """A module that gets a delta, as a linear map; dtype: of the delta's parameters."""
-
-    name: str
-    in_features: int
-    out_features: int
-    inputs: Inputs = VECTORS
-    dtype: torch.dtype | None = None
+SHARED = "shared_factors"  # attribute of the model with what all modules of an adapter share
 
 
 class Handle:
@@ -34,28 +23,28 @@ class Handle:
         config: the peft config.   method: made of it, once.   deltas: by module name, in model order.
         shared: parameters that all modules share, or None.   controller: drives the adapter while it can be trained;
             copies of a model do not copy it.
-    Raises: ConfigError, BudgetError if the method cannot be had at these places.
+    Args:
+        sites: the modules to adapt; their totals are filled in here.
+    Raises: ConfigError, BudgetError if the method cannot be had at these sites.
     """
 
-    def __init__(self, config: Any, places: Iterable[Place]) -> None:
-        places = list(places)
+    def __init__(self, config: Any, sites: Iterable[Site]) -> None:
         self.config = config
         self.controller: Controller | None = None
-        self.peers = tuple((p.name, p.in_features, p.out_features) for p in places)
-        self.totals = max(1, len(places)), max(1, sum(m + n for _, m, n in self.peers))
+        sites = list(sites)
+        self.peers = tuple((site.name, site.in_features, site.out_features) for site in sites)
+        self.totals = max(1, len(sites)), max(1, sum(m + n for _, m, n in self.peers))
         settings = config.settings()
         self.method = settings.method(*self.totals)
-        sites = [self.site(place) for place in places]
+        sites = [self.completed(site) for site in sites]
         self.shared: Stored | None = settings.make_shared(sites)
         self.deltas: dict[str, Delta] = {site.name: self.make_delta(site) for site in sites}
 
-    def site(self, place: Place) -> Site:
-        """Raises ConfigError if the method's deltas cannot meet what the module reads."""
-        check_readable(self.config, place.name, place.inputs)
-        return Site(
-            place.name, place.in_features, place.out_features, *self.totals, place.dtype, self.peers,
-            inputs=place.inputs,
-        )  # fmt: skip
+    def completed(self, site: Site) -> Site:
+        """The site with the totals. Raises ConfigError if the method's deltas cannot read the module's input."""
+        check_readable(self.config, site.name, site.inputs)
+        number, parameters = self.totals
+        return replace(site, sites=number, uniform_parameters=parameters, peers=self.peers)
 
     def make_delta(self, site: Site) -> Delta:
         return self.method.make_delta(replace(site, shared=self.shared))
@@ -67,6 +56,11 @@ class Handle:
     def blocks(self) -> dict[str, BlockDelta]:
         """The deltas that have blocks: of an adaptive method all."""
         return {name: delta for name, delta in self.deltas.items() if isinstance(delta, BlockDelta)}
+
+    @property
+    def stored(self) -> dict[str, Stored]:
+        """All that a checkpoint holds of the adapter, by module name."""
+        return {**self.deltas, **({SHARED: self.shared} if self.shared is not None else {})}
 
     @property
     def budget(self) -> Budget:

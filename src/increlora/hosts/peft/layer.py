@@ -40,7 +40,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
 class SharedFactors(TunerLayer):
     """Parameters that all modules of an adapter share: they have one owner, here at the root of the model, and the
-    deltas refer to them. Merging is the deltas' business."""
+    deltas refer to them. Merging changes nothing here."""
 
     weight = bias = None  # peft's are those of the base layer, which it would look for in here without end
 
@@ -76,20 +76,18 @@ class AdapterLayer(TunerLayer):
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed(self.base_layer(x, *args, **kwargs), x, adapter_names)
         active = () if self.disable_adapters or self.merged else self.active_adapters
-        pending = self._pending(x) if active and not args and not kwargs else None
-        y: Tensor | Pending = self.base_layer(x, *args, **kwargs) if pending is None else pending
+        y: Tensor | Pending | None = None  # the base's output, computed together with the first ΔW x where that can be
+        if active and not args and not kwargs and type(self.base_layer) in LINEAR:
+            y = pending(self.base_layer, x, transposed=self.transposed)
+        y = self.base_layer(x, *args, **kwargs) if y is None else y
         for adapter in active:
             if adapter in self.lora_delta:
                 y = self.delta(adapter).add_to(y, x)
         return computed(y)
 
-    def _pending(self, x: Tensor) -> Pending | None:
-        """The base's output, to be computed together with the first ΔW x, where that is possible."""
-        return pending(self.base_layer, x, transposed=self.transposed) if type(self.base_layer) in LINEAR else None
-
     def _mixed(self, y: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        place = next((str(delta.name) for delta in self.lora_delta.values()), "a module whose adapters are deleted")
-        check_mixed(place, len(x), adapter_names, merged=bool(self.merged))
+        module = next((str(delta.name) for delta in self.lora_delta.values()), "a module whose adapters are deleted")
+        check_mixed(module, len(x), adapter_names, merged=bool(self.merged))
         for adapter in set(adapter_names) & set(self.lora_delta):
             rows = [i for i, name in enumerate(adapter_names) if name == adapter]
             index = torch.tensor(rows, device=y.device)
@@ -190,8 +188,7 @@ def chosen_adapter(model: nn.Module, adapter_name: str | None) -> str:
 def handle_of(model: nn.Module, adapter_name: str | None = None) -> Handle:
     """The owner of an adapter, by default of the active one. Raises ConfigError if there is no such adapter."""
     name = chosen_adapter(model, adapter_name)
-    layers = (m for m in model.modules() if isinstance(m, AdapterLayer) and name in m.lora_delta)
-    return next(layers).handles[name]
+    return next(m.handles[name] for m in model.modules() if isinstance(m, AdapterLayer) and name in m.lora_delta)
 
 
 def check_name(adapter_name: str) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ...deltas import BlockDelta, Delta, Stored
 from ...errors import ConfigError
+from ...methods import Site
 from . import checkpoint, weighted
 from .bases import check_in_memory, check_matched, is_all_linear, is_called, read
-from .handle import Handle, Place, described_states
+from .handle import SHARED, Handle, described_states
 from .layer import (
     AdapterLayer,
     SharedFactors,
@@ -25,8 +26,6 @@ from .layer import (
 )
 from .mixed import copies_of, mixed_batch
 from .quantised import backend_of, check_mergeable, keep_layout, warn_of_rounding, working_dtype
-
-SHARED = "shared_factors"  # where the model holds what all modules of an adapter share
 
 
 class AdapterModel(BaseTuner):
@@ -42,7 +41,7 @@ class AdapterModel(BaseTuner):
         everything = is_all_linear(peft_config.target_modules)
         _maybe_include_all_linear_layers(peft_config, model)
         if everything:
-            self._keep_placeable(peft_config, model)
+            self._target_adaptable(peft_config, model)
         bases = self._targets(peft_config, model)
         if not bases and not self._by_state_dict:
             check_matched(peft_config, model)
@@ -50,32 +49,28 @@ class AdapterModel(BaseTuner):
             check_in_memory(bases)
         for option, value in peft_config.settings().completed(model, bases).items():
             setattr(peft_config, option, value)
-        self._handle = Handle(peft_config, [place_of(name, base) for name, base in bases.items()])
+        self._handle = Handle(peft_config, [site_of(name, base) for name, base in bases.items()])
         for name, delta in self._handle.deltas.items():
             self._take_over(peft_config, name, delta)
         contents = vars(peft_config).pop("contents", None)
         if contents and not getattr(model, "_checkpoint_conversion_mapping", None):  # its keys are renamed on loading
-            shared = {SHARED: self._handle.shared} if self._handle.shared is not None else {}
-            checkpoint.check_contents(
-                contents, {**self._handle.deltas, **shared}, model, peft_config.modules_to_save or ()
-            )
+            checkpoint.check_contents(contents, self._handle.stored, model, peft_config.modules_to_save or ())
         if bases and not peft_config.inference_mode:
             self._handle.check()
 
-    def _keep_placeable(self, peft_config: Any, model: nn.Module) -> None:
+    def _target_adaptable(self, peft_config: Any, model: nn.Module) -> None:
         """Of all linear modules target those that the method can adapt."""
         found, settings = self._targets(peft_config, model), peft_config.settings()
-        placed = [name for name, base in found.items() if settings.places(name) and is_called(base)]
-        if found and not placed:
-            first = next(iter(found))
+        adaptable = [name for name, base in found.items() if settings.adapts(name) and is_called(base)]
+        if found and not adaptable:
             raise ConfigError(
-                f"{peft_config.method_name} can place none of the linear modules of this model ({first}, …)"
+                f"{peft_config.method_name} can adapt none of the linear modules of this model ({next(iter(found))}, …)"
             )
-        if placed != list(found):
-            peft_config.target_modules = set(placed)
+        if adaptable != list(found):
+            peft_config.target_modules = set(adaptable)
 
     def _own_shared(self, adapter_name: str, shared: Stored, like: AdapterLayer, inference_mode: bool) -> None:
-        """Give the model what the modules of this adapter share, once: when the first of them is put in its place."""
+        """Give the model what the modules of this adapter share, once: with the first of them."""
         owner = getattr(self.model, SHARED, None) or SharedFactors()
         if adapter_name in owner.lora_delta:
             return
@@ -103,7 +98,7 @@ class AdapterModel(BaseTuner):
         handle = self._handle
         delta = handle.deltas.get(current_key)
         if delta is None:  # found by the keys of a state dict, not by `target_modules`
-            delta = handle.make_delta(handle.site(place_of(current_key, layer.get_base_layer())))
+            delta = handle.make_delta(handle.completed(site_of(current_key, layer.get_base_layer())))
             self._take_over(peft_config, current_key, delta)
         if handle.shared is not None:
             self._own_shared(adapter_name, handle.shared, layer, peft_config.inference_mode)
@@ -119,21 +114,17 @@ class AdapterModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _take_over(self, peft_config: Any, name: str, delta: Delta) -> None:
-        """A further adapter made from the live config of another one starts at its ranks."""
+        """A further adapter made from the live config of another one starts at its ranks, and with its state if it has
+        this very config object: so trainers make a reference, and then copy the parameters, but nothing else."""
         if not isinstance(delta, BlockDelta) or len(self.peft_config) == 1:
             return
         delta.status = described_states(peft_config, name, delta) or delta.status
-        if (twin := self._twin(peft_config, name)) is not None:
-            delta.copy_state_from(twin)
-
-    def _twin(self, peft_config: Any, name: str) -> Any:
-        """Delta of another adapter here that has this very config object. So trainers make a reference: they add an
-        adapter with the config of one that was trained, and copy its parameters, but nothing else."""
-        layer = self.model.get_submodule(name)
-        if not isinstance(layer, AdapterLayer):
-            return None
-        twins = [a for a, config in self.peft_config.items() if config is peft_config and a in layer.lora_delta]
-        return layer.delta(twins[0]) if twins else None
+        layer: Any = self.model.get_submodule(name)
+        alike = [adapter for adapter, config in self.peft_config.items() if config is peft_config]
+        for adapter in alike if isinstance(layer, AdapterLayer) else ():
+            if adapter in layer.lora_delta:
+                delta.copy_state_from(layer.delta(adapter))
+                return
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
@@ -228,6 +219,7 @@ class AdapterModel(BaseTuner):
         return checkpoint.complete(model, adapter_name, remapped)
 
 
-def place_of(name: str, base: nn.Module) -> Place:
-    """A module of a model as a place for a delta. Raises ConfigError for one that is no linear map."""
-    return Place(name, *read(base, name), working_dtype(base))
+def site_of(name: str, base: nn.Module) -> Site:
+    """A module of a model as a site, without the totals. Raises ConfigError for one that is no linear map."""
+    in_features, out_features, inputs = read(base, name)
+    return Site(name, in_features, out_features, dtype=working_dtype(base), inputs=inputs)

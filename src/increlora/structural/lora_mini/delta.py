@@ -4,8 +4,8 @@
     lora_aux_A (a, in), lora_aux_B (out, b)      buffers: drawn once, never trained
     lora_digest (16 bytes)                       buffer: which outer factors these are
 
-The outer factors are rounded, when they are drawn, to numbers that float16 and bfloat16 both hold. So every dtype of an
-adapter holds the same ones, and it takes more than another last bit of a random number to change them.
+The outer factors are rounded, when they are drawn, to numbers that float16 and bfloat16 both represent: they are the
+same in every dtype, and a different last bit of a random number seldom changes them.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ class FourFactorDelta(BlockDelta):
         outer = {name: self.draw(letter, 0) for name, letter in OUTER.items()}
         for name, values in outer.items():
             self.register_buffer(name, values.to(self.block(0)["A"].dtype))
-        self.drawn = digest(*outer.values())  # of the seed, for good; the buffer goes with what is loaded
+        self.drawn = digest(*outer.values())  # of the seed; the buffer says what was loaded
         self.register_buffer("lora_digest", torch.tensor(list(self.drawn), dtype=torch.uint8))
 
     def shape(self, letter: str, size: int) -> tuple[int, int]:
@@ -74,7 +74,6 @@ class FourFactorDelta(BlockDelta):
     # -- computation ---------------------------------------------------------------------------------------------
 
     def _operands(self) -> tuple[Tensor, Tensor]:
-        """The inner pair."""
         block = self.block(0)
         return block["A"] * self.scale, block["B"]
 
@@ -96,7 +95,7 @@ class FourFactorDelta(BlockDelta):
             return Frozen.apply(A, self.lora_aux_A.t()), Frozen.apply(B.t(), self.lora_aux_B).t()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The smallest exact pair: an inner size below r takes the place of r."""
+        """The smallest exact pair: of rank min(r, a, b)."""
         A, B = self._operands()
         a, b = self.inner
         if min(a, b) >= len(A):
@@ -108,10 +107,10 @@ class FourFactorDelta(BlockDelta):
     # -- checkpoints: outer factors are written, or drawn again; either way they must be those of the digest -----------
 
     def saved(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        kept = super().saved(values)
-        if not self.save_projection and bytes(kept["lora_digest"].tolist()) == self.drawn:
-            kept = {name: value for name, value in kept.items() if name not in OUTER}
-        return kept
+        written = super().saved(values)
+        if not self.save_projection and bytes(written["lora_digest"].tolist()) == self.drawn:
+            written = {name: value for name, value in written.items() if name not in OUTER}
+        return written
 
     def check(self, found: Mapping[str, Tensor]) -> None:
         super().check(found)
@@ -127,17 +126,14 @@ class FourFactorDelta(BlockDelta):
         for name, letter in OUTER.items():
             check_shape(name, self.shape(letter, 0), found)
         outer = [found[name] for name in OUTER]
-        if not outer[0].is_meta and digest(*outer) != trained_with:  # meta: a file of which only the shapes are known
+        if not outer[0].is_meta and digest(*outer) != trained_with:  # meta: only the shapes are known
             raise CheckpointError(
                 "lora_digest is not that of lora_aux_A and lora_aux_B: the adapter is damaged; restore it from a copy"
             )
 
     def left_out(self, given: Container[str]) -> dict[str, Tensor]:
-        found = super().left_out(given)
-        for name, letter in OUTER.items():
-            if name not in given:
-                found[name] = self.draw(letter, 0).to(getattr(self, name).dtype)
-        return found
+        drawn = {n: self.draw(letter, 0).to(getattr(self, n).dtype) for n, letter in OUTER.items() if n not in given}
+        return super().left_out(given) | drawn
 
 
 def composing_pays(tokens: int, r: int, inner: tuple[int, int], ends: tuple[int, int]) -> bool:
@@ -152,7 +148,7 @@ def composing_pays(tokens: int, r: int, inner: tuple[int, int], ends: tuple[int,
 
 
 def digest(*outer: Tensor) -> bytes:
-    """16 bytes that tell the outer factors from any others, in whatever dtype: blake2b of their values in float32."""
+    """16 bytes that identify the outer factors, the same in every dtype: blake2b of their values in float32."""
     found = hashlib.blake2b(digest_size=16)
     for values in outer:
         found.update(values.detach().to("cpu", torch.float32).contiguous().numpy().data)
@@ -160,7 +156,7 @@ def digest(*outer: Tensor) -> bytes:
 
 
 class Frozen(torch.autograd.Function):
-    """x Fᵀ in the dtype of x, for a frozen F: of both, autograd keeps F alone, and as it is stored, not cast."""
+    """x Fᵀ in the dtype of x, for a frozen F: autograd keeps F alone, as it is stored, not cast."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, F: Tensor) -> Tensor:

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ...decide.budget import Budget
-from ...deltas import Status, Vectors
+from ...deltas import Vectors
 from ...errors import ConfigError
-from ...methods.base import Method, Settings, Site, matching
+from ...methods.base import Method, Settings, Site
 from ...methods.checks import check_choices, check_counts, check_patterns, check_shares
+from ...methods.fixed_rank import one_block, rank_and_scale
 from ...methods.initial import Shape, gaussian, narrowed, zeros
-from ...methods.scaling import fixed, scale_of
 from .delta import FourFactorDelta
 
 
@@ -86,23 +86,18 @@ class LoraMini(Settings):
         return Method("lora_mini", partial(self._delta, warned=set()), Budget(None, most))
 
     def _delta(self, site: Site, *, warned: set[tuple[int, ...]]) -> FourFactorDelta:
-        rank = matching(self.rank_pattern, site.name) or self.r
-        alpha = matching(self.alpha_pattern, site.name) or self.lora_alpha
+        rank, scale = rank_and_scale(self, site.name)
         inner = self._inner(site, rank)
         if (rank, *inner) not in warned:  # once for all modules alike
             warned.add((rank, *inner))
             warn_of_sizes(site.name, rank, *inner)
         outer, narrower = LAWS[self.init], math.sqrt(inner[0] / site.in_features) if self.init == "matched" else 1.0
-        delta = FourFactorDelta(
-            site.in_features, site.out_features, [rank],
-            inner=inner, path=self.forward, save_projection=self.save_projection,
-            init={"aux_A": outer, "aux_B": outer, "A": partial(narrowed, narrower),
-                  "B": zeros if self.init_lora_weights else gaussian},
-            scale=partial(fixed, scale_of(alpha, rank, rslora=self.use_rslora)),
-            name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
+        init = {"aux_A": outer, "aux_B": outer, "A": partial(narrowed, narrower),
+                "B": zeros if self.init_lora_weights else gaussian}  # fmt: skip
+        return one_block(
+            FourFactorDelta, self, site, rank,
+            init=init, scale=scale, inner=inner, path=self.forward, save_projection=self.save_projection,
         )  # fmt: skip
-        delta.status[0] = Status.ACTIVE
-        return delta
 
     def _inner(self, site: Site, rank: int) -> tuple[int, int]:
         """(a, b) of one module. Raises ConfigError for sizes above the module's."""
@@ -110,15 +105,15 @@ class LoraMini(Settings):
         if self.reduction is not None:
             a, b = (max(1, round(end / self.reduction)) for end in ends)
             return a, b
-        usual = max(rank, round(min(ends) / 20))
-        a, b = self.inner_in or min(usual, ends[0]), self.inner_out or min(usual, ends[1])
-        for option, size, side, most in (("inner_in", a, "in", ends[0]), ("inner_out", b, "out", ends[1])):
-            if size > most:
+        for side, most in zip(("in", "out"), ends, strict=True):
+            size = getattr(self, f"inner_{side}")
+            if size is not None and size > most:
                 raise ConfigError(
-                    f"{site.name}: {option}={size} is above {side}={most}; give at most {most}, or `reduction`, which "
-                    f"follows the shape of each module, or leave the module out of `target_modules`"
+                    f"{site.name}: inner_{side}={size} is above {side}={most}; give at most {most}, or `reduction`, "
+                    f"which follows the shape of each module, or leave the module out of `target_modules`"
                 )
-        return a, b
+        usual = max(rank, round(min(ends) / 20))
+        return self.inner_in or min(usual, ends[0]), self.inner_out or min(usual, ends[1])
 
 
 def warn_of_sizes(name: str, r: int, a: int, b: int) -> None:

@@ -1,17 +1,22 @@
-"""Where a linear map stands in attention, told from its name: in which attention block, as which of its projections.
+"""The role of a linear map in attention, from its name: its attention block, and which projection it is; and the heads
+that the model's config describes.
 
 model.layers.3.self_attn.k_proj → ("model.layers.3.self_attn", "k")
 transformer.h.3.attn.c_attn     → ("transformer.h.3.attn", "qkv"): its outputs are those of q, then of k, then of v
 """
 
+import re
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
 
 from ...errors import ConfigError
 
 ROLES = "qkvo"  # o: the projection behind the heads
 
-# Endings of names, q k v o. What tells a block from its neighbours is part of the ending: BERT's feed-forward has a
-# `dense`, too, and GPT-2's a `c_proj`.
+# Endings of names, q k v o, long enough to exclude other modules: BERT's feed-forward has a `dense`, too, and GPT-2's
+# a `c_proj`.
 SEPARATE = (
     "q_proj k_proj v_proj o_proj",  # Llama, Mistral, Qwen, Gemma, Phi-3's o, ViT, …
     "q_proj k_proj v_proj self_attn.out_proj",  # OPT, BART, Whisper, CLIP
@@ -48,23 +53,18 @@ def ends(name: str, ending: str) -> bool:
 def find(name: str, own: Mapping[str, str]) -> tuple[str, str] | None:
     """(attention block, its roles in the order of its outputs) of a module; None if the name says nothing.
 
+    The block's name reaches up to the first word of an ending that has several (`….attention`), else up to the ending.
     own: ending → roles, looked at before the known ones. The longest ending counts."""
     for known in (own, KNOWN):
         ending = max((e for e in known if ends(name, e)), key=len, default=None)
         if ending is not None:
-            return block(name, ending), known[ending]
+            first, _, more = ending.partition(".")
+            parent = name.removesuffix(ending).rstrip(".")
+            return ".".join(filter(None, (parent, first if more else ""))), known[ending]
     return None
 
 
-def block(name: str, ending: str) -> str:
-    """The part of the name that stands for the attention block: up to the first word of an ending that has several
-    (`….attention`), without the ending where it is one word."""
-    first, _, more = ending.partition(".")
-    parent = name.removesuffix(ending).rstrip(".")
-    return ".".join(filter(None, (parent, first if more else "")))
-
-
-def place(name: str, own: Mapping[str, str]) -> tuple[str, str]:
+def projection(name: str, own: Mapping[str, str]) -> tuple[str, str]:
     """As `find`. Raises ConfigError where there is nothing to find, or no way to cut it into q, k and v."""
     found = find(name, own)
     if found is not None:
@@ -100,3 +100,43 @@ def key_heads(roles: str, out_features: int, heads: int, head_dim: int) -> int |
         return heads if rest == odd == 0 else None
     count, left = divmod(rest, others)
     return count if odd == left == 0 < count and heads % count == 0 else None
+
+
+# -- what the model says ---------------------------------------------------------------------------------------------
+
+
+def completed(settings: Any, model: nn.Module, targets: Iterable[str]) -> dict[str, Any]:
+    """`heads`, `head_dim` and `layers`, where the settings leave them out. What is not known stays None.
+
+    Raises ConfigError where encoder and decoder have different heads, or fused projections are not stacked."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(config, "model_type", None) == "gpt_bigcode" and not config.multi_query:
+        raise ConfigError(
+            "attn.c_attn: q, k and v of a GPTBigCode without multi_query take turns, head by head, which are no slices "
+            "of LoRTA's tensor: use another method"
+        )
+    encoder, decoder = (getattr(config, f"{part}_attention_heads", None) for part in ("encoder", "decoder"))
+    if settings.heads is None and encoder and decoder and encoder != decoder:
+        raise ConfigError(
+            f"{encoder} heads in the encoder and {decoder} in the decoder: one tensor has heads of one kind; adapt one "
+            f"part, and set `heads` and `head_dim` for it"
+        )
+    heads, width = settings.heads or getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    head_dim = settings.head_dim or getattr(config, "head_dim", None)
+    if not head_dim and width and heads and width % heads == 0:
+        head_dim = width // heads
+    layers = settings.layers or alike(model, targets, settings.matrices) or None
+    return {"heads": heads, "head_dim": head_dim, "layers": layers}
+
+
+def alike(model: nn.Module, targets: Iterable[str], matrices: Mapping[str, str]) -> list[str]:
+    """The attention blocks of the model that differ from a targeted one by numbers alone: a vision tower is not counted
+    as layers of the language model beside it."""
+    families = {family(block) for block in blocks(targets, matrices)}
+    every = blocks((name for name, _ in model.named_modules()), matrices)
+    return [block for block in every if family(block) in families]
+
+
+def family(block: str) -> str:
+    return re.sub(r"\d+", "*", block)

@@ -1,11 +1,11 @@
-"""LoRTA's form: every ΔW is a slice of one order-5 tensor, held as five factors that all modules share.
+"""LoRTA's form: every ΔW is a slice of one order-5 tensor, stored as five factors that all modules share.
 
     T[i, j, h, m, l] = s · Σ_ρ A[i, ρ] B[j, ρ] C_head[h, ρ] C_matrix[m, ρ] C_layer[l, ρ]
     E = C_head ⊙ B (H·d_h, r): row h·d_h + j is C_head[h] ∘ B[j], the order of a transformer's heads
     g = s · C_matrix[m] ∘ C_layer[l]
     heads on the output: ΔW = E diag(g) Aᵀ        heads on the input: ΔW = A diag(g) Eᵀ
 
-So a module's ΔW is a product of two thin factors, made anew at every use: nothing outlives a change of the parameters.
+So a module's ΔW is a product of two thin factors, computed again at every use.
 The bank owns the five factors, once per model; a delta refers to it and has no parameters of its own.
 """
 
@@ -73,7 +73,7 @@ class TensorDelta(Delta):
     ) -> None:  # fmt: skip
         super().__init__(in_features, out_features, name=name, dropout=dropout)
         self.parts, self.layer, self.scale_of, self.heads_out = tuple(parts), layer, scale, heads_out
-        self._bank = (bank,)  # in a tuple, lest it be registered here: the model has every factor once
+        self._bank = (bank,)  # in a tuple, so that torch does not register it here: the model has it once
 
     @property
     def bank(self) -> TensorBank:
@@ -92,16 +92,12 @@ class TensorDelta(Delta):
         return 0
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        bank = self.bank
-        C, g = bank.lora_C_head, [self._inner(m) for m, _ in self.parts]
+        bank, C = self.bank, self.bank.lora_C_head
+        g = [self.scale * bank.lora_C_matrix[m] * bank.lora_C_layer[self.layer] for m, _ in self.parts]
         if self.heads_out:
             heads = [grouped(C, n) * g_m for (_, n), g_m in zip(self.parts, g, strict=True)]
             return bank.lora_A.t(), khatri_rao(stacked(heads), bank.lora_B)
         return khatri_rao(C, bank.lora_B).t(), stacked([bank.lora_A * g_m for g_m in g])
-
-    def _inner(self, matrix: int) -> Tensor:
-        """g of one part."""
-        return self.scale * self.bank.lora_C_matrix[matrix] * self.bank.lora_C_layer[self.layer]
 
     def add_to(self, y: Tensor | Pending, x: Tensor) -> Tensor:
         refuse_reentrant_checkpointing()
@@ -126,7 +122,7 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
 def refuse_reentrant_checkpointing() -> None:
     """Raise DriveError in a forward pass that re-entrant activation checkpointing repeats within a process group: each
     repeated segment has a backward pass of its own, and DDP takes the first one's gradient of a shared parameter for
-    all of it. Elsewhere this costs a look or two: the call stack is read in backward passes alone."""
+    all of it. The call stack is read in backward passes alone."""
     if torch.compiler.is_compiling() or not (in_process_group() and torch.is_grad_enabled()):
         return
     if torch._C._current_graph_task_id() == -1:  # outside any backward pass

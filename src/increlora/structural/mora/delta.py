@@ -7,8 +7,8 @@
     decoupling   x is cut into chunks of R, M applied to each, the results lie end to end
     rotation     the same, chunk b turned by b · θ first
 
-n = ⌈in/R⌉ chunks go in, m = ⌈out/R⌉ come out. If n < m they are repeated; if n > m those without a place are not
-computed (their inputs are dead), or added to chunk b mod m (`fold`). Only M of the last round is trained.
+n = ⌈in/R⌉ chunks go in, m = ⌈out/R⌉ come out. If n < m they are repeated; if n > m the last n − m
+are not computed (their inputs are dead), or added to chunk b mod m (`fold`). Only M of the last round is trained.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ class Form:
     Attributes:
         operator, compress, expand, pairing: see above and `maps`.
         wrap: where R does not divide `in`, the first inputs fill the gap at the end, and count twice.
-        fold: chunks without a place in the output are added to others.
+        fold: chunks that the output has no room for are added to others.
         shuffle: key of a random order of inputs and of outputs; empty: as they are.
     """
 
@@ -53,30 +53,6 @@ class Form:
     def chunked(self) -> bool:
         return self.operator in ("decoupling", "rotation")
 
-    def counts(self, in_features: int, out_features: int, side: int) -> tuple[int, int]:
-        """Chunks of the input that are used, and those that the matrix is applied to."""
-        n, m = -(-in_features // side), -(-out_features // side)
-        return (n if self.fold else min(n, m)), min(n, m)
-
-    def dead(self, in_features: int, out_features: int, side: int) -> int:
-        """Inputs that reach no output because their chunk has no place there."""
-        return max(0, in_features - self.counts(in_features, out_features, side)[0] * side) if self.chunked else 0
-
-    def misfit(self, in_features: int, side: int) -> str | None:
-        """Why a matrix of this side cannot be used, if so."""
-        if side < 1:
-            return "is empty: raise `r`, or leave the module out of `target_modules`"
-        if self.operator == "rotation" and side % 2:
-            return "cannot be turned in pairs: give an even `side`"
-        if self.wrap and self.padding(in_features, side) > in_features:
-            return "needs more than twice the inputs there are: lower `r`, or set pad='zero'"
-        return None
-
-    def padding(self, in_features: int, side: int) -> int:
-        """Inputs that are missing in the last chunk or row, where the form has such."""
-        strided = self.operator == "sharing" and self.compress == "stride"
-        return -in_features % side if self.chunked or strided else 0
-
 
 @dataclass(frozen=True)
 class SquareMaps:
@@ -88,23 +64,50 @@ class SquareMaps:
     side: int
 
     @property
+    def chunks(self) -> tuple[int, int]:
+        """Chunks of the input that are used, and those that the matrix is applied to."""
+        if not self.form.chunked:
+            return 1, 1
+        n, m = -(-self.in_features // self.side), -(-self.out_features // self.side)
+        return (n if self.form.fold else min(n, m)), min(n, m)
+
+    @property
+    def dead(self) -> int:
+        """Inputs that reach no output because it has no room for their chunk."""
+        return max(0, self.in_features - self.chunks[0] * self.side) if self.form.chunked else 0
+
+    @property
+    def padding(self) -> int:
+        """Inputs that are missing in the last chunk or row, where the form has such."""
+        strided = self.form.operator == "sharing" and self.form.compress == "stride"
+        return -self.in_features % self.side if self.form.chunked or strided else 0
+
+    @property
+    def misfit(self) -> str | None:
+        """Why a matrix of this side cannot be used, if so."""
+        if self.side < 1:
+            return "is empty: raise `r`, or leave the module out of `target_modules`"
+        if self.form.operator == "rotation" and self.side % 2:
+            return "cannot be turned in pairs: give an even `side`"
+        if self.form.wrap and self.padding > self.in_features:
+            return "needs more than twice the inputs there are: lower `r`, or set pad='zero'"
+        return None
+
+    @property
     def inner(self) -> Groups:
         """Groups of inputs, chunks end to end."""
-        form, side = self.form, self.side
-        wrap = form.padding(self.in_features, side) if form.wrap else 0
-        if form.operator == "sharing":
-            return Groups(self.in_features, side, form.compress, wrap)
-        used = side * (form.counts(self.in_features, self.out_features, side)[0] if form.chunked else 1)
+        wrap = self.padding if self.form.wrap else 0
+        if self.form.operator == "sharing":
+            return Groups(self.in_features, self.side, self.form.compress, wrap)
+        used = self.side * self.chunks[0]
         return Groups(min(self.in_features, used), used, wrap=wrap if used >= self.in_features else 0)
 
     @property
     def outer(self) -> Groups:
         """Groups of outputs."""
-        form, side = self.form, self.side
-        if form.operator == "truncation":
-            return Groups(min(self.out_features, side), side)
-        chunks = form.counts(self.in_features, self.out_features, side)[1] if form.chunked else 1
-        return Groups(self.out_features, chunks * side, form.expand)
+        if self.form.operator == "truncation":
+            return Groups(min(self.out_features, self.side), self.side)
+        return Groups(self.out_features, self.chunks[1] * self.side, self.form.expand)
 
     def shorten(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """C x: (…, in) → (…, R), or (…, chunks, R)."""
@@ -114,7 +117,7 @@ class SquareMaps:
         z: Tensor = Shorten.apply(x, self.inner, dtype)
         if not form.chunked:
             return z
-        used, applied = form.counts(self.in_features, self.out_features, self.side)
+        used, applied = self.chunks
         if form.operator == "rotation":
             z = Rotate.apply(z.unflatten(-1, (used, self.side)), form.pairing).flatten(-2)
         if used > applied:
@@ -231,7 +234,7 @@ class SquareDelta(BlockDelta):
         super().check(found)
         side, turns = len(found["lora_M0"]), found[PAST].shape[:1] if PAST in found else ()
         for turn in range(1 + sum(turns)):
-            if reason := self.form(turn).misfit(self.in_features, side):
+            if reason := SquareMaps(self.form(turn), self.in_features, self.out_features, side).misfit:
                 raise CheckpointError(f"lora_M0: side {side} {reason}; the adapter is damaged or of another model")
         if PAST in found:
             check_shape(PAST, (*turns, side, side), found)

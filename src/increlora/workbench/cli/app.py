@@ -9,9 +9,7 @@ from typer.core import TyperGroup
 
 from ...errors import IncreLoraError
 from ...naming import nearest
-from .check import check
-from .export import export
-from .inspect import inspect
+from .adapters import check, export, inspect
 from .methods import methods
 from .report import report
 from .train import train

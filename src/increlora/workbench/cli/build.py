@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import ConfigError
+from ...rules import Forecast
 from ...runtime import controllers_of
 from ..tasks import Task, find_task, load_model, load_task
 from .settings import TrainSettings
@@ -28,17 +29,16 @@ def adapted(settings: TrainSettings, model: nn.Module) -> Any:
     kind = find_task(settings.task).task_type  # SEQ_CLS: the head is trained, too
     config = settings.peft_config(target_modules(settings.target_modules, model), task_type=kind)
     if settings.target_modules is None:
-        places = config.settings().places
-        config.target_modules = {name for name in config.target_modules if places(name)}
+        config.target_modules = set(filter(config.settings().adapts, config.target_modules))
     with warnings.catch_warnings():  # peft 0.21 reads a property by the name it had before transformers 5.23
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(model, config)
 
 
-def check_schedule(model: nn.Module, steps: int) -> None:
-    """Raise ScheduleError or BudgetError if a rule cannot do its work in a run of so many steps."""
-    for controller in controllers_of(model):
-        controller.forecast(steps)
+def forecast_run(model: nn.Module, steps: int) -> Forecast:
+    """What will happen to the ranks; nothing if they are fixed. Raises ScheduleError or BudgetError if a rule cannot do
+    its work in a run of so many steps."""
+    return next((controller.forecast(steps) for controller in controllers_of(model)), Forecast((), ()))
 
 
 def target_modules(chosen: str | None, model: nn.Module) -> str | list[str]:

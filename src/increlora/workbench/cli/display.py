@@ -1,6 +1,6 @@
 """What a run shows: a live bar in a terminal, a line now and then elsewhere, and the result at the end."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -49,26 +49,38 @@ class Progression:
 def show_result(console: Console, state: Mapping[str, Any], path: Path) -> None:
     """Metric, time, memory and parameters of a finished run, where the rank went, and where the files are."""
     metric, budget, memory = state["metric"], state["budget"], state["peak_memory_bytes"]
-    table = Table.grid(padding=(0, 2))
+    rows = []
     for name, after in sorted(state["metrics"]["after"].items(), key=lambda item: item[0] != metric["name"]):
         best = f" (best {number(metric['best'])})" if name == metric["name"] else ""
-        baseline = state["metrics"]["baseline"].get(name)
-        floor = "" if baseline is None else f", {number(baseline)} without looking"
-        table.add_row(name, f"{number(state['metrics']['before'][name])} → {number(after)}{best}{floor}")
-    table.add_row("time", f"{state['seconds']['train']:.0f} s training, {state['seconds']['total']:.0f} s in all")
-    table.add_row("memory", "not measured" if memory is None else f"{memory / 2**20:,.0f} MiB at peak")
-    table.add_row("ranks", f"{budget['ranks_used']}" + of(budget["ranks_target"]))
-    table.add_row(
-        "parameters",
+        known = state["metrics"]["baseline"].get(name)
+        baseline = "" if known is None else f", baseline {number(known)}"
+        rows.append((name, f"{number(state['metrics']['before'][name])} → {number(after)}{best}{baseline}"))
+    parameters = (
         f"{budget['parameters_used']:,}{of(budget['parameters_target'])} at the end, "
-        f"{budget['parameters_average']:,.0f} on average, {budget['parameters_peak']:,} at peak",
+        f"{budget['parameters_average']:,.0f} on average, {budget['parameters_peak']:,} at peak"
     )
-    console.print(table)
+    rows += [
+        ("time", f"{state['seconds']['train']:.0f} s training, {state['seconds']['total']:.0f} s in all"),
+        ("memory", "not measured" if memory is None else f"{memory / 2**20:,.0f} MiB at peak"),
+        ("ranks", f"{budget['ranks_used']}" + of(budget["ranks_target"])),
+        ("parameters", parameters),
+    ]
+    console.print(grid(rows))
     console.print(rank_map(state["ranks"]))
     plain = "lora/ (plain LoRA), " if (path / "lora").is_dir() else ""
     console.print(f"written to {path}: adapter/ (native), {plain}run.json", soft_wrap=True)
     if not plain:
         console.print(f"its ΔW has no low rank; for engines: increlora export {path} OUT --merge", soft_wrap=True)
+
+
+def grid(rows: Iterable[tuple[str, ...]]) -> Table:
+    """A table without borders; long names are wrapped, never cut."""
+    table = Table.grid(padding=(0, 2))
+    for row in rows:
+        table.add_row(*row)
+    for column in table.columns:
+        column.overflow = "fold"
+    return table
 
 
 def number(value: float | None) -> str:

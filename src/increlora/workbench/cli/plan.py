@@ -11,11 +11,10 @@ from torch import nn
 
 from ...deltas import BlockDelta
 from ...hosts.peft import rank_summary
-from ...rules import Expected, Forecast
-from ...runtime import controllers_of
+from ...rules import Expected
 from ..tasks import model_name, sketch, train_size
-from .build import adapted
-from .display import of
+from .build import adapted, forecast_run
+from .display import grid, of
 from .run import total_steps
 from .settings import TrainSettings
 
@@ -32,25 +31,23 @@ def show_plan(settings: TrainSettings, console: Console) -> None:
     steps = total_steps(settings, examples)
     model = adapted(settings, sketch(settings.task, settings.model))
     summary, forecast = rank_summary(model), forecast_run(model, steps)
-    start = Expected(-1, 0, summary.active, summary.parameters)
-    events = [start, *forecast.events] if forecast.events else []
-    last = events[-1] if events else start
-    modules = kinds([m.module for m in summary.modules])
-    console.print(f"{settings.method} on {settings.task}: {model_name(settings.task, settings.model)}", highlight=False)
-    table = Table.grid(padding=(0, 2))
-    table.add_row(
-        "steps", f"{steps:,}: {examples:,} examples, {settings.batch_size} a step, {settings.epochs:g} epochs"
-    )
-    table.add_row("modules", f"{len(summary.modules)}: {modules}")
-    if not forecast.exact:
-        table.add_row("ranks", f"{summary.active} at the start; how many are left is found in training")
-        table.add_row("parameters", f"{summary.parameters:,} at the start, at most so many at the end")
+    events = [Expected(-1, 0, summary.active, summary.parameters), *forecast.events]
+    if forecast.exact:
+        ranks = f"{summary.active} at the start, {events[-1].ranks} at the end, {summary.capacity:,} possible"
+        parameters = parameters_forecast(events, steps, summary.budget_parameters)
     else:
-        table.add_row("ranks", f"{summary.active} at the start, {last.ranks} at the end, {summary.capacity:,} possible")
-        table.add_row("parameters", parameters_forecast(events, steps, summary.parameters, summary.budget_parameters))
-    table.add_row("memory", memory_forecast(model, max((e.parameters for e in events), default=last.parameters)))
+        ranks = f"{summary.active} at the start; how many are left is found in training"
+        parameters = f"{summary.parameters:,} at the start, at most so many at the end"
+    table = grid([
+        ("steps", f"{steps:,}: {examples:,} examples, {settings.batch_size} a step, {settings.epochs:g} epochs"),
+        ("modules", f"{len(summary.modules)}: {kinds([m.module for m in summary.modules])}"),
+        ("ranks", ranks),
+        ("parameters", parameters),
+        ("memory", memory_forecast(model, max(event.parameters for event in events))),
+    ])  # fmt: skip
+    console.print(f"{settings.method} on {settings.task}: {model_name(settings.task, settings.model)}", highlight=False)
     console.print(table, soft_wrap=True)
-    if events:
+    if forecast.events:
         console.print(events_table(events))
 
 
@@ -60,21 +57,15 @@ def kinds(names: Sequence[str]) -> str:
     return ", ".join(f"{count} × {kind}" for kind, count in counts.items())
 
 
-def forecast_run(model: nn.Module, steps: int) -> Forecast:
-    """What will happen to the ranks; nothing for a method whose ranks are fixed. Raises ScheduleError, BudgetError."""
-    forecasts = [controller.forecast(steps) for controller in controllers_of(model)]
-    return forecasts[0] if forecasts else Forecast((), ())
-
-
-def parameters_forecast(events: Sequence[Expected], steps: int, now: int, budget: int | None) -> str:
+def parameters_forecast(events: Sequence[Expected], steps: int, budget: int | None) -> str:
     """Adapter parameters: at the end, and their average over the steps."""
-    if not events:
-        return f"{now:,} throughout"
-    begins = [max(0, f.step + 1) for f in events] + [steps]
-    spans = [later - first for first, later in pairwise(begins)]
-    average = sum(f.parameters * span for f, span in zip(events, spans, strict=True)) / steps
-    last = events[-1].parameters
-    what = "growth is" if last > events[0].parameters else "cuts are"
+    first, last = events[0].parameters, events[-1].parameters
+    if len(events) == 1:
+        return f"{first:,} throughout"
+    begins = [*(event.step + 1 for event in events), steps]
+    spans = [later - earlier for earlier, later in pairwise(begins)]
+    average = sum(event.parameters * span for event, span in zip(events, spans, strict=True)) / steps
+    what = "growth is" if last > first else "cuts are"
     return f"about {last:,}{of(budget)} at the end, {average:,.0f} on average (if {what} even)"
 
 
@@ -83,30 +74,28 @@ def memory_forecast(model: nn.Module, adapter: int) -> str:
     of a pruning method; no activations."""
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
     capacity = sum(p.numel() for n, p in model.named_parameters() if ".lora_delta." in n)
-    frozen = sum(t.nbytes for t in [*model.parameters(), *model.buffers()] if id(t) not in trained)
     heads = sum(trained.values()) - capacity
-    moving = (adapter + heads) * FLOAT_BYTES * (1 + ADAM_STATES)
     parts = {
-        "frozen weights": frozen,
+        "frozen weights": sum(t.nbytes for t in [*model.parameters(), *model.buffers()] if id(t) not in trained),
         "adapter and head": sum(trained.values()) * FLOAT_BYTES,
-        "gradients and Adam": moving,
+        "gradients and Adam": (adapter + heads) * FLOAT_BYTES * (1 + ADAM_STATES),
         "statistics": sum(t.nbytes for m in model.modules() if isinstance(m, BlockDelta) for t in m.statistics),
     }
-    parts = {name: size for name, size in parts.items() if size}
-    listed = " + ".join(f"{size / 2**20:,.1f} MiB {name}" for name, size in parts.items())
+    listed = " + ".join(f"{size / 2**20:,.1f} MiB {name}" for name, size in parts.items() if size)
     return f"{listed} = {sum(parts.values()) / 2**20:,.1f} MiB, activations not counted"
 
 
 def events_table(events: Sequence[Expected]) -> Table:
     """The start, and the events; of many some, the first and the last among them."""
     count = len(events) - 1
-    grows = any(f.modules for f in events)
+    grows = any(event.modules for event in events)
     shown = events if grows or count <= ROWS else [events[round(i * count / ROWS)] for i in range(ROWS + 1)]
     title = "growth events" if grows else "cuts" + (f" ({ROWS} of {count:,})" if len(shown) <= count else "")
     table = Table(title=title, title_justify="left")
     for column in ("step", *(["modules that grow"] if grows else []), "ranks", "parameters"):
         table.add_column(column, justify="right")
-    for f in shown:
-        step = "start" if f.step < 0 else f"{f.step:,}"
-        table.add_row(step, *([str(f.modules or "")] if grows else []), str(f.ranks), f"{f.parameters:,}")
+    for event in shown:
+        step = "start" if event.step < 0 else f"{event.step:,}"
+        grown = [str(event.modules or "")] if grows else []
+        table.add_row(step, *grown, str(event.ranks), f"{event.parameters:,}")
     return table

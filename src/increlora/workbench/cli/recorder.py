@@ -1,27 +1,40 @@
-"""The run's own Trainer callback: it measures, writes rows, and tells the display."""
+"""The run's own Trainer callback: it measures, writes rows, and updates the display."""
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ...deltas import Delta
 from ...hosts.peft import rank_summary
 from ...runtime import controllers_of
+from ...runtime.records import birth_factors, snapshot
 from ..runs import RunFolder
 from ..tasks import Task
 from .display import Progression
 
+TRACES, SPECTRA = 200, 10  # evenly spaced rows per run, beside those at events, at the start and at the end
+DIGITS = 6
+
 
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl (a row per optimizer step) and events.jsonl (a row per event of the controller).
+    """Writes what happens in a run; a resumed run continues the files.
 
-        {"step", "loss", "learning_rate", "ranks", "parameters", "seconds"[, metrics]}
+        metrics.jsonl   every step: {"step", "loss", "learning_rate", "ranks", "parameters", "seconds"[, metrics]}
+        events.jsonl    every event of the controller
+        trace.jsonl     some steps: {"step", "modules": {name: {"rank", "importance"}}, "lr_factor": {created: factor}}
+        spectra.jsonl   some steps: {"step", "modules": {name: [σ₁, σ₂, …]}}
 
     step: optimizer steps done.   ranks: active after the step.   parameters: live during the step, reserve included (in
     LoRA form, where the method has one).   seconds: of training so far, without evaluation.   The task's metrics, each
     under its name, are there every `evaluate_every` steps and at the end; row 0 has nothing but those before training.
+    importance: None for methods that score nothing.   lr_factor: learning rate in the last step of tensors born after
+    step `created` (see `runtime.records`).   σ: singular values of ΔW, largest first, as many as there are ranks in the
+    forward pass.
     """
 
     def __init__(
@@ -31,24 +44,32 @@ class Recorder(TrainerCallback):
         self.evaluate_every, self.batch_size = evaluate_every, batch_size
         self.before = max((row.get("seconds", 0.0) for row in folder.rows("metrics.jsonl")), default=0.0)
         self.events = 0
-        self.live = 0
-        self.row: dict[str, Any] = {}
+        first = {"trace.jsonl": -1, "spectra.jsonl": 0}
+        self.last = {name: max([step, *(row["step"] for row in folder.rows(name))]) for name, step in first.items()}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self._write("trace.jsonl", 0, model)
+        self.started = time.perf_counter() - self.before
 
     def on_step_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        self.live = live_parameters(model)
+        self.live = rank_summary(model).live_parameters
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        for controller in controllers_of(model):
-            for event in controller.events[self.events :]:
-                self.folder.append("events.jsonl", event.as_dict())
-            self.events = len(controller.events)
-        seconds = self.before + time.perf_counter() - self.started
-        self.row = {"ranks": rank_summary(model).active, "parameters": self.live, "seconds": round(seconds, 3)}
-        if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
-            self.row |= self._evaluate(model)
+        stopped, step = time.perf_counter(), state.global_step
+        seconds = round(stopped - self.started, 3)
+        self.row = {"ranks": rank_summary(model).active, "parameters": self.live, "seconds": seconds}
+        events = [event for controller in controllers_of(model) for event in controller.events[self.events :]]
+        self.events += len(events)
+        for event in events:
+            self.folder.append("events.jsonl", event.as_dict())
+        if events or step % math.ceil(state.max_steps / TRACES) == 0:
+            self._write("trace.jsonl", step, model)
+        if step % math.ceil(state.max_steps / SPECTRA) == 0:
+            self._write("spectra.jsonl", step, model)
+        if step % self.evaluate_every == 0 or step == state.max_steps:
+            self.row |= self.task.evaluate(model, batch_size=self.batch_size)
+        self.started += time.perf_counter() - stopped  # seconds of training alone
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: Mapping[str, float], **kwargs: Any) -> None:
         if "loss" not in logs:  # the Trainer's summary at the end
@@ -57,14 +78,50 @@ class Recorder(TrainerCallback):
         self.folder.append("metrics.jsonl", row)
         self.progress.step(row, self.task.metric)
 
-    def _evaluate(self, model: nn.Module) -> dict[str, float]:
-        begin = time.perf_counter()
-        values = self.task.evaluate(model, batch_size=self.batch_size)
-        self.started += time.perf_counter() - begin
-        return values
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        for name in self.last:
+            self._write(name, state.global_step, model)
+
+    def _write(self, name: str, step: int, model: nn.Module) -> None:
+        if step > self.last[name]:
+            content = trace(model) if name == "trace.jsonl" else {"modules": spectra(model)}
+            self.folder.append(name, {"step": step, **content})
+            self.last[name] = step
 
 
-def live_parameters(model: nn.Module) -> int:
-    """Adapter parameters that count now, of active ranks and reserve: those that are computed, but where ranks are
-    pruned those that the last cut has kept."""
-    return rank_summary(model).live_parameters
+def trace(model: nn.Module) -> dict[str, Any]:
+    """Content of a row of trace.jsonl; modules without a controller (plain LoRA) have ranks alone."""
+    modules = {m.module: {"rank": m.active, "importance": None} for m in rank_summary(model).modules}
+    factors: dict[int, float] = {}
+    for controller in controllers_of(model):
+        modules |= snapshot(controller)
+        factors |= birth_factors(controller)
+    return {
+        "modules": {name: {key: rounded(value) for key, value in module.items()} for name, module in modules.items()},
+        "lr_factor": {str(created): rounded(factor) for created, factor in factors.items()},
+    }
+
+
+def spectra(model: nn.Module) -> dict[str, list[Any]]:
+    """Singular values of every ΔW."""
+    deltas = [module for module in model.modules() if isinstance(module, Delta)]
+    return {delta.name: list(map(rounded, singular_values(*delta.factors()).tolist())) for delta in deltas}
+
+
+@torch.no_grad()
+def singular_values(A: Tensor, B: Tensor) -> Tensor:
+    """Singular values of B A, shape (R,), largest first, for A (R, in) and B (out, R); the product is never formed.
+
+        A ᵀ = Q_A R_A    B = Q_B R_B        σ(B A) = σ(R_B R_Aᵀ)
+
+    NaN where ΔW is not finite. In float64: what is learnt by a newborn rank lies many orders below σ₁.
+    """
+    _, right = torch.linalg.qr(A.double().mT, mode="r")
+    _, left = torch.linalg.qr(B.double(), mode="r")
+    inner = left @ right.mT
+    return torch.linalg.svdvals(inner) if inner.isfinite().all() else inner.diagonal() * torch.nan
+
+
+def rounded(value: float | None) -> float | None:
+    """The value with six digits; None and ints as they are."""
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

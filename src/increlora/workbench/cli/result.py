@@ -3,6 +3,8 @@
 import os
 import platform
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -24,9 +26,9 @@ PEFT_STATUS = {"finished": "success", "failed": "failed", "interrupted": "cancel
 
 def initial_state(settings: TrainSettings, model: Any, task: Task, path: Path) -> dict[str, Any]:
     """run.json as the run begins: everything that is known, null for what is not."""
-    summary = rank_summary(model)
     parameters = list(model.parameters())
     peft_config = {k: sorted(v) if isinstance(v, set) else v for k, v in model.peft_config["default"].to_dict().items()}
+    base = model_name(settings.task, settings.model)
     return {
         "status": "running",
         "error": "",
@@ -36,24 +38,7 @@ def initial_state(settings: TrainSettings, model: Any, task: Task, path: Path) -
         "source": task.source,
         "seed": settings.seed,
         "command": settings.command(path),
-        "metric": {
-            "name": task.metric,
-            "higher_is_better": task.higher_is_better,
-            "before": None,
-            "after": None,
-            "best": None,
-            "baseline": task.baseline.get(task.metric),
-        },
-        "metrics": {"before": None, "after": None, "baseline": dict(task.baseline)},
-        "budget": {
-            "ranks_target": summary.budget_ranks,
-            "ranks_used": summary.active,
-            "parameters_target": summary.budget_parameters,
-            "parameters_used": summary.parameters,
-            "parameters_peak": None,
-            "parameters_average": None,
-        },
-        "ranks": {m.module: m.active for m in summary.modules},
+        **measured(model, task, []),
         "seconds": {"train": None, "total": None},
         "peak_memory_bytes": None,
         "environment": environment(),
@@ -62,7 +47,7 @@ def initial_state(settings: TrainSettings, model: Any, task: Task, path: Path) -
             "total_time": None,
             "experiment_name": f"{settings.method}/{path.name}",
             "peft_branch": None,
-            "train_config": {"model_id": model_name(settings.task, settings.model), **asdict(settings)},
+            "train_config": {"model_id": base, **asdict(settings)},
             "peft_config": peft_config,
             "error_msg": "",
         },
@@ -78,7 +63,7 @@ def initial_state(settings: TrainSettings, model: Any, task: Task, path: Path) -
             "metrics": [],
         },
         "meta_info": {
-            "model_info": {"name": model_name(settings.task, settings.model), "sha": None, "created_at": None},
+            "model_info": {"name": base, "sha": None, "created_at": None},
             "dataset_info": {},
             "package_info": package_info(),
             "system_info": system_info(),
@@ -87,34 +72,48 @@ def initial_state(settings: TrainSettings, model: Any, task: Task, path: Path) -
     }
 
 
-def finish(state: dict[str, Any], folder: RunFolder, model: nn.Module) -> None:
-    """Fill in what a finished run knows, out of its own files."""
-    rows = folder.rows("metrics.jsonl")
-    steps = [row for row in rows if row["step"] > 0]
-    summary, name = rank_summary(model), state["metric"]["name"]
-    measured = [row[name] for row in steps if name in row]
-    finite = [value for value in measured if value is not None]  # JSON's null: a diverged run
+def measured(model: nn.Module, task: Task, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the model and the rows of metrics.jsonl say by now; null for what no row says."""
+    summary, name, steps = rank_summary(model), task.metric, rows[1:]  # row 0: before training
+    before = {key: value for key, value in rows[0].items() if key != "step"} if rows else None
+    after = {key: steps[-1][key] for key in before} if before else None
+    finite = [row[name] for row in steps if row.get(name) is not None]  # null: a diverged run
+    best = max if task.higher_is_better else min
     live = [row["parameters"] for row in steps]
-    best = max if state["metric"]["higher_is_better"] else min
-    state["metric"] |= {"before": rows[0][name], "after": measured[-1], "best": best(finite, default=None)}
-    names = [name for name in rows[0] if name != "step"]
-    state["metrics"] |= {"before": {n: rows[0][n] for n in names}, "after": {n: steps[-1][n] for n in names}}
-    state["budget"] |= {
-        "ranks_used": summary.active,
-        "parameters_used": summary.parameters,
-        "parameters_peak": max(live),
-        "parameters_average": sum(live) / len(live),
+    return {
+        "metric": {
+            "name": name,
+            "higher_is_better": task.higher_is_better,
+            "before": before and before[name],
+            "after": after and after[name],
+            "best": best(finite, default=None),
+            "baseline": task.baseline.get(name),
+        },
+        "metrics": {"before": before, "after": after, "baseline": dict(task.baseline)},
+        "budget": {
+            "ranks_target": summary.budget_ranks,
+            "ranks_used": summary.active,
+            "parameters_target": summary.budget_parameters,
+            "parameters_used": summary.parameters,
+            "parameters_peak": max(live, default=None),
+            "parameters_average": sum(live) / len(live) if live else None,
+        },
+        "ranks": {m.module: m.active for m in summary.modules},
     }
-    state["ranks"] = {m.module: m.active for m in summary.modules}
-    state["seconds"]["train"] = steps[-1]["seconds"]
-    state["peak_memory_bytes"] = peak_memory_bytes()
+
+
+def finish(state: dict[str, Any], folder: RunFolder, model: nn.Module, task: Task) -> None:
+    """Fill in what a finished run knows, out of its own files."""
+    rows, name = folder.rows("metrics.jsonl"), task.metric
+    state |= measured(model, task, rows) | {"peak_memory_bytes": peak_memory_bytes()}
+    state["seconds"]["train"] = rows[-1]["seconds"]
     state["train_info"] |= {
-        "train_time": steps[-1]["seconds"],
+        "train_time": rows[-1]["seconds"],
         "file_size": (folder.path / "adapter" / "adapter_model.safetensors").stat().st_size,
         "accelerator_memory_max": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
         "metrics": [
             {"step": row["step"], f"valid {name}": row[name], "train loss": row["loss"], "elapsed time": row["seconds"]}
-            for row in steps
+            for row in rows[1:]
             if name in row
         ],
     }
@@ -143,12 +142,10 @@ def environment() -> dict[str, Any]:
 def package_info() -> dict[str, str | None]:
     """Versions under peft's names; null for what is not installed, and for commits."""
     found: dict[str, str | None] = {}
-    for name in dict.fromkeys((*PACKAGES, "datasets", "bitsandbytes")):
-        try:
+    for name in (*PACKAGES, "datasets", "bitsandbytes"):
+        found |= {f"{name}-version": None, f"{name}-commit-hash": None}
+        with suppress(PackageNotFoundError):
             found[f"{name}-version"] = version(name)
-        except PackageNotFoundError:
-            found[f"{name}-version"] = None
-        found[f"{name}-commit-hash"] = None
     return found
 
 
@@ -158,7 +155,7 @@ def system_info() -> dict[str, str]:
 
 
 def peak_memory_bytes() -> int | None:
-    """Most memory so far: of the accelerator if there is one, else of this process; None where it cannot be told."""
+    """Most memory so far: of the accelerator if there is one, else of this process; None if unknown."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:

@@ -17,12 +17,11 @@ from ...hosts.peft.config import check_folder
 from ...runtime import controllers_of
 from ..runs import RunFolder, checkpoint_step
 from ..tasks import Task, model_name
-from .build import build, check_schedule
+from .build import build, forecast_run
 from .display import Progression, show_result
 from .recorder import Recorder
 from .result import close, finish, initial_state
 from .settings import TrainSettings
-from .tracer import Tracer
 from .trainer import SampledTrainer, check_logger, training_arguments
 
 CHECKPOINTS = 4  # per run
@@ -45,19 +44,17 @@ def train(settings: TrainSettings, folder: RunFolder, console: Console, *, resum
         folder.check_free(overwrite=overwrite)
     check_logger(settings.report_to)
     model, task = build(settings)
-    total = total_steps(settings, len(task.train))
-    check_schedule(model, total)
+    forecast_run(model, total_steps(settings, len(task.train)))  # raises where a rule cannot do its work
     state = (folder.state() if resume else None) or initial_state(settings, model, task, folder.path)
-    done = checkpoint_step(checkpoint) if checkpoint else 0
     if resume:
-        rewind(folder, state, done)
+        rewind(folder, state, steps_done(checkpoint))
     else:
         folder.create(settings.toml(folder.path), state, overwrite=overwrite)
     status, message = "finished", ""
     try:
-        fit(settings, folder, model, task, console, checkpoint=checkpoint, done=done, total=total)
+        fit(settings, folder, model, task, console, checkpoint=checkpoint)
         save(settings, folder, model)
-        finish(state, folder, model)
+        finish(state, folder, model, task)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         status, message = ("interrupted", "") if interrupted else ("failed", f"{type(error).__name__}: {error}")
@@ -82,6 +79,10 @@ def save(settings: TrainSettings, folder: RunFolder, model: Any) -> None:
             model.save_pretrained(adapter)
         if is_exact(model):  # otherwise `show_result` says how it can leave
             write_lora(model, folder.path / "lora")
+
+
+def steps_done(checkpoint: Path | None) -> int:
+    return checkpoint_step(checkpoint) if checkpoint is not None else 0
 
 
 def total_steps(settings: TrainSettings, examples: int) -> int:
@@ -125,25 +126,20 @@ def check_checkpoint(path: Path) -> None:
 
 
 def fit(
-    settings: TrainSettings, folder: RunFolder, model: Any, task: Task, console: Console, *, checkpoint: Path | None,
-    done: int, total: int,
-) -> None:  # fmt: skip
-    """Evaluate, train from step `done` to `total`, evaluate in between and at the end."""
-    trainer = SampledTrainer(
-        model=model,
-        args=training_arguments(
-            settings, folder.path / "checkpoints", total=total, save_every=math.ceil(total / CHECKPOINTS)
-        ),
-        train_dataset=task.train,
-        data_collator=task.collate,
+    settings: TrainSettings, folder: RunFolder, model: Any, task: Task, console: Console, *, checkpoint: Path | None
+) -> None:
+    """Evaluate, train from the checkpoint or from the start, evaluate in between and at the end."""
+    total = total_steps(settings, len(task.train))
+    args = training_arguments(
+        settings, folder.path / "checkpoints", total=total, save_every=math.ceil(total / CHECKPOINTS)
     )
+    trainer = SampledTrainer(model=model, args=args, train_dataset=task.train, data_collator=task.collate)
     trainer.remove_callback(PrinterCallback)
     together = EVALUATION_BATCHES * settings.batch_size
     if not folder.rows("metrics.jsonl"):
         folder.append("metrics.jsonl", {"step": 0, **task.evaluate(model, batch_size=together)})
     budget = controllers_of(model)[0].method.budget.ranks if controllers_of(model) else None
     every = math.ceil(total / settings.evaluations)
-    with Progression(console, total=total, done=done, budget=budget) as progress:
+    with Progression(console, total=total, done=steps_done(checkpoint), budget=budget) as progress:
         trainer.add_callback(Recorder(folder, task, progress, evaluate_every=every, batch_size=together))
-        trainer.add_callback(Tracer(folder))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -1,6 +1,7 @@
-"""The Tracer: what a real run leaves for its report, and that tracing changes nothing."""
+"""What a real run leaves for its report, and that recording it changes nothing."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from peft import get_peft_model
 
 from increlora import PlainLoraConfig
 from increlora.deltas import Delta
-from increlora.workbench.cli.tracer import Tracer, singular_values
+from increlora.workbench.cli.recorder import Recorder, singular_values
 from increlora.workbench.report import read_runs, save_figures, writing
 from increlora.workbench.report.figures import FIGURES
 from increlora.workbench.runs import RunFolder
@@ -19,7 +20,9 @@ SCHEDULE = {"warmup_steps": 4, "interval_steps": 3, "top_h": 3, "birth_warmup": 
 
 def run(folder, model, *, stop=20, resume=None):
     folder.mkdir(exist_ok=True)
-    callbacks = [Tracer(RunFolder(folder)), StopAt(stop)]
+    task = SimpleNamespace(metric="none", evaluate=lambda model, batch_size: {})
+    recorder = Recorder(RunFolder(folder), task, progress=None, evaluate_every=20, batch_size=1)
+    callbacks = [recorder, StopAt(stop)]
     options = {"max_steps": 20, "save_strategy": "steps", "save_steps": 7, "seed": 3}
     trainer_of(model, folder, callbacks=callbacks, **options).train(resume_from_checkpoint=resume)
     return model
@@ -79,7 +82,7 @@ def test_singular_values_without_the_product(rank, wide, tall):
     assert bool((found[kept:] < 1e-12).all())
 
 
-def test_tracing_changes_nothing(traced, tmp_path):
+def test_recording_changes_nothing(traced, tmp_path):
     model = adapted(**SCHEDULE)
     trainer_of(model, tmp_path, max_steps=20, seed=3).train()
     assert_same(state_of(traced[1]), state_of(model))
@@ -96,8 +99,8 @@ def test_a_resumed_run_continues_its_files(traced, tmp_path):
 
 
 def test_long_runs_are_traced_at_some_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr("increlora.workbench.cli.tracer.TRACES", 4)
-    monkeypatch.setattr("increlora.workbench.cli.tracer.SPECTRA", 2)
+    monkeypatch.setattr("increlora.workbench.cli.recorder.TRACES", 4)
+    monkeypatch.setattr("increlora.workbench.cli.recorder.SPECTRA", 2)
     model = run(tmp_path, adapted(**SCHEDULE))
     events = {event.step + 1 for event in controller_of(model).events}
     assert [row["step"] for row in rows(tmp_path, "trace.jsonl")] == sorted({0, 5, 10, 15, 20} | events)

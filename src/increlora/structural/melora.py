@@ -2,6 +2,7 @@
 
     ΔW = (α/r) · diag(B_1 A_1, …, B_n A_n)       A_i (r, in/n) Kaiming-uniform (a = √5), B_i (out/n, r) = 0
     rank(ΔW) ≤ n r          parameters r (in + out), whatever n is
+    lora_A0 (n r, in/n): A_1 above A_2 above …        lora_B0 (out, r): B_1 above B_2 above …
 
 Slice i of the input reaches slice i of the output alone. n = 1 is LoRA.
 
@@ -14,14 +15,64 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
-from ...decide.budget import Budget
-from ...deltas import BlockDelta, LowRankDelta, Status, Vectors
-from ...errors import ConfigError
-from ...methods.base import Method, Settings, Site, matching
-from ...methods.checks import check_counts, check_patterns, check_shares
-from ...methods.initial import gaussian, kaiming, zeros
-from ...methods.scaling import fixed, scale_of
-from .delta import BlockDiagonalDelta
+import torch
+from torch import Tensor
+
+from ..decide.budget import Budget
+from ..deltas import BlockDelta, LowRankDelta, Vectors
+from ..errors import ConfigError
+from ..methods.base import Method, Settings, Site, matching
+from ..methods.checks import check_counts, check_patterns, check_shares
+from ..methods.fixed_rank import one_block, rank_and_scale
+from ..methods.initial import gaussian, kaiming, zeros
+from ..ops.fused_linear import Pending, computed, matched
+
+
+class BlockDiagonalDelta(BlockDelta):
+    """ΔW = s diag(B_i A_i) over the live blocks, computed as one batched product; s is folded into the smaller factor.
+
+    The width of A says what n was: an adapter of another n does not fit.
+
+    Args:
+        minis: n ≥ 1; divides `in_features` and `out_features`.   sizes: ranks of each mini adapter, per block.
+            Further arguments as for `BlockDelta`.
+    """
+
+    letters = ("A", "B")
+
+    def __init__(self, in_features: int, out_features: int, *args: Any, minis: int, **options: Any) -> None:
+        assert in_features % minis == out_features % minis == 0
+        self.minis = minis
+        super().__init__(in_features, out_features, *args, **options)
+
+    def shape(self, letter: str, size: int) -> tuple[int, int]:
+        return {"A": (self.minis * size, self.in_features // self.minis), "B": (self.out_features, size)}[letter]
+
+    def size_of(self, A: Tensor) -> int:
+        return A.shape[0] // self.minis
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = self._operands()
+        return torch.block_diag(*A), torch.block_diag(*B)
+
+    def weight(self) -> Tensor:
+        A, B = self._operands()
+        return torch.block_diag(*torch.bmm(B, A))
+
+    def _operands(self) -> tuple[Tensor, Tensor]:
+        """A (n, r, in/n) and B (n, out/n, r) of all mini adapters."""
+        blocks = [self.block(i) for i in self.live]
+        A, B = ([b[letter].unflatten(0, (self.minis, -1)) for b in blocks] for letter in self.letters)
+        a, b = (A[0], B[0]) if len(blocks) == 1 else (torch.cat(A, dim=1), torch.cat(B, dim=2))
+        if self.in_features <= self.out_features:
+            return a * self.scale, b
+        return a, b * self.scale
+
+    def _add_product(self, y: Tensor | Pending, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        slices = matched(x, A).reshape(-1, self.minis, A.shape[2]).transpose(0, 1)  # views: nothing is copied
+        added = torch.bmm(torch.bmm(slices, A.mT), B.mT)
+        y = computed(y)
+        return y + added.transpose(0, 1).reshape(y.shape).to(y.dtype)
 
 
 @dataclass(frozen=True)
@@ -53,7 +104,7 @@ class MeLora(Settings):
     @classmethod
     def paper(cls, r: int = 8, **overrides: Any) -> Self:
         """The published GLUE script: minis = 2, lora_alpha = 16, lora_dropout = 0.05, unless given."""
-        return cls(**paper_settings(r, **overrides))
+        return cls(**{"r": r, "minis": 2, "lora_alpha": 16, "lora_dropout": 0.05} | overrides)
 
     def __post_init__(self) -> None:
         check_counts(self, ("r", "minis"))
@@ -65,19 +116,12 @@ class MeLora(Settings):
         return Method("melora", self._delta, Budget(None) if self.rank_pattern else uniform)
 
     def _delta(self, site: Site) -> BlockDelta:
-        rank = matching(self.rank_pattern, site.name) or self.r
-        alpha = matching(self.alpha_pattern, site.name) or self.lora_alpha
+        rank, scale = rank_and_scale(self, site.name)
         minis = matching(self.minis_pattern, site.name) or self.minis
         check_divides(minis, site)
         make: Callable[..., BlockDelta] = LowRankDelta if minis == 1 else partial(BlockDiagonalDelta, minis=minis)
-        delta = make(
-            site.in_features, site.out_features, [rank],
-            init={"A": kaiming, "B": zeros if self.init_lora_weights else gaussian},
-            scale=partial(fixed, scale_of(alpha, rank, rslora=self.use_rslora)),
-            name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
-        )  # fmt: skip
-        delta.status[0] = Status.ACTIVE
-        return delta
+        init = {"A": kaiming, "B": zeros if self.init_lora_weights else gaussian}
+        return one_block(make, self, site, rank, init=init, scale=scale)
 
 
 def check_divides(minis: int, site: Site) -> None:
@@ -91,8 +135,3 @@ def check_divides(minis: int, site: Site) -> None:
         f"nearest that does is {nearest}: set it for this module by minis_pattern={{{site.name!r}: {nearest}}}, for "
         f"all by minis={nearest}, or leave the module out of `target_modules`"
     )
-
-
-def paper_settings(r: int, **overrides: Any) -> dict[str, Any]:
-    """Settings of the published script for GLUE."""
-    return {"r": r, "minis": 2, "lora_alpha": 16, "lora_dropout": 0.05} | overrides

@@ -1,1 +1,0 @@
-"""MELoRA: block-diagonal mini adapters."""
