@@ -130,8 +130,8 @@ def test_gradients_of_a_frequent_token_are_summed_in_float32(dtype: torch.dtype)
     """Neither half precision has the number 2101, the sum of as many ones."""
     X, D = torch.tensor([1, 2]).repeat(2101), torch.tensor([[1.0, -1.0, 0.5], [0.25, 0.0, 2.0]]).repeat(2101, 1)
     A = torch.randn(2, 5)
-    columns, none, sums = Tokens(5).met(A.to(dtype), X, D.to(dtype))
-    *_, exact = Tokens(5).met(A.double(), X, D.double())
+    columns, none, sums = Tokens(5).used_columns(A.to(dtype), X, D.to(dtype))
+    *_, exact = Tokens(5).used_columns(A.double(), X, D.double())
     assert none is None and torch.equal(columns, A.to(dtype)[:, [1, 2]]) and exact.dtype == torch.float64
     assert exact.tolist() == [[2101, -2101, 1050.5], [525.25, 0, 4202]]
     assert torch.equal(sums.double(), exact)

@@ -23,7 +23,7 @@ class Status(IntEnum):
 class Observer(Protocol):
     """What the runtime installs on a delta while a run is driven.
 
-    wants_gradients: told of every use in training; does it want to see the gradient of the output?
+    wants_gradients: called at every use in training; should the gradient of the output be tapped?
     tap_input: identity on A that sees the input x, before dropout.   tap_output: identity on the layer's output y that
     sees x and ∂L/∂y.   step: optimizer steps so far.   loaded: a checkpoint of step `step` was loaded.
     """

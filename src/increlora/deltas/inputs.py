@@ -37,7 +37,7 @@ class Inputs:
         """D (N, out): the gradient of the output for each row of X."""
         return grad.reshape(-1, grad.shape[-1])
 
-    def met(self, A: Tensor, X: Tensor, D: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def used_columns(self, A: Tensor, X: Tensor, D: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """(A, X, D) without the columns of A that no input meets; X None: the identity."""
         return A, X, D
 
@@ -87,7 +87,7 @@ class Tokens(Inputs):
     def gradients(self, grad: Tensor) -> Tensor:
         return super().gradients(grad) * self.gain
 
-    def met(self, A: Tensor, X: Tensor, D: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def used_columns(self, A: Tensor, X: Tensor, D: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         if self.padding is not None:
             D = D.masked_fill(X.eq(self.padding).unsqueeze(1), 0)
         tokens, place = X.unique(return_inverse=True)

@@ -282,5 +282,5 @@ class Grower(Runner):
 
 def sensitivity(delta: BlockDelta, A: Tensor, B: Tensor, X: Tensor, D: Tensor, *, norm: Norm) -> Tensor:
     """`delta_sensitivity` of a module, on the columns that its input meets."""
-    A, met, D = delta.inputs.met(A, X, D)
-    return delta_sensitivity(A, B, met, D, norm=norm, numel=delta.in_features * delta.out_features)
+    A, X_used, D = delta.inputs.used_columns(A, X, D)
+    return delta_sensitivity(A, B, X_used, D, norm=norm, numel=delta.in_features * delta.out_features)
