@@ -13,37 +13,24 @@ def write_text(path: Path, text: str) -> None:
     Raises FileNotFoundError, which names the folder, if the parent folder does not exist."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it first")
-    with whole_file(path) as new:
+    with whole(path) as new:
         new.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to; it replaces `path` only once its content is on disk."""
-    new = _temporary(path, "new")
-    try:
-        yield new
-        _sync(new)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-@contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary path for a folder; it becomes `path` only once everything in it is on disk. An existing folder
-    stays in place until then."""
+def whole(path: Path) -> Iterator[Path]:
+    """Yields a temporary path for a file or folder; it becomes `path` only once all its content is on disk. What was
+    there before stays in place until then."""
     new, old = _temporary(path, "new"), _temporary(path, "old")
     remove(new)
     try:
         yield new
         for item in (*new.rglob("*"), new):
             _sync(item)
-        remove(old)
-        if path.exists() or path.is_symlink():
+        if new.is_dir() and (path.exists() or path.is_symlink()):  # only a file replaces another in one step
+            remove(old)
             path.rename(old)
-        new.rename(path)
+        new.replace(path)
         remove(old)
     finally:
         remove(new)

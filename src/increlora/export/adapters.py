@@ -20,13 +20,12 @@ from ..deltas import Inputs
 from ..deltas.inputs import VECTORS, from_json
 from ..errors import CheckpointError, ConfigError, ExportError
 from ..hosts.peft import checkpoint
-from ..hosts.peft.config import CONFIGS, check_folder
+from ..hosts.peft.config import CONFIGS
 from ..hosts.peft.handle import Handle
 from ..hosts.peft.layer import chosen_adapter, handle_of
 from ..methods import Site
 from ..naming import natural
-from .foreign import ForeignState, description, foreign_state, live_state
-from .lora_format import PREFIX, read_config, read_shapes
+from .lora_format import PREFIX, description, read_config, read_factors, read_shapes
 
 FOREIGN = ("LORA", "ADALORA")
 
@@ -40,9 +39,9 @@ class Adapter:
         factors: module → (A, B) with ΔW = B A, zero components left out.
         ranks: module → rank in use: active rank of ours, components that are not zero of others.
         parameters: how many these are, as `rank_summary` counts them.
-        limits: module → rank to which an export has to truncate it (`Delta.export_rank`); of the others it is exact.
-        inputs: module → what it reads; missing: vectors.   others: further tensors (`modules_to_save`) by module path.
+        inputs: module → what it reads.   others: further tensors (`modules_to_save`) by module path.
         every: names of all modules of the base model, None where only the adapter is known.
+        limits: module → rank to which an export has to truncate it (`Delta.export_rank`); of the others it is exact.
         budget: of ours; others have none.
     """
 
@@ -51,10 +50,10 @@ class Adapter:
     factors: Mapping[str, tuple[Tensor, Tensor]]
     ranks: Mapping[str, int]
     parameters: int
-    limits: Mapping[str, int]
     inputs: Mapping[str, Inputs]
     others: Mapping[str, Tensor]
     every: frozenset[str] | None
+    limits: Mapping[str, int] = field(default_factory=dict)
     budget: Budget = field(default_factory=lambda: Budget(None))
 
 
@@ -89,16 +88,33 @@ def from_model(model: nn.Module, adapter_name: str | None) -> Adapter:
     active = [n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.active_adapters]
     name = adapter_name or next(iter(active), None)
     if name is not None and name in configs and configs[name].peft_type in FOREIGN:
-        return foreign(configs[name].to_dict(), live_state(model, name), base_names(model))
+        return foreign(configs[name].to_dict(), live_state(model, name), f"adapter {name!r}", base_names(model))
     try:
         name = chosen_adapter(model, adapter_name)
         handle = handle_of(model, name)
     except ConfigError as error:
         raise ExportError(f"nothing to export: {error}") from None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")  # as peft's own saving decides
-        state = get_peft_model_state_dict(model, adapter_name=name)
-    return native(handle, state, base_names(model))
+    return native(handle, live_state(model, name), base_names(model))
+
+
+def live_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """An adapter's state dict as peft saves it, without its warnings of embeddings and of modules without rank."""
+    config = model.peft_config[adapter_name]  # type: ignore[index]
+    pattern, config.rank_pattern = config.rank_pattern, None  # by its pattern AdaLoRA would leave triplets out
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return dict(get_peft_model_state_dict(model, adapter_name=adapter_name))
+    finally:
+        config.rank_pattern = pattern
+
+
+def base_names(model: nn.Module) -> frozenset[str]:
+    """Module names of the model as it was before any adapter."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    named = dict(base.named_modules())
+    inside = tuple(f"{n}." for n, m in named.items() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper))
+    return frozenset(name for name in named if not name.startswith(inside))
 
 
 @torch.no_grad()
@@ -112,13 +128,20 @@ def from_folder(path: Path) -> Adapter:
     state = load_file(path / SAFETENSORS_WEIGHTS_NAME)
     state = {key: state[key] for key in sorted(state, key=natural)}
     if kind in FOREIGN:
-        return foreign(raw, foreign_state(raw, state, str(path)), None)
-    check_folder(path)
+        return foreign(raw, state, str(path), None)
     config: Any = CONFIGS[kind].from_pretrained(str(path))
     parts = checkpoint.split(state)
     if not parts:
         raise CheckpointError(f"{path / SAFETENSORS_WEIGHTS_NAME} holds no module of ours: it is damaged or foreign")
-    return native(rebuilt(config, parts), state, None)
+    sites = sites_in(config)
+    try:
+        handle = Handle(config, sites)
+    except ConfigError as error:
+        raise CheckpointError(f"{error}: the adapter's config and weights do not belong together") from error
+    checkpoint.check_parts(handle.stored, parts)
+    for name, part in parts.items():
+        checkpoint.load(handle.stored[name], part)
+    return native(handle, state, None)
 
 
 def native(handle: Handle, state: Mapping[str, Tensor], every: frozenset[str] | None) -> Adapter:
@@ -131,41 +154,28 @@ def native(handle: Handle, state: Mapping[str, Tensor], every: frozenset[str] | 
         factors={name: nonzero(*delta.factors()) for name, delta in deltas.items()},
         ranks={name: delta.rank for name, delta in deltas.items()},
         parameters=handle.parameters,
-        limits={name: delta.export_rank for name, delta in deltas.items() if delta.export_rank is not None},
         inputs={name: delta.inputs for name, delta in deltas.items()},
         others={key: value for key, value in named.items() if key.rpartition(".")[0] not in parts},
         every=every,
+        limits={name: delta.export_rank for name, delta in deltas.items() if delta.export_rank is not None},
         budget=handle.budget,
     )
 
 
-def foreign(raw: Mapping[str, Any], state: ForeignState, every: frozenset[str] | None) -> Adapter:
-    """An adapter of peft's own; `raw`: its config."""
-    factors = {name: nonzero(*pair) for name, pair in state.factors.items()}
-    return Adapter(
-        kind=str(getattr(raw["peft_type"], "value", raw["peft_type"])),
-        config=description(raw),
-        factors=factors,
-        ranks={name: A.shape[0] for name, (A, _) in factors.items()},
-        parameters=sum(A.numel() + B.numel() for A, B in factors.values()),
-        limits={},
-        inputs=state.inputs,
-        others=state.others,
-        every=every,
-    )
+def foreign(raw: Mapping[str, Any], state: Mapping[str, Tensor], where: str, every: frozenset[str] | None) -> Adapter:
+    """An adapter of peft's own; `raw`: its config. Raises as `read_factors`."""
+    scaled, inputs, others = read_factors(raw, state, where)
+    factors = {name: nonzero(*pair) for name, pair in scaled.items()}
+    ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
+    parameters = sum(A.numel() + B.numel() for A, B in factors.values())
+    kind = str(getattr(raw["peft_type"], "value", raw["peft_type"]))
+    return Adapter(kind, description(raw), factors, ranks, parameters, inputs, others, every)
 
 
-def rebuilt(config: Any, parts: Mapping[str, Mapping[str, Tensor]]) -> Handle:
-    """The adapter as a checkpoint left it; no model is built."""
-    sites = sites_in(config)
-    try:
-        handle = Handle(config, sites)
-    except ConfigError as error:
-        raise CheckpointError(f"{error}: the adapter's config and weights do not belong together") from error
-    checkpoint.check_parts(handle.stored, parts)
-    for name, part in parts.items():
-        checkpoint.load(handle.stored[name], part)
-    return handle
+def nonzero(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, B) without the components that add exactly nothing: those with a zero row in A or a zero column in B."""
+    kept = (A != 0).any(dim=1) & (B != 0).any(dim=0)
+    return A[kept].cpu(), B[:, kept].cpu()
 
 
 def sites_in(config: Any) -> list[Site]:
@@ -182,17 +192,3 @@ def sites_in(config: Any) -> list[Site]:
         raise CheckpointError(f"adapter_config.json: inputs ({error!r}): restore it from a copy") from error
     names = sorted(shapes, key=natural)
     return [Site(n, shapes[n][0], shapes[n][1], inputs=inputs.get(n, VECTORS)) for n in names]
-
-
-def nonzero(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """(A, B) without the components that add exactly nothing: those with a zero row in A or a zero column in B."""
-    kept = (A != 0).any(dim=1) & (B != 0).any(dim=0)
-    return A[kept].cpu(), B[:, kept].cpu()
-
-
-def base_names(model: nn.Module) -> frozenset[str]:
-    """Module names of the model as it was before any adapter."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    named = dict(base.named_modules())
-    inside = tuple(f"{n}." for n, m in named.items() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper))
-    return frozenset(name for name in named if not name.startswith(inside))

@@ -1,7 +1,9 @@
-"""The trained allocation as a plain LoRA config: the same ranks, fresh weights, nothing adaptive."""
+"""Plain LoRA configs made of an adapter: of its allocation, to train anew, or of what an export writes."""
 
 import math
 import os
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from peft import LoraConfig
@@ -9,8 +11,8 @@ from torch import nn
 
 from ..errors import ExportError
 from ..methods.scaling import scale_of
-from .adapters import read_adapter
-from .targets import check_patterns, targets
+from .adapters import Adapter, read_adapter
+from .lora_format import matched
 
 
 def allocation_to_lora_config(
@@ -46,16 +48,43 @@ def allocation_to_lora_config(
     stabilised = options.get("use_rslora", False)  # peft will divide by the root of the rank
     scale = scale_of(alpha, mean, rslora=stabilised or adapter.config.use_rslora)
     divisor = math.sqrt if stabilised else float
-    alphas = {name: scale * divisor(rank) for name, rank in ranks.items()}
-    check_patterns(ranks)
-    taken = ("modules_to_save", "lora_dropout", "fan_in_fan_out", "task_type")
-    described = {option: getattr(adapter.config, option) for option in taken}
     r = max(1, round(mean))
-    return LoraConfig(
-        r=r,
-        lora_alpha=scale * divisor(r),
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        target_modules=targets(list(ranks), adapter),
-        **described | options,
+    alphas = {name: scale * divisor(rank) for name, rank in ranks.items()}
+    return plain_config(
+        adapter, ranks, r=r, lora_alpha=scale * divisor(r), rank_pattern=ranks, alpha_pattern=alphas, **options
     )
+
+
+def plain_config(adapter: Adapter, modules: Iterable[str], **options: Any) -> LoraConfig:
+    """A LoraConfig for these modules with what the adapter was trained beside; `options` go first.
+
+    peft reads patterns as regular expressions for the whole name or its ending, and takes the first that matches.
+    Raises: ExportError if it would read another module's entry of `rank_pattern` for some module."""
+    ranks = options["rank_pattern"]
+    ordered = dict(sorted(ranks.items()))  # as adapter_config.json lists them
+    for name, rank in ranks.items():
+        if matched(ordered, name, None) != rank:
+            raise ExportError(f"no pattern matches {name} alone: use layout='uniform' (--layout uniform)")
+    kept = ("modules_to_save", "lora_dropout", "fan_in_fan_out", "task_type")
+    described = {option: getattr(adapter.config, option) for option in kept}
+    return LoraConfig(target_modules=targets(set(modules), adapter), **described | options)
+
+
+def targets(chosen: set[str], adapter: Adapter) -> list[str] | str:
+    """The shortest names that match these modules of the base model and no others; a regular expression where no list
+    can. Without the base model at hand: the adapter's own names if all its modules are meant, else names in full."""
+    native = adapter.config
+    if adapter.every is None:
+        plain = isinstance(native.target_modules, list | set) and chosen == set(adapter.factors)
+        filtered = native.exclude_modules or native.layers_to_transform is not None
+        return sorted(native.target_modules) if plain and not filtered else sorted(chosen)
+    others = [f".{name}" for name in adapter.every - chosen]
+
+    def fits_others(ending: str) -> bool:
+        return any(other.endswith(f".{ending}") for other in others)
+
+    endings = {name: name.rpartition(".")[2] for name in chosen}
+    names = {name if fits_others(ending) else ending for name, ending in endings.items()}
+    if any(map(fits_others, names)):
+        return "|".join(re.escape(name) for name in sorted(chosen))
+    return sorted(names)

@@ -18,21 +18,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..deltas import Patches
 from ..deltas.inputs import VECTORS
 from ..errors import CheckpointError, ExportError
-from ..files import whole_folder
+from ..files import whole
 from ..hosts.peft.layer import adapter_layers, chosen_adapter
 from ..ops.truncation import truncated
 from .adapters import Adapter, check_elsewhere, read_adapter
+from .allocation import plain_config
 from .engines import engines_that_refuse
 from .lora_format import PREFIX, read_shapes, to_tensors
-from .targets import check_patterns, targets
 
 Layout = Literal["uniform", "pattern"]
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -118,37 +116,25 @@ def write_lora(
     if tolerance is not None and not 0 <= tolerance <= 1:
         raise ExportError(f"tolerance={tolerance!r}: give a share of ΔW in [0, 1]")
     check_elsewhere(out)
-    if not may_be_replaced(out):
-        raise ExportError(f"{out} exists and is not an export of increlora: choose another folder or remove it")
+    check_replaceable(out)
     adapter = read_adapter(source, adapter_name)
-    check_convolutions(adapter)
     factors, errors = limited(adapter, max_rank, tolerance)
-    written = padded(factors) if layout == "uniform" else without_empty(factors)
-    write(out, lora_config(adapter, written, layout), lora_tensors(written, adapter), layout)
+    written = laid_out(factors, layout)
+    write(out, adapter, written, layout)
     total, used = (sum(A.numel() + B.numel() for A, B in pairs.values()) for pairs in (written, factors))
     size = (out / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     return Exported(out, layout, ranks(factors), total, total - used, size, errors)
 
 
-def may_be_replaced(out: Path) -> bool:
-    """Is `out` new, empty, or an earlier export of ours?"""
-    if not out.is_dir():
-        return not out.exists()
-    files = {path.name for path in out.iterdir()}
+def check_replaceable(out: Path) -> None:
+    """Raise ExportError unless `out` is new, empty, or an earlier export of ours."""
+    files = {path.name for path in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
     try:
-        return not files or (files == {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME} and MARK in read_shapes(out)[1])
+        export = files == {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME} and MARK in read_shapes(out)[1]
     except CheckpointError:
-        return False
-
-
-def check_convolutions(adapter: Adapter) -> None:
-    """Raise ExportError for a convolution whose dilation or padding mode peft's LoRA would not follow."""
-    for name, inputs in adapter.inputs.items():
-        if isinstance(inputs, Patches) and (inputs.dilation != (1, 1) or inputs.mode != "zeros"):
-            raise ExportError(
-                f"{name}: LoRA's convolutions have no dilation and pad with zeros, this one has dilation="
-                f"{inputs.dilation} and padding_mode={inputs.mode!r}: merge the adapter into the model instead"
-            )
+        export = False
+    if files and not export:
+        raise ExportError(f"{out} exists and is not an export of increlora: choose another folder or remove it")
 
 
 def is_exact(model: nn.Module, adapter_name: str | None = None) -> bool:
@@ -169,8 +155,7 @@ def limited(adapter: Adapter, max_rank: int | None, tolerance: float | None) -> 
             factors[name] = small_a, small_b
     usual = {name: TOLERANCE if name in adapter.limits else 1.0 for name in errors}
     allowed = usual if tolerance is None else dict.fromkeys(errors, tolerance)
-    beyond = [name for name, error in errors.items() if error > allowed[name]]
-    if beyond:
+    if beyond := [name for name, error in errors.items() if error > allowed[name]]:
         worst = max(beyond, key=lambda name: errors[name])
         full, accepted = adapter.factors[worst][0].shape[0], math.ceil(100 * errors[worst]) / 100
         raise ExportError(
@@ -181,40 +166,24 @@ def limited(adapter: Adapter, max_rank: int | None, tolerance: float | None) -> 
     return factors, errors
 
 
-def padded(factors: Factors) -> Factors:
-    """The uniform layout: zeros fill every module up to the largest rank."""
-    top = max(1, *ranks(factors).values())
-    pad = nn.functional.pad
-    return {
-        name: (pad(A, (0, 0, 0, top - A.shape[0])), pad(B, (0, top - B.shape[1]))) for name, (A, B) in factors.items()
-    }
-
-
-def without_empty(factors: Factors) -> Factors:
-    """The pattern layout: every module with its own rank, those without left out."""
+def laid_out(factors: Factors, layout: Layout) -> Factors:
+    """Uniform: zeros fill every module up to the largest rank. Pattern: modules without rank are left out."""
+    if layout == "uniform":
+        top, pad = max(1, *ranks(factors).values()), nn.functional.pad
+        return {
+            name: (pad(A, (0, 0, 0, top - A.shape[0])), pad(B, (0, top - B.shape[1])))
+            for name, (A, B) in factors.items()
+        }
     kept = {name: pair for name, pair in factors.items() if pair[0].shape[0]}
     if not kept:
         raise ExportError(
             "layout='pattern': no module has any rank yet; train first, or use layout='uniform' (--layout uniform)"
         )
-    check_patterns(ranks(kept))
     return kept
 
 
 def ranks(factors: Factors) -> dict[str, int]:
     return {name: A.shape[0] for name, (A, _) in factors.items()}
-
-
-def lora_config(adapter: Adapter, factors: Factors, layout: Layout) -> LoraConfig:
-    source, top = adapter.config, max(ranks(factors).values())
-    patterns = ranks(factors) if layout == "pattern" else {}
-    return LoraConfig(
-        r=top, lora_alpha=top, rank_pattern=patterns, alpha_pattern=dict(patterns),
-        target_modules=targets(list(factors), adapter), modules_to_save=source.modules_to_save,
-        lora_dropout=source.lora_dropout, fan_in_fan_out=source.fan_in_fan_out, task_type=source.task_type,
-        auto_mapping=source.auto_mapping, base_model_name_or_path=source.base_model_name_or_path,
-        revision=source.revision, inference_mode=True,
-    )  # fmt: skip
 
 
 def lora_tensors(factors: Factors, adapter: Adapter) -> dict[str, Tensor]:
@@ -224,11 +193,19 @@ def lora_tensors(factors: Factors, adapter: Adapter) -> dict[str, Tensor]:
     return {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
 
 
-def write(out: Path, config: LoraConfig, tensors: dict[str, Tensor], layout: str) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", MARK: version("increlora"), "layout": layout}
+def write(out: Path, adapter: Adapter, factors: Factors, layout: str) -> None:
+    source, top = adapter.config, max(ranks(factors).values())
+    patterns = ranks(factors) if layout == "pattern" else {}
+    config = plain_config(
+        adapter, factors, r=top, lora_alpha=top, rank_pattern=patterns, alpha_pattern=dict(patterns),
+        auto_mapping=source.auto_mapping, base_model_name_or_path=source.base_model_name_or_path,
+        revision=source.revision, inference_mode=True,
+    )  # fmt: skip
     fields = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    with whole_folder(out) as folder:
+    tensors = lora_tensors(factors, adapter)
+    metadata = {"format": "pt", MARK: version("increlora"), "layout": layout}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole(out) as folder:
         folder.mkdir()
         (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata=metadata)

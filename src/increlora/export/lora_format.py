@@ -1,17 +1,21 @@
-"""What peft reads out of a plain LoRA folder: which tensors belong together, and the rank and scale of each module.
+"""peft's own plain LoRA and AdaLoRA: names and shapes of the tensors, and the rank and scale of each module.
 
-<prefix><module>.lora_A.weight (r, in)      <prefix><module>.lora_B.weight (out, r)      y += s · B A x
-convolutions: (r, C, kh, kw), (out, r, 1, 1)      embeddings: .lora_embedding_A (r, in), .lora_embedding_B (out, r)
-r, α: the first matching entry of rank_pattern, alpha_pattern, else r, lora_alpha      s = α/r, rsLoRA: α/√r
+    LoRA       y += s · B A x                          <module>.lora_A.weight (r, in), <module>.lora_B.weight (out, r)
+               convolutions: (r, C, kh, kw), (out, r, 1, 1)     embeddings: .lora_embedding_A, .lora_embedding_B
+               r, α: the first matching entry of rank_pattern, alpha_pattern, else r, lora_alpha   s = α/r, rsLoRA: α/√r
+    AdaLoRA    y += α/(init_r + 1e-5) · B diag(E) A x  <module>.lora_A, .lora_B, .lora_E (r, 1); E = 0 masks a triplet
+
+init_r is the rank AdaLoRA *started* with, also where most triplets are gone: peft keeps it when it resizes a module.
 """
 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -19,68 +23,32 @@ from torch import Tensor
 
 from ..deltas import Inputs, Patches, Tokens
 from ..deltas.inputs import VECTORS
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ExportError
 from ..hosts.peft.checkpoint import PREFIX
 from ..hosts.peft.config import with_current_type
 
 Shape = tuple[int, ...]
-ENDINGS = (".lora_A.weight", ".lora_B.weight")
-TOKEN_ENDINGS = (".lora_embedding_A", ".lora_embedding_B")
-# Initialisations that change the base weights when the adapter is made: their A and B mean nothing on another base.
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
+Config = Mapping[str, Any]
+T = TypeVar("T")
+LINEAR = (".lora_A.weight", ".lora_B.weight")
+EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+TRIPLETS = (".lora_A", ".lora_B", ".lora_E")
+ADALORA_EPSILON = 1e-5
+# What describes an adapter without touching its function; copied to whatever is made from it.
+DESCRIPTION = (
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "lora_dropout",
+    "lora_alpha", "use_rslora", "fan_in_fan_out", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
+)  # fmt: skip
+# Options that may have any value: they control training or loading, not what A and B mean.
+HARMLESS = {
+    *DESCRIPTION, "peft_type", "peft_version", "inference_mode", "r", "rank_pattern", "alpha_pattern",
+    "init_lora_weights", "runtime_config", "megatron_config", "megatron_core", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "ensure_weight_tying",
+    "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+}  # fmt: skip
 
 
-def configured_rank(config: Mapping[str, Any], module: str) -> int:
-    """Rank that peft gives a module."""
-    return int(matched(config.get("rank_pattern"), module, config.get("r", 8)))
-
-
-def configured_scale(config: Mapping[str, Any], module: str) -> float:
-    """Scale that peft applies to a module."""
-    rank = configured_rank(config, module)
-    alpha = float(matched(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def matched(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Value of the first key that matches the module's name or its ending, as a regular expression."""
-    try:
-        return (pattern or {}).get(get_pattern_key(list(pattern or {}), module), default)
-    except re.error as error:
-        raise CheckpointError(
-            f"a pattern of the adapter is not a regular expression ({error}): restore its config"
-        ) from None
-
-
-def changes_base(config: Mapping[str, Any]) -> bool:
-    """Was the adapter made by an initialisation that changes the base weights?"""
-    return str(config.get("init_lora_weights")).lower().startswith(BASE_CHANGING)
-
-
-def lora_modules(keys: Iterable[str], endings: tuple[str, str] = ENDINGS) -> list[str]:
-    """Modules with both factors, in the order of the keys."""
-    known = set(keys)
-    modules = [key.removesuffix(endings[0]) for key in keys if key.endswith(endings[0])]
-    return [name.removeprefix(PREFIX) for name in modules if name + endings[1] in known]
-
-
-def to_tensors(name: str, A: Tensor, B: Tensor, inputs: Inputs) -> dict[str, Tensor]:
-    """Factors (r, in) and (out, r) of a module as peft's LoRA names and shapes them."""
-    endings = TOKEN_ENDINGS if isinstance(inputs, Tokens) else ENDINGS
-    if isinstance(inputs, Patches):
-        A, B = A.unflatten(1, (inputs.channels, *inputs.kernel)), B[:, :, None, None]
-    return {PREFIX + name + endings[0]: A, PREFIX + name + endings[1]: B}
-
-
-def from_tensors(name: str, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Inputs]:
-    """The inverse. Of a convolution only the kernel is known."""
-    if PREFIX + name + ENDINGS[0] not in state:
-        A, B = (state[PREFIX + name + ending] for ending in TOKEN_ENDINGS)
-        return A, B, Tokens(A.shape[1])
-    A, B = (state[PREFIX + name + ending] for ending in ENDINGS)
-    if A.dim() == 4 and B.dim() == 4:
-        return A.flatten(1), B.flatten(1), Patches(A.shape[1], (A.shape[2], A.shape[3]))
-    return A, B, VECTORS
+# -- config ------------------------------------------------------------------------------------------------------------
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -102,22 +70,72 @@ def read_config(folder: Path) -> dict[str, Any]:
     return with_current_type(found)
 
 
-def check_values(config: Mapping[str, Any]) -> None:
+def check_values(config: Config) -> None:
     """Raise ValueError for a rank that is no int ≥ 1, or an alpha that is no number."""
-    if config["peft_type"] == "ADALORA":
-        ranks, alphas = [config.get("init_r")], [config.get("lora_alpha", 8)]
-    else:
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(config.get(name) or {}, dict):
-                raise ValueError(f"{name} is {config[name]!r}, not a table")
-        ranks = [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]
-        alphas = [config.get("lora_alpha", 8), *(config.get("alpha_pattern") or {}).values()]
-    for rank in ranks:
+    adalora = config["peft_type"] == "ADALORA"
+    patterns = {name: {} if adalora else config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    for name, pattern in patterns.items():
+        if not isinstance(pattern, dict):
+            raise ValueError(f"{name} is {pattern!r}, not a table")
+    for rank in (config.get("init_r") if adalora else config.get("r", 8), *patterns["rank_pattern"].values()):
         if type(rank) is not int or rank < 1:
             raise ValueError(f"rank {rank!r}: expected an int of at least 1")
-    for alpha in alphas:
+    for alpha in (config.get("lora_alpha", 8), *patterns["alpha_pattern"].values()):
         if type(alpha) not in (int, float):
             raise ValueError(f"alpha {alpha!r}: expected a number")
+
+
+def configured_rank(config: Config, module: str) -> int:
+    """Rank that peft gives a module."""
+    return int(matched(config.get("rank_pattern"), module, config.get("r", 8)))
+
+
+def configured_scale(config: Config, module: str) -> float:
+    """Scale that peft applies to a module."""
+    rank = configured_rank(config, module)
+    alpha = float(matched(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def matched(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """Value of the first key that matches the module's name or its ending, as a regular expression."""
+    try:
+        return (pattern or {}).get(get_pattern_key(list(pattern or {}), module), default)
+    except re.error as error:
+        raise CheckpointError(
+            f"a pattern of the adapter is not a regular expression ({error}): restore its config"
+        ) from None
+
+
+def changes_base(config: Config) -> bool:
+    """Was it made by an initialisation that changes the base weights? Then its A and B mean nothing on another base."""
+    return str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq"))
+
+
+def description(config: Config) -> LoraConfig:
+    """A LoraConfig with the options that say what the adapter belongs to."""
+    try:
+        return LoraConfig(**{key: config[key] for key in DESCRIPTION if config.get(key) is not None})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"adapter_config.json: {error}; restore it from a copy") from error
+
+
+def check_low_rank(config: Config, where: str) -> None:
+    """Raise ExportError for an option under which the adapter is more than B A, or belongs to a changed base."""
+    for option, value in config.items():
+        if option not in HARMLESS and value and value != "none":
+            raise ExportError(
+                f"{where}: {option}={value!r} makes it more than a plain low-rank adapter: merge it with peft's "
+                f"merge_and_unload instead"
+            )
+    if changes_base(config):
+        raise ExportError(
+            f"{where}: init_lora_weights={config['init_lora_weights']!r} changed the base weights: save it with peft's "
+            f"path_initial_model_for_weight_conversion first"
+        )
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------------
 
 
 def read_shapes(folder: Path) -> tuple[dict[str, Shape], dict[str, str]]:
@@ -135,3 +153,88 @@ def read_shapes(folder: Path) -> tuple[dict[str, Shape], dict[str, str]]:
     if strange is not None:  # names are shown in terminals
         raise CheckpointError(f"{path}: the tensor name {strange!r} is not printable: the file is damaged or foreign")
     return shapes, metadata
+
+
+def split(
+    state: Mapping[str, T], endings: tuple[str, ...] = LINEAR + EMBEDDING
+) -> tuple[dict[str, dict[str, T]], dict[str, T]]:
+    """Factors by module and ending, linear maps first, and what is no factor by name; both without peft's prefix."""
+    parts: dict[str, dict[str, T]] = {}
+    for ending in endings:
+        for key, value in state.items():
+            if key.endswith(ending):
+                parts.setdefault(key.removeprefix(PREFIX).removesuffix(ending), {})[ending] = value
+    return parts, {key.removeprefix(PREFIX): value for key, value in state.items() if not key.endswith(endings)}
+
+
+def is_whole(part: Mapping[str, Any]) -> bool:
+    """Does a part that `split` found have both factors?"""
+    return tuple(part) in (LINEAR, EMBEDDING)
+
+
+def to_tensors(name: str, A: Tensor, B: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+    """Factors (r, in) and (out, r) of a module as peft's LoRA names and shapes them.
+
+    Raises: ExportError for a convolution whose dilation or padding mode peft's LoRA would not follow."""
+    endings = EMBEDDING if isinstance(inputs, Tokens) else LINEAR
+    if isinstance(inputs, Patches):
+        if inputs.dilation != (1, 1) or inputs.mode != "zeros":
+            raise ExportError(
+                f"{name}: LoRA's convolutions have no dilation and pad with zeros, this one has dilation="
+                f"{inputs.dilation} and padding_mode={inputs.mode!r}: merge the adapter into the model instead"
+            )
+        A, B = A.unflatten(1, (inputs.channels, *inputs.kernel)), B[:, :, None, None]
+    return {PREFIX + name + endings[0]: A, PREFIX + name + endings[1]: B}
+
+
+def read_factors(
+    config: Config, state: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Inputs], dict[str, Tensor]]:
+    """Factors of each module with its scale folded into B, what it reads, and the tensors that are no factors.
+
+    Raises: ExportError (more than low-rank, a changed base), CheckpointError (tensors are missing or have other ranks
+        than the config says)."""
+    check_low_rank(config, where)
+    adalora = config["peft_type"] == "ADALORA"
+    parts, others = split(state, TRIPLETS) if adalora else split(state)
+    factors, inputs = {}, {}
+    for name, part in parts.items():
+        if adalora:
+            factors[name] = from_triplets(config, part, f"{where}: {name}")
+        elif is_whole(part):
+            A, B, inputs[name] = from_tensors(part, configured_rank(config, name), f"{where}: {name}")
+            factors[name] = A, B * configured_scale(config, name)
+    strange = next((key for key in others if ".lora_" in key or "trainable_tokens" in key), None)
+    if strange is not None:
+        raise ExportError(f"{where}: {strange} belongs to no linear map: merge it with peft's merge_and_unload")
+    if not factors or len(factors) < len(parts):
+        count = len(state) - len(others)
+        raise CheckpointError(f"{where}: {count} factors of {len(factors)} modules; the adapter is damaged or empty")
+    return factors, inputs, others
+
+
+def from_tensors(part: Mapping[str, Tensor], rank: int, where: str) -> tuple[Tensor, Tensor, Inputs]:
+    """The inverse of `to_tensors`; of a convolution only the kernel is known. Raises unless they have this rank."""
+    A, B = part.values()
+    inputs: Inputs = Tokens(A.shape[1]) if tuple(part) == EMBEDDING else VECTORS
+    if A.dim() == B.dim() == 4:
+        A, B, inputs = A.flatten(1), B.flatten(1), Patches(A.shape[1], (A.shape[2], A.shape[3]))
+    if A.dim() != 2 or B.dim() != 2:
+        raise ExportError(f"{where} is not a linear map (lora_A is {tuple(A.shape)}): merge it with peft")
+    if A.shape[0] != rank or B.shape[1] != rank:
+        raise CheckpointError(
+            f"{where} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} but the config says rank {rank}; the "
+            f"adapter is damaged"
+        )
+    return A, B, inputs
+
+
+def from_triplets(config: Config, part: Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor]:
+    """AdaLoRA's triplets as A, and B with E and the scale in it. Raises CheckpointError if they are incomplete."""
+    A, B, E = (part.get(ending) for ending in TRIPLETS)
+    if A is None or B is None or E is None or not A.shape[0] == B.shape[1] == E.shape[0]:
+        shapes = {ending[-1]: tuple(value.shape) for ending, value in part.items()}
+        raise CheckpointError(f"{where} has {shapes}, expected A, B and E of one rank; it is damaged")
+    given = config.get("lora_alpha", 8)
+    alpha = given if given > 0 else A.shape[0]
+    return A, B * (E.t() * (alpha / (config["init_r"] + ADALORA_EPSILON)))

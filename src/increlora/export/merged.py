@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ExportError
-from ..files import whole_folder
+from ..files import whole
 from ..hosts.peft.bases import read
 from ..hosts.peft.quantised import is_plain, is_quantised
 from .adapters import Adapter, check_elsewhere, read_adapter
 
 
+@torch.no_grad()
 def export_merged(
     model_or_path: nn.Module | str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -50,9 +51,13 @@ def export_merged(
         base = unwrapped_copy(model_or_path)
     if not isinstance(base, PreTrainedModel):
         raise ExportError(f"base is a {type(base).__name__}: only transformers models can be written whole")
-    merge_into(base, adapter)
+    values = merged_values(base, adapter)
+    untie(base, values)
+    state = base.state_dict(keep_vars=True)
+    for name, value in values.items():
+        state[name].copy_(value)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_folder(out) as folder:
+    with whole(out) as folder:
         base.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -70,21 +75,10 @@ def unwrapped_copy(model_or_path: object) -> nn.Module:
     return model.unload()
 
 
-@torch.no_grad()
-def merge_into(base: nn.Module, adapter: Adapter) -> None:
-    """Add every ΔW to its weight, copy the modules that were trained in full, and untie embeddings that the adapter
-    makes different.
-
-    Raises ExportError, before anything is changed, if a tensor has no place of its shape, or a tie cannot be undone."""
-    values = merged_values(base, adapter)
-    untie(base, values)
-    state = base.state_dict(keep_vars=True)
-    for name, value in values.items():
-        state[name].copy_(value)
-
-
 def merged_values(base: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors that differ from the base's, by their names in it."""
+    """The tensors that differ from the base's, by their names in it.
+
+    Raises ExportError if a tensor has no place of its shape."""
     state = base.state_dict(keep_vars=True)  # names without copies
     packed = {f"{name}.weight" for name, module in base.named_modules() if is_quantised(module)}
     # Beside an adapted head, peft saves the head itself, under the name it has inside the adapter.
@@ -116,7 +110,9 @@ def check_place(name: str, value: Tensor | None, state: Mapping[str, Tensor], pa
 
 
 def untie(base: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give input and output embeddings a tensor each if they share one and their values would differ."""
+    """Give input and output embeddings a tensor each if they share one and their values would differ.
+
+    Raises ExportError, before anything is changed, if other tensors are tied, or the model cannot be untied."""
     state, head = base.state_dict(), base.get_output_embeddings()
     ends = (base.get_input_embeddings(), head)
     names = {f"{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
@@ -126,7 +122,11 @@ def untie(base: nn.Module, values: Mapping[str, Tensor]) -> None:
     ties = [tied for tied in by_memory.values() if len(tied) > 1]
     if len(names) == 2 and base.config.tie_word_embeddings and not any(names <= set(tie) for tie in ties):
         ties.append(sorted(names))  # peft's unload leaves the trained one in its place, apart from the other
-    split = [tie for tie in ties if differ(tie, state, values)]
+    split = []  # names that need several values now
+    for tie in ties:
+        first, *more = (values.get(name, state[name]).to(state[name]) for name in tie)
+        if not values.keys().isdisjoint(tie) and not all(torch.equal(first, other) for other in more):
+            split.append(tie)
     if not split:
         return
     if len(ties) > 1 or set(split[0]) != names or base.config.is_encoder_decoder:
@@ -137,11 +137,3 @@ def untie(base: nn.Module, values: Mapping[str, Tensor]) -> None:
     head.weight = nn.Parameter(head.weight.clone(), requires_grad=head.weight.requires_grad)
     for config in (base.config, base.config.get_text_config()):
         config.tie_word_embeddings = False
-
-
-def differ(tie: Sequence[str], state: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> bool:
-    """Would the names of a tie need several values?"""
-    if values.keys().isdisjoint(tie):
-        return False
-    first, *more = (values.get(name, state[name]).to(state[name]) for name in tie)
-    return not all(torch.equal(first, other) for other in more)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..decide.allocation import Holding
@@ -46,9 +44,10 @@ def warm_start(
     deltas = fresh_deltas(model, name)
     given = read_adapter(source)
     check_shapes(given, deltas)
-    counts = {n: blocks_for(n, delta, given.factors[n][0].shape[0] if n in given.factors else 0)
-              for n, delta in deltas.items()}  # fmt: skip
-    check_growth([holding(n, delta, counts[n]) for n, delta in deltas.items()], handle.budget)
+    ranks = {n: given.factors[n][0].shape[0] if n in given.factors else 0 for n in deltas}
+    counts = {n: blocks_for(n, delta, ranks[n]) for n, delta in deltas.items()}
+    held = [Holding(n, sum(d.sizes[: counts[n]]), tuple(d.sizes[counts[n] :]), d.cost) for n, d in deltas.items()]
+    check_growth(held, handle.budget)
     saved = saved_tensors(model, name, given)
     for n, delta in deltas.items():
         fill(delta, counts[n], given.factors.get(n))
@@ -94,12 +93,6 @@ def blocks_for(name: str, delta: BlockDelta, rank: int) -> int:
     )
 
 
-def holding(name: str, delta: BlockDelta, count: int) -> Holding:
-    """What the module will hold with so many active blocks."""
-    sizes = delta.sizes
-    return Holding(name, sum(sizes[:count]), tuple(sizes[count:]), delta.in_features + delta.out_features)
-
-
 def fill(delta: BlockDelta, count: int, pair: tuple[Tensor, Tensor] | None) -> None:
     """Make the first `count` blocks active and equal to B A together."""
     for i in range(count):
@@ -122,34 +115,18 @@ def saved_tensors(model: nn.Module, adapter: str, given: Adapter) -> list[tuple[
     """(tensor here, its value in the source) for what the source holds beside factors: trained heads.
 
     peft also saves the base weights of adapted embeddings and heads; those that are here already need no copying."""
-    modules = dict((model.get_base_model() if isinstance(model, PeftModel) else model).named_modules())
-    here = {
-        f"{name}.{key}": tensor
-        for name, wrapper in modules.items()
-        if isinstance(wrapper, ModulesToSaveWrapper) and adapter in wrapper.modules_to_save
-        for key, tensor in wrapper.modules_to_save[adapter].state_dict().items()
-    }
+    state = (model.get_base_model() if isinstance(model, PeftModel) else model).state_dict()
+    mark = f".modules_to_save.{adapter}."
+    trained = {key.replace(mark, "."): tensor for key, tensor in state.items() if mark in key}
+    base = {key.replace(BASE_LAYER, ".").replace(".original_module.", "."): tensor for key, tensor in state.items()}
     copies = []
     for key, value in given.others.items():
-        if key in here and here[key].shape == value.shape:
-            copies.append((here[key], value))
-        elif not in_base(modules, key, value):
-            raise ConfigError(f"the source also holds {key} of shape {tuple(value.shape)}, {remedy(key, here)}")
+        here, below = trained.get(key), base.get(key.replace(BASE_LAYER, "."))
+        if here is not None and here.shape == value.shape:
+            copies.append((here, value))
+        elif below is None or below.shape != value.shape or not torch.equal(value.to(below), below):
+            remedy = f"here is {'nothing' if here is None else tuple(here.shape)}: name its module in `modules_to_save`"
+            if BASE_LAYER in key:
+                remedy = "the base model here has another one: load the base weights that the source was trained on"
+            raise ConfigError(f"the source also holds {key} of shape {tuple(value.shape)}, {remedy}")
     return copies
-
-
-def in_base(modules: Mapping[str, nn.Module], key: str, value: Tensor) -> bool:
-    """Is this tensor of the source a weight that the base model here has, too?"""
-    name, _, parameter = key.replace(BASE_LAYER, ".").rpartition(".")
-    module = modules.get(name)
-    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    weight = getattr(module, parameter, None)
-    return isinstance(weight, Tensor) and weight.shape == value.shape and torch.equal(value.to(weight), weight)
-
-
-def remedy(key: str, here: Mapping[str, Tensor]) -> str:
-    """What to do about a tensor of the source that has no place here."""
-    if BASE_LAYER in key:
-        return "the base model here has another one: load the base weights that the source was trained on"
-    shape = tuple(here[key].shape) if key in here else "nothing"
-    return f"here is {shape}: name its module in `modules_to_save`"

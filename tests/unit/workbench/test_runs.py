@@ -6,7 +6,7 @@ import os
 import pytest
 
 from increlora.errors import RunFolderError
-from increlora.files import whole_folder, write_text
+from increlora.files import whole, write_text
 from increlora.workbench import runs
 from increlora.workbench.runs import FORMAT, RunFolder, finite
 
@@ -53,10 +53,10 @@ def test_a_file_without_a_folder_to_be_in_is_named_itself(tmp_path):
 
 def test_a_folder_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     calls = []
-    sync, rename = os.fsync, os.rename
+    sync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), sync(handle)))
-    monkeypatch.setattr(type(tmp_path), "rename", lambda a, b: (calls.append("rename"), rename(a, b)))
-    with whole_folder(tmp_path / "new") as temporary:
+    monkeypatch.setattr(type(tmp_path), "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
+    with whole(tmp_path / "new") as temporary:
         temporary.mkdir()
         for name in "ab":
             (temporary / name).write_text("")
@@ -65,13 +65,13 @@ def test_a_folder_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "adapter"
-    with pytest.raises(KeyboardInterrupt), whole_folder(target) as temporary:
+    with pytest.raises(KeyboardInterrupt), whole(target) as temporary:
         temporary.mkdir()
         (temporary / "half").write_text("")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
     for text in ("one", "two"):
-        with whole_folder(target) as temporary:
+        with whole(target) as temporary:
             temporary.mkdir()
             (temporary / text).write_text(text)
             assert not (target / text).exists()

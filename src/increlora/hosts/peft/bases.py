@@ -21,71 +21,55 @@ from ...errors import ConfigError
 from ...registry import METHODS
 from .quantised import is_plain, is_quantised, stored_dtype
 
+LEAVE_OUT = "leave it out of `target_modules`"
+WHOLE = f"{LEAVE_OUT}, or train it whole (`modules_to_save`)"
 KINDS: Mapping[type[Inputs], str] = {Vectors: "nn.Linear or Conv1D", Tokens: "nn.Embedding", Patches: "nn.Conv2d"}
 
 
 def read(base: nn.Module, name: str) -> tuple[int, int, Inputs]:
     """(in, out, what it reads). Raises ConfigError for a module that is no such map."""
-    if not is_called(base):
-        raise ConfigError(
-            f"{name} of type {type(base).__name__} is never called, its weight is read by the module around it: leave "
-            f"it out of `target_modules`, or train it whole (`modules_to_save`)"
-        )
-    if isinstance(base, nn.Linear | Conv1D) or (is_quantised(base) and not isinstance(base, nn.Embedding | nn.Conv2d)):
-        in_features, out_features = _get_in_out_features(base)
-        assert in_features is not None and out_features is not None
-        return in_features, out_features, Vectors(transposed=isinstance(base, Conv1D))
+    if reason := refusal(base):
+        raise ConfigError(f"{name} {reason}")
     if isinstance(base, nn.Embedding):
-        check_forward(base, nn.Embedding, name)
-        if base.max_norm is not None:
-            raise ConfigError(
-                f"{name}: an embedding with max_norm={base.max_norm} changes its own weight in use and cannot be "
-                f"adapted: leave it out of `target_modules`"
-            )
         gain: Any = getattr(base, "scalar_embed_scale", getattr(base, "embed_scale", 1.0))
         tokens = Tokens(base.num_embeddings, base.padding_idx, float(gain))
         return base.num_embeddings, base.embedding_dim, tokens
     if isinstance(base, nn.Conv2d):
-        check_forward(base, nn.Conv2d, name)
-        if base.groups > 1:
-            raise ConfigError(
-                f"{name}: a convolution in {base.groups} groups cannot be adapted: leave it out of `target_modules`, "
-                f"or train it whole (`modules_to_save`)"
-            )
-        patches = patches_of(base)
+        conv: Any = base
+        padding: Any = tuple(conv._reversed_padding_repeated_twice)
+        patches = Patches(conv.in_channels, conv.kernel_size, conv.stride, padding, conv.dilation, conv.padding_mode)
         return patches.channels * patches.kernel[0] * patches.kernel[1], base.out_channels, patches
-    raise ConfigError(
-        f"{name} of type {type(base).__name__} cannot be adapted: name nn.Linear, Conv1D, nn.Embedding or nn.Conv2d "
-        f"modules in `target_modules`"
-    )
+    in_features, out_features = _get_in_out_features(base)
+    assert in_features is not None and out_features is not None
+    return in_features, out_features, Vectors(transposed=isinstance(base, Conv1D))
+
+
+def refusal(base: nn.Module) -> str | None:
+    """Why a module cannot be adapted, with the remedy; None if it can.
+
+    An embedding or convolution may compute something of its own, as position embeddings do; word embeddings that are
+    multiplied by a constant say so, and packed ones only store their weight otherwise."""
+    kind = f"of type {type(base).__name__}"
+    if not is_called(base):
+        return f"{kind} is never called, its weight is read by the module around it: {WHOLE}"
+    parent = next((parent for parent in (nn.Embedding, nn.Conv2d) if isinstance(base, parent)), None)
+    if parent is None:
+        known = isinstance(base, nn.Linear | Conv1D) or is_quantised(base)
+        names = "nn.Linear, Conv1D, nn.Embedding or nn.Conv2d"
+        return None if known else f"{kind} cannot be adapted: name {names} modules in `target_modules`"
+    packed = is_quantised(base) or not is_plain(stored_dtype(base) or torch.float32)
+    if type(base).forward is not parent.forward and not hasattr(base, "embed_scale") and not packed:
+        return f"{kind} is not a plain nn.{parent.__name__}, an adapter would compute something else: {WHOLE}"
+    if isinstance(base, nn.Embedding) and base.max_norm is not None:
+        return f"with max_norm={base.max_norm} changes its own weight in use and cannot be adapted: {LEAVE_OUT}"
+    if isinstance(base, nn.Conv2d) and base.groups > 1:
+        return f"with channels in {base.groups} groups cannot be adapted: {WHOLE}"
+    return None
 
 
 def is_called(base: nn.Module) -> bool:
     """Is it called? nn.MultiheadAttention passes the weight of its output projection to a function instead."""
     return not isinstance(base, NonDynamicallyQuantizableLinear)
-
-
-def check_forward(base: nn.Module, parent: type[nn.Module], name: str) -> None:
-    """Raise ConfigError for an embedding or convolution that computes something of its own, as position embeddings do;
-    word embeddings that are multiplied by a constant say so, and packed ones only store their weight otherwise."""
-    packed = is_quantised(base) or not is_plain(stored_dtype(base) or torch.float32)
-    if type(base).forward is parent.forward or hasattr(base, "embed_scale") or packed:
-        return
-    raise ConfigError(
-        f"{name} of type {type(base).__name__} is not a plain nn.{parent.__name__}, an adapter would compute something "
-        f"else: leave it out of `target_modules`, or train it whole (`modules_to_save`)"
-    )
-
-
-def patches_of(base: nn.Conv2d) -> Patches:
-    def pair(sizes: tuple[int, ...]) -> tuple[int, int]:
-        return sizes[0], sizes[1]
-
-    left, right, top, bottom = base._reversed_padding_repeated_twice
-    return Patches(
-        base.in_channels, pair(base.kernel_size), pair(base.stride), (left, right, top, bottom), pair(base.dilation),
-        base.padding_mode,
-    )  # fmt: skip
 
 
 def check_readable(config: Any, name: str, inputs: Inputs) -> None:
@@ -96,8 +80,8 @@ def check_readable(config: Any, name: str, inputs: Inputs) -> None:
     others = [method for method, settings in METHODS.items() if isinstance(inputs, settings.reads)]
     own = ", ".join(KINDS[kind] for kind in reads)
     raise ConfigError(
-        f"{name} is {KINDS[type(inputs)]}, which {config.method_name} cannot adapt ({own}): leave it out of "
-        f"`target_modules`, add it to `modules_to_save`, or choose among {', '.join(others)}"
+        f"{name} is {KINDS[type(inputs)]}, which {config.method_name} cannot adapt ({own}): {LEAVE_OUT}, add it to "
+        f"`modules_to_save`, or choose among {', '.join(others)}"
     )
 
 

@@ -23,7 +23,7 @@ ROWS = 40  # modules in such a list
 SECTION = """{begin}
 ## Ranks, and how to load this adapter
 
-Trained with `{config}` of increlora. {totals}
+Trained with `{config}` of increlora. {modules} modules hold {ranks} and {parameters}; a module has {span}.
 
 {table}
 
@@ -62,8 +62,17 @@ def update_card(folder: Path, config: Any) -> None:
         if config.base_model_name_or_path:
             card.data["base_model"] = config.base_model_name_or_path
     card.data["tags"] = sorted(TAGS | set(card.data.get("tags") or ()))
+    ranks = list(config.ranks.values())
+    budget = {unit: f" (budget {amount:,})" for unit, amount in config.budget.items() if amount is not None}
     section = SECTION.format(
-        begin=BEGIN, end=END, config=type(config).__name__, totals=totals(config), table=rank_table(config.ranks)
+        begin=BEGIN,
+        end=END,
+        config=type(config).__name__,
+        ranks=f"{sum(ranks):,} ranks{budget.get('ranks', '')}",
+        parameters=f"{config.parameters:,} parameters{budget.get('parameters', '')}",
+        modules=len(ranks),
+        span=span(ranks),
+        table=rank_table(config.ranks),
     )
     card.text = with_section(card.text, section)
     card.save(path)
@@ -71,58 +80,36 @@ def update_card(folder: Path, config: Any) -> None:
 
 def with_section(text: str, section: str) -> str:
     """The card's text with its section replaced, or put before its first second-level heading."""
-    old = re.search(rf"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", text, re.DOTALL)
-    if old:
+    if old := re.search(rf"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", text, re.DOTALL):
         return text[: old.start()] + section + text[old.end() :]
-    heading = re.search(r"^## ", text, re.MULTILINE)
-    if heading:
+    if heading := re.search(r"^## ", text, re.MULTILINE):
         return f"{text[: heading.start()]}{section}\n\n{text[heading.start() :]}"
     return f"{text.rstrip()}\n\n{section}\n"
 
 
-def totals(config: Any) -> str:
-    """Ranks and parameters in use, against the budget."""
-    ranks = config.ranks
-    of_ranks, of_parameters = (
-        f" (budget {config.budget[unit]:,})" if config.budget.get(unit) is not None else ""
-        for unit in ("ranks", "parameters")
-    )
-    return (
-        f"{len(ranks)} modules hold {sum(ranks.values()):,} ranks{of_ranks} and {config.parameters:,} "
-        f"parameters{of_parameters}; a module has {span(list(ranks.values()))}."
-    )
-
-
-# -- the table -------------------------------------------------------------------------------------------------------
-
-
 def rank_table(ranks: Mapping[str, int]) -> str:
-    """Ranks by layer and module type; numbered modules of a layer (experts) share a column and show their range.
-    Where there are too many types for columns: the modules with the most ranks, and a line for the rest."""
+    """Ranks by layer and module type; numbered modules of a layer (experts) share a column and show their range. With
+    too many types for columns: the modules with the most ranks, and a line for the rest."""
     cells: dict[tuple[str, str], list[int]] = {}
     for name, (layer, kind) in places(sorted(ranks, key=natural)).items():
         cells.setdefault((layer, re.sub(r"(?<![^.])\d+(?![^.])", "*", kind)), []).append(ranks[name])
     layers, kinds = (list(dict.fromkeys(part)) for part in zip(*cells, strict=True))
-    if len(kinds) <= COLUMNS:
-        rows = [[layer, *(span(cells.get((layer, kind), [])) for kind in kinds)] for layer in layers]
-        return markdown_table(["layer", *short(kinds)], rows)
-    ordered = sorted(ranks.items(), key=lambda item: (-item[1], natural(item[0])))
-    rows = [[name, str(rank)] for name, rank in ordered[:ROWS]]
-    if rest := [rank for _, rank in ordered[ROWS:]]:
-        rows.append([f"{len(rest)} more", span(rest)])
-    return markdown_table(["module", "rank"], rows)
+    head = ["layer", *short(kinds)]
+    rows = [[layer, *(span(cells.get((layer, kind), [])) for kind in kinds)] for layer in layers]
+    if len(kinds) > COLUMNS:
+        head, ordered = ["module", "rank"], sorted(ranks.items(), key=lambda item: (-item[1], natural(item[0])))
+        rows = [[name, str(rank)] for name, rank in ordered[:ROWS]]
+        if rest := [rank for _, rank in ordered[ROWS:]]:
+            rows.append([f"{len(rest)} more", span(rest)])
+    lines = [[escaped(cell) for cell in row] for row in (head, *rows)]
+    lines.insert(1, ["---", *["---:"] * (len(head) - 1)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def span(ranks: list[int]) -> str:
     if not ranks:
         return "·"
     return str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [[escaped(cell) for cell in row] for row in (head, *rows)]
-    lines.insert(1, ["---", *["---:"] * (len(head) - 1)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def escaped(text: str) -> str:

@@ -16,7 +16,7 @@ from .bases import read
 from .fused import pending
 from .handle import Handle
 from .mixed import check_mixed
-from .quantised import Rounding, SavedBase, rounding, save_base, working_dtype
+from .quantised import Rounding, SavedBase, rounding, working_dtype
 
 LINEAR = (nn.Linear, Conv1D)  # exactly these: what is derived from them may compute something else
 
@@ -117,7 +117,7 @@ class AdapterLayer(TunerLayer):
                 if safe_merge and not torch.isfinite(merged).all():
                     broken = f"The adapter {adapter} seems to be broken"  # peft's words, which callers may look for
                     raise ValueError(f"NaNs detected in the merged weights. {broken} in {self.delta(adapter).name}")
-                self.saved_base = self.saved_base or save_base(self)
+                self.saved_base = self.saved_base or SavedBase(self)
                 self._write(adapter, merged, change)
                 self.merged_adapters.append(adapter)
 

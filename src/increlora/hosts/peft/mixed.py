@@ -28,8 +28,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Iterable[
             "Cannot pass `adapter_names` when the model is in training mode. Call model.eval(), or train one adapter "
             "at a time."
         )
-    unknown = sorted(set(adapter_names) - {BASE, *known})
-    if unknown:
+    if unknown := sorted(set(adapter_names) - {BASE, *known}):
         raise ConfigError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {', '.join(sorted(known))}"
         )

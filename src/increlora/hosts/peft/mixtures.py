@@ -30,25 +30,22 @@ def check_not_mixed(model: Any, *args: Any, **kwargs: Any) -> None:
             )
 
 
-CHECKS: list[tuple[type, str, Callable[..., None]]] = [
-    (PeftModel, "add_adapter", check_same_type),
-    (PeftMixedModel, "__init__", check_not_mixed),
-    (PeftMixedModel, "add_adapter", check_not_mixed),
-]
-
-
 def refuse_mixtures() -> None:
     """Put the checks before peft's own. Idempotent."""
-    for owner, name, check in CHECKS:
-        if not hasattr(getattr(owner, name), "checked_by_increlora"):
-            setattr(owner, name, checked(getattr(owner, name), check))
+    put_before(PeftModel, "add_adapter", check_same_type)
+    put_before(PeftMixedModel, "__init__", check_not_mixed)
+    put_before(PeftMixedModel, "add_adapter", check_not_mixed)
 
 
-def checked(original: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+def put_before(owner: type, name: str, check: Callable[..., None]) -> None:
+    original = getattr(owner, name)
+    if hasattr(original, "checked_by_increlora"):
+        return
+
     @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         check(self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
-    wrapper.checked_by_increlora = True  # type: ignore[attr-defined]
-    return wrapper
+    checked.checked_by_increlora = True  # type: ignore[attr-defined]
+    setattr(owner, name, checked)

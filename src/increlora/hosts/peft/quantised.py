@@ -7,8 +7,7 @@ peft's backends give the weight in floating point and quantise what is written b
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils.quantization_utils import (
@@ -68,40 +67,23 @@ def keep_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-class SavedBase(Protocol):
-    """The base of an adapter layer as it was before a merge."""
+class SavedBase:
+    """The base of an adapter layer before a merge, for `unmerge` to restore.
 
-    def restore(self, layer: Any) -> None: ...
+    Merging replaces a weight in floating point by another parameter, since others may be tied to it. Of a quantised
+    weight the attributes are copied, too: the backends drop or change some of them."""
 
-
-def save_base(layer: Any) -> SavedBase:
-    """What `unmerge` needs to restore the base of an adapter layer."""
-    base = layer.get_base_layer()
-    return SavedFloat(base.weight) if layer.quantization_backend is None else SavedQuantised(base)
-
-
-@dataclass(frozen=True)
-class SavedFloat:
-    """A weight in floating point, which merging replaces by another parameter: others may be tied to this one."""
-
-    weight: nn.Parameter
-
-    def restore(self, layer: Any) -> None:
-        self.weight.data = self.weight.data.to(layer.get_base_weight())  # the model may have moved meanwhile
-        layer.get_base_layer().weight = self.weight
-
-
-class SavedQuantised:
-    """A quantised layer. The weight's own attributes are copied, too: the backends drop or change some of them when
-    they replace it."""
-
-    def __init__(self, base: nn.Module) -> None:
-        self.base = base
-        self.weight = base._parameters.get("weight")  # None: the backend replaces the layer as a whole
+    def __init__(self, layer: Any) -> None:
+        self.base = layer.get_base_layer()
+        self.weight = self.base._parameters.get("weight")  # None: the backend replaces the layer as a whole
         self.attributes = dict(vars(self.weight)) if self.weight is not None else {}
-        self.state = copy.copy(getattr(base, "state", None))
+        self.state = copy.copy(getattr(self.base, "state", None))
 
     def restore(self, layer: Any) -> None:
+        if layer.quantization_backend is None:
+            self.weight.data = self.weight.data.to(layer.get_base_weight())  # the model may have moved meanwhile
+            layer.get_base_layer().weight = self.weight
+            return
         if self.weight is None:
             layer.base_layer = self.base
         else:

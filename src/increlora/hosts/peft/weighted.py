@@ -40,17 +40,28 @@ def add(
     for adapter, weight in zip(adapters, weights, strict=True):
         for name, layer in adapter_layers(tuner.model, adapter).items():
             parts.setdefault(name, []).append((weight, layer.delta(adapter)))
-    exact = combination_type == "cat"
-    sums = {name: weighted_sum(part, svd_rank, exact=exact) for name, part in parts.items()}
+    sums = {name: weighted_sum(part, svd_rank, exact=combination_type == "cat") for name, part in parts.items()}
     ranks = {name: max(1, A.shape[0]) for name, (A, _, _) in sums.items()}
-    tuner.peft_config[adapter_name] = plain_config(ranks, tuner.peft_config[adapters[0]])
+    longest_first = sorted(ranks, key=len, reverse=True)  # a pattern also fits names that end in it; the first counts
+    patterns, top = {re.escape(name): ranks[name] for name in longest_first}, max(ranks.values())
+    like = tuner.peft_config[adapters[0]]
+    tuner.peft_config[adapter_name] = CONFIGS[type_name("lora")](
+        r=top, lora_alpha=top, rank_pattern=patterns, alpha_pattern=dict(patterns), target_modules=set(ranks),
+        task_type=like.task_type, base_model_name_or_path=like.base_model_name_or_path,
+    )  # fmt: skip
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
     except Exception:
         del tuner.peft_config[adapter_name]
         raise
     for name, layer in adapter_layers(tuner.model, adapter_name).items():
-        fill(layer.delta(adapter_name), *sums[name][:2])
+        A, B, _ = sums[name]
+        delta: Any = layer.delta(adapter_name)
+        if A.shape[0]:  # without any rank the delta's own stays, which adds nothing
+            delta.to(A.dtype)  # that of the summands, where peft made them wider than the base
+            with torch.no_grad():
+                for p, values in zip(delta.block(0).values(), (A, B), strict=True):
+                    p.copy_(values)
     return {name: error for name, (_, _, error) in sums.items()}
 
 
@@ -100,23 +111,3 @@ def weighted_sum(
     if exact:
         return A, B, 0.0
     return truncated(A, B, rank or max(1, *(A.shape[0] for _, A, _ in factors)))
-
-
-def plain_config(ranks: Mapping[str, int], like: Any) -> Any:
-    """A config of plain LoRA that gives each module its rank, and scale 1."""
-    longest_first = sorted(ranks, key=len, reverse=True)  # a pattern also fits names that end in it; the first counts
-    patterns = {re.escape(name): ranks[name] for name in longest_first}
-    top = max(ranks.values())
-    return CONFIGS[type_name("lora")](
-        r=top, lora_alpha=top, rank_pattern=patterns, alpha_pattern=dict(patterns), target_modules=set(ranks),
-        task_type=like.task_type, base_model_name_or_path=like.base_model_name_or_path,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def fill(delta: Any, A: Tensor, B: Tensor) -> None:
-    """Give a fresh plain low-rank delta these factors; without any, its own rank stays, which adds nothing."""
-    if A.shape[0]:
-        delta.to(A.dtype)  # that of the summands, where peft made them wider than the base
-        for p, values in zip(delta.block(0).values(), (A, B), strict=True):
-            p.copy_(values)

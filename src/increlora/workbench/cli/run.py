@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PrinterCallback
 
 from ...errors import CheckpointError
 from ...export.lora import is_exact, write_lora
-from ...files import whole_folder
+from ...files import whole
 from ...hosts.peft.config import check_folder
 from ...runtime import controllers_of
 from ..runs import RunFolder, checkpoint_step
@@ -75,7 +75,7 @@ def save(settings: TrainSettings, folder: RunFolder, model: Any) -> None:
     with warnings.catch_warnings():
         # by that name peft asks the hub whether the vocabulary was changed; here it never is
         warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file", UserWarning)
-        with whole_folder(folder.path / "adapter") as adapter:
+        with whole(folder.path / "adapter") as adapter:
             model.save_pretrained(adapter)
         if is_exact(model):  # otherwise `show_result` says how it can leave
             write_lora(model, folder.path / "lora")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ...files import whole_file
+from ...files import whole
 from .uuids import BOS, IDS, PAD, PROMPT_LENGTH, UUID_LENGTH, VOCABULARY, collate, draw_pairs, examples
 
 FRESH = "fresh pairs"  # a word as seed: the task's seeds are numbers and never draw these pairs
@@ -112,7 +112,7 @@ def read(path: Path) -> dict[str, Tensor] | None:
 def keep(weights: dict[str, Tensor], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as new:
+        with whole(path) as new:
             save_file(weights, new, metadata={"sha256": fingerprint(weights)})
     except OSError as error:
         warnings.warn(f"{path} cannot be written ({error}): the base is made anew in each run", stacklevel=2)
