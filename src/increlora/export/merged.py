@@ -48,7 +48,13 @@ def export_merged(
         raise ExportError(f"{out} exists: choose another folder or remove it")
     adapter = read_adapter(model_or_path, adapter_name)
     if base is None:
-        base = unwrapped_copy(model_or_path)
+        if not isinstance(model_or_path, PeftModel):
+            raise ExportError("an adapter folder has no weights to merge into: give the model as `base=`")
+        model = copy.deepcopy(model_or_path)
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer) and layer.merged:
+                layer.unmerge()
+        base = model.unload()
     if not isinstance(base, PreTrainedModel):
         raise ExportError(f"base is a {type(base).__name__}: only transformers models can be written whole")
     values = merged_values(base, adapter)
@@ -62,17 +68,6 @@ def export_merged(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return out
-
-
-def unwrapped_copy(model_or_path: object) -> nn.Module:
-    """A copy of the base of a live model, without any adapter in it."""
-    if not isinstance(model_or_path, PeftModel):
-        raise ExportError("an adapter folder has no weights to merge into: give the model as `base=`")
-    model = copy.deepcopy(model_or_path)
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer) and layer.merged:
-            layer.unmerge()
-    return model.unload()
 
 
 def merged_values(base: nn.Module, adapter: Adapter) -> dict[str, Tensor]:

@@ -5,63 +5,52 @@ Every Trainer gets it once an adapter of ours exists; it does nothing for other 
 `trainer.remove_callback(increlora.hosts.transformers.IncreLoraCallback)` removes it.
 """
 
-import functools
-import importlib.util
 from typing import Any
 
 from torch import nn
+from transformers import TrainerCallback, trainer
 
+from ..errors import ConfigError
 from ..runtime import Controller, controllers_of
 from ..runtime.penalty import add_penalty
+from .peft.drive import rank_summary
 
 
-@functools.cache
-def callback_class() -> type:
-    """The callback; built on first use, so that importing the library does not import the Trainer."""
-    from transformers.trainer_callback import TrainerCallback
+class IncreLoraCallback(TrainerCallback):
+    """Run length at the start; the penalty's gradient before the first micro-batch of each step; ranks in the logs.
 
-    class IncreLoraCallback(TrainerCallback):
-        """Run length at the start; the penalty's gradient before the first micro-batch of each step; ranks in the logs.
+    The Trainer calls default callbacks before those of `report_to`: what is added to `logs` here reaches all."""
 
-        The Trainer calls default callbacks before those of `report_to`: what is added to `logs` here reaches all."""
+    def __init__(self) -> None:
+        self.controllers: list[Controller] = []
 
-        def __init__(self) -> None:
-            self.controllers: list[Controller] = []
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any) -> None:
+        self.controllers = [c for c in controllers_of(model) if any(p.requires_grad for p in c.parameters())]
+        for controller in self.controllers:
+            controller.expect(total_steps=state.max_steps, start=state.global_step)
+            controller.attach(getattr(optimizer, "optimizer", optimizer))
 
-        def on_train_begin(
-            self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any
-        ) -> None:
-            self.controllers = [c for c in controllers_of(model) if any(p.requires_grad for p in c.parameters())]
-            for controller in self.controllers:
-                controller.expect(total_steps=state.max_steps, start=state.global_step)
-                controller.attach(getattr(optimizer, "optimizer", optimizer))
+    def on_step_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
+        scaler = getattr(optimizer, "scaler", None)
+        for controller in self.controllers:
+            controller.begin_step(state.global_step)
+            rule = controller.method.penalty
+            if rule and rule.place == "before_clipping" and not controller.penalty_given:
+                add_penalty(controller.deltas, rule, scale=scaler.get_scale() if scaler else 1.0)
+                controller.penalty_given = True
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
-            scaler = getattr(optimizer, "scaler", None)
-            for controller in self.controllers:
-                controller.begin_step(state.global_step)
-                rule = controller.method.penalty
-                if rule and rule.place == "before_clipping" and not controller.penalty_given:
-                    add_penalty(controller.deltas, rule, scale=scaler.get_scale() if scaler else 1.0)
-                    controller.penalty_given = True
-
-        def on_log(self, args: Any, state: Any, control: Any, *, model: Any, logs: dict[str, float], **kw: Any) -> None:
-            if "loss" in logs:  # not what is logged of evaluations, nor the summary at the end
-                logs.update(rank_scalars(model))
-
-    return IncreLoraCallback
+    def on_log(self, args: Any, state: Any, control: Any, *, model: Any, logs: dict[str, float], **kw: Any) -> None:
+        if "loss" in logs:  # not what is logged of evaluations, nor the summary at the end
+            logs.update(rank_scalars(model))
 
 
 def rank_scalars(model: nn.Module) -> dict[str, float]:
     """Mean active rank per module, active parameters in LoRA form, and the share of the budget that is used, 0 to 1;
     nothing where no adapter of ours is active."""
-    from .peft.drive import rank_summary
-    from .peft.layer import AdapterLayer
-
-    layers = (m for m in model.modules() if isinstance(m, AdapterLayer))
-    if not any(name in layer.lora_delta for layer in layers for name in layer.active_adapters):
+    try:
+        ranks = rank_summary(model)
+    except ConfigError:
         return {}
-    ranks = rank_summary(model)
     target, used = ranks.budget_ranks, ranks.active
     if target is None:
         target, used = ranks.budget_parameters, ranks.parameters
@@ -69,17 +58,7 @@ def rank_scalars(model: nn.Module) -> dict[str, float]:
     return scalars | ({"budget/used": used / target} if target else {})
 
 
-def __getattr__(name: str) -> Any:
-    if name == "IncreLoraCallback":
-        return callback_class()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 def install() -> None:
-    """Add the callback to the Trainer's defaults, once; nothing happens without transformers' Trainer."""
-    if importlib.util.find_spec("accelerate") is None:  # the Trainer cannot be imported without it
-        return
-    from transformers import trainer
-
-    if callback_class() not in trainer.DEFAULT_CALLBACKS:
-        trainer.DEFAULT_CALLBACKS.append(callback_class())
+    """Add the callback to the Trainer's defaults, once."""
+    if IncreLoraCallback not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(IncreLoraCallback)

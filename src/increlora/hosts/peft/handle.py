@@ -10,7 +10,6 @@ from ...deltas.inputs import as_json
 from ...methods import Site
 from ...rules import holding_of
 from ...runtime import Controller, register
-from .. import transformers as trainer_host
 from .bases import check_readable
 
 SHARED = "shared_factors"  # attribute of the model with what all modules of an adapter share
@@ -82,6 +81,8 @@ class Handle:
 
     def drive(self) -> None:
         """Give the adapter its controller, if its method needs one."""
+        from .. import transformers as trainer_host  # not before there is an adapter: it imports what Trainers need
+
         trainer_host.install()
         if self.method.adaptive and self.deltas:
             self.controller = Controller(self.method, self.blocks, on_change=self.describe)

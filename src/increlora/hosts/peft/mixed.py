@@ -5,7 +5,6 @@ The names travel to the adapter layers as a keyword argument of their forward pa
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -36,11 +35,17 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Iterable[
     encoder = get_encoder()  # models that are no encoder-decoder may give themselves
     in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else set()
     repeated = [name for name in adapter_names for _ in range(copies)]
+
+    def pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        names = list(adapter_names) if module in in_encoder else repeated
+        if isinstance(module, ModulesToSaveWrapper):  # an adapter without this module of its own uses the base's
+            names = [name if name in module.modules_to_save else BASE for name in names]
+        return args, {**kwargs, "adapter_names": names}
+
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-                hook = partial(pass_names, list(adapter_names) if module in in_encoder else repeated)
-                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_pre_hook(pass_names, with_kwargs=True).remove)
         yield
 
 
@@ -49,13 +54,6 @@ def copies_of(kwargs: Mapping[str, Any]) -> int:
     config = kwargs.get("generation_config")
     names = ("num_beams", "num_return_sequences")
     return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
-
-
-def pass_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A forward pre-hook that adds `adapter_names` to the arguments."""
-    if isinstance(module, ModulesToSaveWrapper):  # an adapter without this module of its own uses the base's
-        names = [name if name in module.modules_to_save else BASE for name in names]
-    return args, {**kwargs, "adapter_names": names}
 
 
 def check_mixed(place: str, examples: int, adapter_names: Sequence[str], *, merged: bool) -> None:
