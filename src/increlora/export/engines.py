@@ -15,11 +15,11 @@ from ..errors import CheckpointError, ConfigError
 from ..hosts.peft.config import CONFIGS
 from ..naming import nearest
 from .lora_format import (
+    PAIRS,
     Config,
     changes_base,
     configured_rank,
     configured_scale,
-    is_whole,
     read_config,
     read_shapes,
     split,
@@ -176,9 +176,10 @@ def read_folder(path: Path) -> Folder:
     """What the folder holds. Raises CheckpointError if it is no whole adapter."""
     config = read_config(path)
     parts, others = split(read_shapes(path)[0])
-    if config.get("peft_type") == "LORA" and not all(is_whole(part) for part in parts.values()):
+    whole = {name: part for name, part in parts.items() if tuple(part) in PAIRS}
+    if config.get("peft_type") == "LORA" and len(whole) < len(parts):
         raise CheckpointError(f"{path}: some lora_A has no lora_B, or the reverse; the adapter is damaged")
-    shapes = {name: next(iter(part.values())) for name, part in parts.items() if is_whole(part)}
+    shapes = {name: next(iter(part.values())) for name, part in whole.items()}  # of A
     convolutions = [f"{name}.lora_A.weight" for name, shape in shapes.items() if len(shape) != 2]
     rows = {name: shape[0] for name, shape in shapes.items() if len(shape) == 2}
     embeddings = [name for name in shapes if ".lora_embedding_A" in parts[name]]

@@ -32,6 +32,7 @@ Config = Mapping[str, Any]
 T = TypeVar("T")
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+PAIRS = (LINEAR, EMBEDDING)
 TRIPLETS = (".lora_A", ".lora_B", ".lora_E")
 ADALORA_EPSILON = 1e-5
 # What describes an adapter without touching its function; copied to whatever is made from it.
@@ -158,18 +159,15 @@ def read_shapes(folder: Path) -> tuple[dict[str, Shape], dict[str, str]]:
 def split(
     state: Mapping[str, T], endings: tuple[str, ...] = LINEAR + EMBEDDING
 ) -> tuple[dict[str, dict[str, T]], dict[str, T]]:
-    """Factors by module and ending, linear maps first, and what is no factor by name; both without peft's prefix."""
+    """Factors by module and ending, linear maps first, and what is no factor by name; both without peft's prefix.
+
+    A module with both factors has a part with the endings of one of `PAIRS`, in this order."""
     parts: dict[str, dict[str, T]] = {}
     for ending in endings:
         for key, value in state.items():
             if key.endswith(ending):
                 parts.setdefault(key.removeprefix(PREFIX).removesuffix(ending), {})[ending] = value
     return parts, {key.removeprefix(PREFIX): value for key, value in state.items() if not key.endswith(endings)}
-
-
-def is_whole(part: Mapping[str, Any]) -> bool:
-    """Does a part that `split` found have both factors?"""
-    return tuple(part) in (LINEAR, EMBEDDING)
 
 
 def to_tensors(name: str, A: Tensor, B: Tensor, inputs: Inputs) -> dict[str, Tensor]:
@@ -201,7 +199,7 @@ def read_factors(
     for name, part in parts.items():
         if adalora:
             factors[name] = from_triplets(config, part, f"{where}: {name}")
-        elif is_whole(part):
+        elif tuple(part) in PAIRS:
             A, B, inputs[name] = from_tensors(part, configured_rank(config, name), f"{where}: {name}")
             factors[name] = A, B * configured_scale(config, name)
     strange = next((key for key in others if ".lora_" in key or "trainable_tokens" in key), None)

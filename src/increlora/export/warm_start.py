@@ -2,7 +2,6 @@
 
 import itertools
 import os
-from collections.abc import Mapping
 
 import torch
 from peft import PeftModel
@@ -43,9 +42,10 @@ def warm_start(
     handle = handle_of(model, name)
     deltas = fresh_deltas(model, name)
     given = read_adapter(source)
-    check_shapes(given, deltas)
-    ranks = {n: given.factors[n][0].shape[0] if n in given.factors else 0 for n in deltas}
-    counts = {n: blocks_for(n, delta, ranks[n]) for n, delta in deltas.items()}
+    for n in given.factors:
+        if n not in deltas:
+            raise ConfigError(f"the source adapts {n}, this adapter does not: add it to `target_modules`")
+    counts = {n: blocks_for(n, delta, given.factors.get(n)) for n, delta in deltas.items()}
     held = [Holding(n, sum(d.sizes[: counts[n]]), tuple(d.sizes[counts[n] :]), d.cost) for n, d in deltas.items()]
     check_growth(held, handle.budget)
     saved = saved_tensors(model, name, given)
@@ -72,18 +72,13 @@ def fresh_deltas(model: nn.Module, adapter: str) -> dict[str, BlockDelta]:
     return deltas
 
 
-def check_shapes(given: Adapter, deltas: Mapping[str, BlockDelta]) -> None:
-    """Raise ConfigError unless every module of the source has its place here."""
-    for name, (A, B) in given.factors.items():
-        if name not in deltas:
-            raise ConfigError(f"the source adapts {name}, this adapter does not: add it to `target_modules`")
-        here, there = (deltas[name].in_features, deltas[name].out_features), (A.shape[1], B.shape[0])
+def blocks_for(name: str, delta: BlockDelta, pair: tuple[Tensor, Tensor] | None) -> int:
+    """How many of the first blocks hold (A, B), at least one. Raises ConfigError if they do not fit."""
+    rank = 0
+    if pair is not None:
+        rank, here, there = len(pair[0]), (delta.in_features, delta.out_features), (pair[0].shape[1], len(pair[1]))
         if here != there:
             raise ConfigError(f"{name} maps {here} (in, out), in the source {there}: it belongs to another model")
-
-
-def blocks_for(name: str, delta: BlockDelta, rank: int) -> int:
-    """How many of the first blocks hold this rank, at least one."""
     for count, total in enumerate(itertools.accumulate(delta.sizes), start=1):
         if total >= rank:
             return count
