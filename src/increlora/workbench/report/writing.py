@@ -14,8 +14,7 @@ from markupsafe import Markup
 
 from ...files import write_text
 from .charts import Chart, Figure
-from .comparison import compared
-from .figures import FIGURES
+from .figures import FIGURES, compared
 from .reading import Run
 from .summary import comparison_table, facts, made_with, module_rows, tiles
 from .tables import spent_at

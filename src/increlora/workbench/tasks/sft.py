@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...errors import TaskError
 from .base import VALIDATION_SEED, Example, Task, TaskOptions
-from .causal import IGNORED, causal_loss, ending, opening, right_padding, token_ids
+from .causal import IGNORED, borders, causal_loss, right_padding, token_ids
 from .files import Rows, read_splits
 
 LAYOUTS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
@@ -29,20 +29,19 @@ Pair = tuple[str, str]  # prompt and response
 def sft_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
     """The task, tokenized; its limits count rows, before some are left out.
 
-    Raises: TaskError without `options.data`, without known columns, or if no pair fits into `options.max_length`."""
-    if options.data is None:
-        raise TaskError("task sft trains on your pairs: name a file or folder by --data")
+    Raises: TaskError without data, without known columns, or if no pair fits into `options.max_length`."""
     splits, notes = read_splits(options.data), Counter[str]()
-    train, validation = splits.rows()
-    train = train.sample(options.max_train_samples, options.seed)
-    validation = validation.sample(options.max_eval_samples, VALIDATION_SEED)
-    examples = [fitting(tokenizer, rows, options.max_length, notes) for rows in (train, validation)]
+    drawn = ((options.max_train_samples, options.seed), (options.max_eval_samples, VALIDATION_SEED))
+    train, validation = (
+        fitting(tokenizer, rows.sample(*limit), options.max_length, notes)
+        for rows, limit in zip(splits.rows(), drawn, strict=True)
+    )
     return Task(
         name="sft",
         metric="eval_loss",
         source=", ".join([splits.source, *(f"{count} {note}" for note, count in notes.items() if count)]),
-        train=examples[0],
-        validation=examples[1],
+        train=train,
+        validation=validation,
         collate=right_padding(tokenizer),
         measure=causal_loss,
         higher_is_better=False,
@@ -80,13 +79,11 @@ def read_pairs(rows: Rows) -> list[Pair]:
     with_context = layout[0] == "instruction" and CONTEXT in rows.table.column_names
     columns = (*layout, CONTEXT) if with_context else layout
     for column in columns:
-        rows.require_text(column)
-    texts = [[text or "" for text in rows.column(column)] for column in columns]
-    if not with_context:
-        return list(zip(*texts, strict=True))
+        rows.check(column, nulls=True)
+    texts = zip(*([text or "" for text in rows.column(column)] for column in columns), strict=True)
     return [
-        (prompt + BLANK_LINE + context if context.strip() else prompt, response)
-        for prompt, response, context in zip(*texts, strict=True)
+        ("".join([prompt, *(BLANK_LINE + text for text in context if text.strip())]), response)
+        for prompt, response, *context in texts
     ]
 
 
@@ -97,7 +94,7 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> list[tup
     if tokenizer.chat_template:
         start, end, pairs = [], [], [chat(tokenizer, *pair) for pair in pairs]
     else:
-        start, end = opening(tokenizer), ending(tokenizer)
+        start, end = borders(tokenizer)
         pairs = [(prompt + BLANK_LINE, response) for prompt, response in pairs]
     prompts, responses = (token_ids(tokenizer, [pair[i] for pair in pairs]) for i in (0, 1))
     return [(start, prompt, response + end) for prompt, response in zip(prompts, responses, strict=True)]

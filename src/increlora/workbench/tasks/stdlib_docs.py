@@ -26,7 +26,7 @@ from typing import NamedTuple
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ...errors import TaskError
-from .base import VALIDATION_SEED, Example, Task, TaskOptions, accuracy, encoded_rows
+from .base import VALIDATION_SEED, Task, TaskOptions, accuracy, encoded
 
 SKIPPED_FOLDERS = frozenset(
     "__pycache__ dist-packages idle_test lib2to3 pydoc_data site-packages test tests turtledemo".split()
@@ -50,25 +50,24 @@ class Pair(NamedTuple):
 
 
 def stdlib_docs_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
-    """The task, tokenized. Raises TaskError if this Python comes without its library's sources, or for `data`."""
-    if options.data is not None:
-        raise TaskError(f"--data {options.data}: stdlib-docs reads the running Python's own library; leave it out")
-    train, validation = load_pairs(seed=options.seed)
+    """The task, tokenized. Raises TaskError if this Python comes without its library's sources."""
+    train, validation = (
+        encoded(
+            tokenizer, [p.signature for p in pairs[:limit]], [p.summary for p in pairs[:limit]],
+            labels=[p.label for p in pairs[:limit]], max_length=options.max_length,
+        )
+        for pairs, limit in zip(load_pairs(seed=options.seed), options.limits, strict=True)
+    )  # fmt: skip
     return Task(
         name="stdlib-docs",
         metric="accuracy",
         source=f"standard library of {platform.python_implementation()} {platform.python_version()}",
-        train=encoded(tokenizer, train[: options.max_train_samples], options.max_length),
-        validation=encoded(tokenizer, validation[: options.max_eval_samples], options.max_length),
+        train=train,
+        validation=validation,
         collate=DataCollatorWithPadding(tokenizer),
         measure=accuracy,
         baseline={"accuracy": 0.5},
     )
-
-
-def encoded(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int) -> list[Example]:
-    texts = [p.signature for p in pairs], [p.summary for p in pairs]
-    return encoded_rows(tokenizer(*texts, truncation=True, max_length=max_length), [p.label for p in pairs])
 
 
 def load_pairs(root: Path | None = None, *, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
