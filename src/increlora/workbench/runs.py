@@ -42,8 +42,6 @@ class RunFolder:
         check_format(self.path, found, "give another --out")
         return found
 
-    # -- a new run -----------------------------------------------------------------------------------------------
-
     def check_free(self, *, overwrite: bool) -> None:
         """May a new run start here? Raises RunFolderError if a run, or anything foreign, is in the way."""
         if self.path.exists() and not self.path.is_dir():
@@ -67,8 +65,6 @@ class RunFolder:
         self.write_state(state)
         write_text(self.path / "config.toml", config)
 
-    # -- resuming ------------------------------------------------------------------------------------------------
-
     def config(self) -> Path:
         """Settings file of the run that is here. Raises RunFolderError if there is no run, or none to continue."""
         state = self.state()
@@ -90,8 +86,6 @@ class RunFolder:
         """Cut a .jsonl file back to the rows with step < `before`."""
         kept = [row for row in self.rows(name) if row["step"] < before]
         write_text(self.path / name, "".join(map(json_line, kept)))
-
-    # -- reading and writing -------------------------------------------------------------------------------------
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         write_text(self.path / "run.json", json.dumps(finite({"format": FORMAT, **state}), indent=2) + "\n")

@@ -155,9 +155,13 @@ def curves(
     found = [row | {"run": run.label} for run in runs for row in rows(run)]
     if not found:
         return None
-    return chart(found, width=WIDTH - 140, height=200).mark_line(strokeWidth=2, **mark).encode(
-        alt.X("step:Q", title="training step", axis=alt.Axis(grid=False, tickMinStep=1)),
-        alt.Y("value:Q", title=title, scale=alt.Scale(zero=zero)),
-        categories("run", [run.label for run in runs], None),
-        tooltip=["run:N", "step:Q", "value:Q"],
+    return (
+        chart(found, width=WIDTH - 140, height=200)
+        .mark_line(strokeWidth=2, **mark)
+        .encode(
+            alt.X("step:Q", title="training step", axis=alt.Axis(grid=False, tickMinStep=1)),
+            alt.Y("value:Q", title=title, scale=alt.Scale(zero=zero)),
+            categories("run", [run.label for run in runs], None),
+            tooltip=["run:N", "step:Q", "value:Q"],
+        )
     )

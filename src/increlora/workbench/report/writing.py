@@ -5,6 +5,7 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ...files import write_text
 from .charts import Chart, Figure
 from .figures import FIGURES, compared
 from .reading import Run
-from .summary import comparison_table, facts, made_with, module_rows, tiles
+from .summary import comparison_table, facts, module_rows, tiles
 from .tables import spent_at
 
 PRINT_INK = "#1c2024"
@@ -26,14 +27,16 @@ PIXELS = 2  # per CSS pixel in PNG files
 
 def write_report(runs: Sequence[Run], out: Path, *, command: str) -> None:
     """One self-contained page on these runs; it asks nothing of the network and runs no script but its own."""
-    several = compared(runs) if len(runs) > 1 else []
+    several = len(runs) > 1
     charts: dict[str, Any] = {}
     page = {
-        "title": runs[0].label if len(runs) == 1 else f"{len(runs)} runs",
+        "title": f"{len(runs)} runs" if several else runs[0].label,
         "table": comparison_table(runs) if several else None,
-        "compared": [placed(f"all-{figure.name}", figure, figure.draw(runs), charts) for figure in several],
+        "compared": placed("all", compared(runs), runs, charts) if several else [],
         "runs": [section(run, f"run{i}", charts) for i, run in enumerate(runs)],
-        "made": made_with(command),
+        "command": command,
+        "versions": f"increlora {version('increlora')}, altair {version('altair')}, "
+        f"vl-convert {version('vl-convert-python')}, vega {vl_convert.get_vega_version()}",
         "charts": charts,
     }
     write_text(out, rendered(page))
@@ -72,29 +75,26 @@ def themed(chart: Chart, *, ink: str, background: str) -> dict[str, Any]:
     )
 
 
-# -- the page --------------------------------------------------------------------------------------------------------
-
-
 def section(run: Run, key: str, charts: dict[str, Any]) -> Mapping[str, Any]:
     """What the template shows of one run; its charts are added to `charts`."""
-    spent = spent_at(run) is not None
     return {
         "run": run,
         "key": key,
         "status": str(run.get("status") or "unknown"),
         "tiles": tiles(run),
-        "figures": [
-            placed(f"{key}-{f.name}", f, f.draw(run), charts) | {"marked": f.marked and spent} for f in FIGURES
-        ],
+        "spent": spent_at(run) is not None,
+        "figures": placed(key, FIGURES, run, charts),
         "modules": module_rows(run),
         "facts": facts(run),
     }
 
 
-def placed(key: str, figure: Figure, drawn: Chart | None, charts: dict[str, Any]) -> dict[str, Any]:
-    if drawn is not None:
-        charts[key] = themed(drawn, ink="currentColor", background="transparent")
-    return {"key": key, "title": figure.title, "caption": figure.caption, "missing": drawn is None, "marked": False}
+def placed(key: str, figures: Sequence[Figure], drawn: Any, charts: dict[str, Any]) -> list[tuple[str, Figure]]:
+    """(key, figure) of each of these figures of a run or several; those that can be drawn are added to `charts`."""
+    keys = [f"{key}-{figure.name}" for figure in figures]
+    found = {key: figure.draw(drawn) for key, figure in zip(keys, figures, strict=True)}
+    charts |= {k: themed(c, ink="currentColor", background="transparent") for k, c in found.items() if c is not None}
+    return list(zip(keys, figures, strict=True))
 
 
 @functools.cache
