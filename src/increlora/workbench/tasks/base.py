@@ -45,6 +45,11 @@ class TaskOptions:
             if (value := getattr(self, option)) is not None and value < 2:
                 raise TaskError(f"{option} is {value} but a sample needs 2 at least; raise it or leave it out")
 
+    @property
+    def draws(self) -> tuple[tuple[int | None, int], tuple[int | None, int]]:
+        """(limit, seed) of the training examples, and of the validation examples."""
+        return (self.max_train_samples, self.seed), (self.max_eval_samples, VALIDATION_SEED)
+
 
 @dataclass(frozen=True)
 class Task:

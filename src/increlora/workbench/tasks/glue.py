@@ -16,7 +16,7 @@ from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ...errors import TaskError
-from .base import VALIDATION_SEED, Batches, Task, TaskOptions, encoded, summary
+from .base import Batches, Task, TaskOptions, encoded, summary
 from .files import Rows, digest, names, read_rows, split_files
 
 HUB_NAME = "nyu-mll/glue"
@@ -96,10 +96,8 @@ def glue_task(name: str, tokenizer: PreTrainedTokenizerBase, options: TaskOption
     examples = {}
     for split, rows in splits.items():
         check_rows(rows, glue, f"glue/{name}")
-        train = split == "train"
-        limit = options.max_train_samples if train else options.max_eval_samples
-        rows = rows.sample(limit, options.seed if train else VALIDATION_SEED)
-        texts, labels = [rows.column(column) for column in glue.columns], rows.column("label")
+        drawn = rows.sample(*options.draws[split != "train"])
+        texts, labels = map(drawn.column, glue.columns), drawn.column("label")
         examples[split] = encoded(tokenizer, *texts, labels=labels, max_length=options.max_length)
     validation = examples["validation"]
     answers = np.array([example["labels"] for example in validation])

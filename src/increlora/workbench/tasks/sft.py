@@ -15,12 +15,14 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import TaskError
-from .base import VALIDATION_SEED, Example, Task, TaskOptions
+from .base import Example, Task, TaskOptions
 from .causal import IGNORED, borders, causal_loss, right_padding, token_ids
 from .files import Rows, read_splits
 
-LAYOUTS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
-CONTEXT = "input"  # Alpaca's third column, often empty
+LAYOUTS: tuple[tuple[str, ...], ...] = (
+    ("prompt", "response"), ("prompt", "completion"), ("instruction", "output", "input"), ("instruction", "output"),
+    ("question", "answer"),
+)  # fmt: skip
 BLANK_LINE = "\n\n"
 
 Pair = tuple[str, str]  # prompt and response
@@ -31,10 +33,9 @@ def sft_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
 
     Raises: TaskError without data, without known columns, or if no pair fits into `options.max_length`."""
     splits, notes = read_splits(options.data), Counter[str]()
-    drawn = ((options.max_train_samples, options.seed), (options.max_eval_samples, VALIDATION_SEED))
     train, validation = (
-        fitting(tokenizer, rows.sample(*limit), options.max_length, notes)
-        for rows, limit in zip(splits.rows(), drawn, strict=True)
+        fitting(tokenizer, rows.sample(*drawn), options.max_length, notes)
+        for rows, drawn in zip(splits.rows(), options.draws, strict=True)
     )
     return Task(
         name="sft",
@@ -63,26 +64,24 @@ def fitting(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, not
         asked = start + prompt[excess:]
         examples.append({"input_ids": asked + response, "labels": [IGNORED] * len(asked) + response})
     if not examples:
-        raise TaskError(
-            f"{rows.origin}: of {len(pairs)} rows, {len(pairs) - len(whole)} lack prompt or response and "
-            f"{len(whole)} do not fit into {max_length} tokens, so none is left; fill them or raise --max-length"
-        )
+        lacking = f"of {len(pairs)} rows, {len(pairs) - len(whole)} lack prompt or response"
+        remedy = f"and {len(whole)} do not fit into {max_length} tokens; fill them or raise --max-length"
+        raise TaskError(f"{rows.origin}: {lacking} {remedy}")
     return examples
 
 
 def read_pairs(rows: Rows) -> list[Pair]:
     """Prompts and responses as they are in the table; a null reads as an empty text."""
-    layout = next((pair for pair in LAYOUTS if set(pair) <= set(rows.table.column_names)), None)
-    if layout is None:
-        there, known = ", ".join(rows.table.column_names), " or ".join(" + ".join(pair) for pair in LAYOUTS)
-        raise TaskError(f"{rows.origin} has the columns {there}; sft reads {known}: rename two")
-    with_context = layout[0] == "instruction" and CONTEXT in rows.table.column_names
-    columns = (*layout, CONTEXT) if with_context else layout
+    there = rows.table.column_names
+    columns = next((layout for layout in LAYOUTS if set(layout) <= set(there)), None)
+    if columns is None:
+        known = " or ".join(" + ".join(layout) for layout in LAYOUTS if len(layout) == 2)
+        raise TaskError(f"{rows.origin} has the columns {', '.join(there)}; sft reads {known}: rename two")
     for column in columns:
         rows.check(column, nulls=True)
     texts = zip(*([text or "" for text in rows.column(column)] for column in columns), strict=True)
     return [
-        ("".join([prompt, *(BLANK_LINE + text for text in context if text.strip())]), response)
+        (BLANK_LINE.join([prompt, *(text for text in context if text.strip())]), response)
         for prompt, response, *context in texts
     ]
 
@@ -91,10 +90,10 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> list[tup
     """Per pair: what is never cut, the prompt, the response with its end.
 
     Prompt and response are tokenized each alone, as in generation, where the prompt is there first."""
+    start, end = ([], []) if tokenizer.chat_template else borders(tokenizer)
     if tokenizer.chat_template:
-        start, end, pairs = [], [], [chat(tokenizer, *pair) for pair in pairs]
+        pairs = [chat(tokenizer, *pair) for pair in pairs]
     else:
-        start, end = borders(tokenizer)
         pairs = [(prompt + BLANK_LINE, response) for prompt, response in pairs]
     prompts, responses = (token_ids(tokenizer, [pair[i] for pair in pairs]) for i in (0, 1))
     return [(start, prompt, response + end) for prompt, response in zip(prompts, responses, strict=True)]

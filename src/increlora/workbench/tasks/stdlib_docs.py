@@ -17,9 +17,9 @@ import platform
 import random
 import sysconfig
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,19 +51,16 @@ class Pair(NamedTuple):
 
 def stdlib_docs_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
     """The task, tokenized. Raises TaskError if this Python comes without its library's sources."""
-    train, validation = (
-        encoded(
-            tokenizer, [p.signature for p in pairs[:limit]], [p.summary for p in pairs[:limit]],
-            labels=[p.label for p in pairs[:limit]], max_length=options.max_length,
-        )
-        for pairs, limit in zip(load_pairs(seed=options.seed), options.limits, strict=True)
-    )  # fmt: skip
+    examples = []
+    for pairs, (limit, _) in zip(load_pairs(seed=options.seed), options.draws, strict=True):
+        _, *texts, labels = map(list, zip(*pairs[:limit], strict=True))
+        examples.append(encoded(tokenizer, *texts, labels=labels, max_length=options.max_length))
     return Task(
         name="stdlib-docs",
         metric="accuracy",
         source=f"standard library of {platform.python_implementation()} {platform.python_version()}",
-        train=train,
-        validation=validation,
+        train=examples[0],
+        validation=examples[1],
         collate=DataCollatorWithPadding(tokenizer),
         measure=accuracy,
         baseline={"accuracy": 0.5},
@@ -78,19 +75,19 @@ def load_pairs(root: Path | None = None, *, seed: int = 0) -> tuple[list[Pair], 
         seed: draws the training pairs and their order; the validation pairs do not depend on it.
     Raises: TaskError if `root` holds too little documented source."""
     root = root or Path(sysconfig.get_path("stdlib"))
-    train: list[Pair] = []
-    validation: list[Pair] = []
+    found: tuple[list[Pair], list[Pair]] = [], []
+    seeds = seed, VALIDATION_SEED
     for functions in documented_functions(root):
-        held_out = is_validation(functions[0].file)
-        rng = random.Random(f"{functions[0].file} {VALIDATION_SEED if held_out else seed}")
-        (validation if held_out else train).extend(with_swaps(functions, rng))
-    splits = alternating(train, random.Random(seed)), alternating(validation, random.Random(VALIDATION_SEED))
-    if len(train) + len(validation) < MIN_PAIRS or not all(splits):
+        file = functions[0].file
+        held_out = is_validation(file)
+        found[held_out].extend(with_swaps(functions, random.Random(f"{file} {seeds[held_out]}")))
+    train, validation = (alternating(pairs, random.Random(s)) for pairs, s in zip(found, seeds, strict=True))
+    if len(found[0]) + len(found[1]) < MIN_PAIRS or not (train and validation):
         raise TaskError(
-            f"{root}: gives {len(splits[0])} training and {len(splits[1])} validation pairs, too few; "
+            f"{root}: gives {len(train)} training and {len(validation)} validation pairs, too few; "
             f"use a Python that is installed with its library's sources (.py files)"
         )
-    return splits
+    return train, validation
 
 
 def is_validation(file: str) -> bool:
@@ -113,26 +110,23 @@ def alternating(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
     return [pair for both in zip(*by_label, strict=False) for pair in both]  # the few left over are dropped
 
 
-# -- the library's sources ---------------------------------------------------------------------------------------------
-
-
 @cache
 def documented_functions(root: Path) -> Sequence[Sequence[Pair]]:
     """The usable functions of every file under `root` that has enough of them, by file, in order of path.
 
     Left out: private names, summaries of fewer than three words, and whatever repeats a signature or summary of
     the same file, or a function and summary of another one."""
-    files: dict[str, list[Pair]] = defaultdict(list)
+    files: dict[str, list[Pair]] = {}
     seen: set[tuple[str, str]] = set()
     was_enabled = gc.isenabled()
     gc.disable()  # syntax trees have no cycles, and collecting takes half of the parsing time beside torch
     try:
-        for function in (function for path in sources(root) for function in read_functions(root, path)):
+        for function in chain.from_iterable(read_functions(root, path) for path in sources(root)):
             name = function.signature.partition("(")[0].split()[-1].rpartition(".")[2]
             summary = function.summary.casefold().rstrip(".")
             keys = {(function.file, function.signature), (function.file, summary), (name, summary)}
             if not keys & seen:
-                files[function.file].append(function)
+                files.setdefault(function.file, []).append(function)
             seen |= keys
     finally:
         if was_enabled:
@@ -157,8 +151,7 @@ def read_functions(root: Path, path: Path) -> Iterator[Pair]:
         return  # the library holds a few files that are broken on purpose
     for owner, node in functions_in(tree.body):
         summary = (ast.get_docstring(node) or "").strip().partition("\n")[0].strip()
-        usable = summary[:1].isalpha() and len(summary.split()) >= MIN_WORDS and not node.name.startswith("_")
-        if usable:
+        if summary[:1].isalpha() and len(summary.split()) >= MIN_WORDS and not node.name.startswith("_"):
             yield Pair(file, f"def {owner}{node.name}({ast.unparse(node.args)})", summary)
 
 
