@@ -51,10 +51,8 @@ class RunFolder:
             raise RunFolderError(f"{self.path} holds files but no run of increlora; give another --out")
         if state is not None and not overwrite:
             resume = "continue it with --resume, " if state["status"] in UNFINISHED else ""
-            raise RunFolderError(
-                f"{self.path} already holds a run ({state['status']}); "
-                f"{resume}replace it with --overwrite, or give another --out"
-            )
+            remedy = f"{resume}replace it with --overwrite, or give another --out"
+            raise RunFolderError(f"{self.path} already holds a run ({state['status']}); {remedy}")
 
     def create(self, config: str, state: Mapping[str, Any], *, overwrite: bool) -> None:
         """Start a run: remove the files of the one before (where allowed), write run.json and config.toml."""

@@ -43,10 +43,10 @@ class Run:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
-    def number(self, *keys: str) -> float | None:
-        """The same if it is a finite number, else None."""
+    def number(self, *keys: str, otherwise: float | None = None) -> float | None:
+        """The same if it is a finite number, else `otherwise`."""
         value = self.get(*keys)
-        return value if is_number(value) else None
+        return value if is_number(value) else otherwise
 
     def column(self, name: Any) -> list[Any]:
         """The values of a column of metrics.jsonl; none if `name` is none of its names."""

@@ -35,25 +35,19 @@ def memory(run: Run) -> str:
     return NONE if peak is None else f"{peak / 2**20:,.0f} MiB"
 
 
-def number(run: Run, *keys: str, otherwise: float | None = None) -> float | None:
-    """A number of run.json; `otherwise` where it is missing, as in a run that has not finished."""
-    found = run.number(*keys)
-    return otherwise if found is None else found
-
-
 def measured(run: Run) -> dict[str, float | None]:
     """The metric before, after and best."""
     values = run.column(run.get("metric", "name"))
     before = values[0] if values and run.metrics[0]["step"] == 0 else None
     so_far = {"before": before, "after": values[-1] if values else None, "best": None}
-    return {key: number(run, "metric", key, otherwise=value) for key, value in so_far.items()}
+    return {key: run.number("metric", key, otherwise=value) for key, value in so_far.items()}
 
 
 def live(run: Run) -> dict[str, float | None]:
     """Adapter parameters at peak and on average."""
     found = run.column("parameters")
     so_far = {"peak": max(found, default=None), "average": sum(found) / len(found) if found else None}
-    return {key: number(run, "budget", f"parameters_{key}", otherwise=value) for key, value in so_far.items()}
+    return {key: run.number("budget", f"parameters_{key}", otherwise=value) for key, value in so_far.items()}
 
 
 def used(run: Run, name: str) -> float | None:
@@ -65,8 +59,7 @@ def used(run: Run, name: str) -> float | None:
 def tiles(run: Run) -> list[Mapping[str, str]]:
     """The figures to see first: {"name", "value", "more"}."""
     found, parameters = measured(run), live(run)
-    so_far = max(run.column("seconds"), default=0 if run.metrics else None)
-    time = number(run, "seconds", "train", otherwise=so_far)
+    time = run.number("seconds", "train", otherwise=max(run.column("seconds"), default=0 if run.metrics else None))
     ranks = [end for _, _, end in module_rows(run)]
     spread = f"{min(ranks)} to {max(ranks)} per module, {len(ranks)} modules" if ranks else ""
     return [
@@ -94,22 +87,6 @@ def module_rows(run: Run) -> list[tuple[str, int, int]]:
     """(module, rank at the start, rank now), the highest rank first."""
     changes = tables.rank_changes(run)
     return sorted(((name, v[0][1], v[-1][1]) for name, v in changes.items()), key=lambda row: -row[2])
-
-
-def facts(run: Run) -> list[tuple[str, str]]:
-    """How the run was made, beside its command: (what, value)."""
-    own = {
-        "method": run.get("method"),
-        "task": run.get("task"),
-        "data": run.get("source"),
-        "model": run.get("meta_info", "model_info", "name"),
-        "seed": run.get("seed"),
-        "started": run.get("run_info", "created_at"),
-        "folder": str(run.path),
-    }
-    environment = run.get("environment")
-    own |= environment if isinstance(environment, Mapping) else {}
-    return [(str(key), str(value)) for key, value in own.items() if value is not None]
 
 
 def comparison_table(runs: Sequence[Run]) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from ...files import write_text
 from .charts import Chart, Figure
 from .figures import FIGURES, compared
 from .reading import Run
-from .summary import comparison_table, facts, module_rows, tiles
+from .summary import comparison_table, module_rows, tiles
 from .tables import spent_at
 
 PRINT_INK = "#1c2024"
@@ -39,7 +39,7 @@ def write_report(runs: Sequence[Run], out: Path, *, command: str) -> None:
     environment = Environment(
         loader=PackageLoader(str(__package__), "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.globals |= {"tiles": tiles, "module_rows": module_rows, "facts": facts, "spent_at": spent_at}
+    environment.globals |= {"tiles": tiles, "module_rows": module_rows, "spent_at": spent_at}
     page = environment.get_template("page.html").render(
         runs=runs,
         title=f"{len(runs)} runs" if together else runs[0].label,

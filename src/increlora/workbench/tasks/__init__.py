@@ -59,7 +59,7 @@ UUID_KIND = TaskKind(
 
 TASKS: dict[str, TaskKind] = {
     "stdlib-docs": TaskKind(stdlib_docs_task, own_data="reads the running Python's own library"),
-    **{f"glue/{n}": TaskKind(partial(glue_task, n), num_labels=g.num_labels) for n, g in GLUE.items()},
+    **{f"glue/{n}": TaskKind(partial(glue_task, n), num_labels=len(g.labels) or 1) for n, g in GLUE.items()},
     "lm": TaskKind(lm_task, "causal"),
     "sft": TaskKind(sft_task, "causal"),
     "planted": TaskKind(

@@ -126,32 +126,30 @@ def read_table(path: Path) -> pa.Table:
     kind = path.suffix.lower()
     if kind == ".parquet":
         return parquet.read_table(path)
+    rows: Any = []
+    place = str(path)
     try:
         text = path.read_text(encoding="utf-8")
+        if kind == ".json":
+            rows = json.loads(text)
+        elif kind == ".jsonl":
+            for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut inside strings
+                place = f"{path}, line {number}"
+                rows += [json.loads(line)] if line.strip() else []
+        else:
+            rows = [{"text": text}]
     except UnicodeDecodeError as error:
         raise TaskError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
-    if kind == ".json":
-        rows = parsed(text, str(path))
-        if not isinstance(rows, list):
-            raise TaskError(f"{path} holds a JSON {type(rows).__name__}, not a list of rows; write [{{…}}, {{…}}]")
-    elif kind == ".jsonl":
-        lines = enumerate(text.split("\n"), 1)  # splitlines would also cut inside strings
-        rows = [parsed(line, f"{path}, line {number}") for number, line in lines if line.strip()]
-    else:
-        rows = [{"text": text}]
+    except json.JSONDecodeError as error:
+        remedy = "correct it, or give a text another ending, like .txt"
+        raise TaskError(f"{place}: is not JSON ({error}); {remedy}") from error
+    if not isinstance(rows, list):
+        raise TaskError(f"{path} holds a JSON {type(rows).__name__}, not a list of rows; write [{{…}}, {{…}}]")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise TaskError(f"{path}: row {number} is {str(row)[:40]!r}, not an object with named columns; correct it")
     columns = dict.fromkeys(chain.from_iterable(rows))  # of all rows: the first one may leave some out
     return pa.table({name: [row.get(name) for row in rows] for name in columns})
-
-
-def parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        remedy = "correct it, or give a text another ending, like .txt"
-        raise TaskError(f"{place}: is not JSON ({error}); {remedy}") from error
 
 
 def held_out(rows: Any) -> tuple[Any, Any]:

@@ -40,10 +40,6 @@ class Glue:
     validation_size: int
     metrics: tuple[str, ...] = ("accuracy",)
 
-    @property
-    def num_labels(self) -> int:
-        return len(self.labels) or 1
-
     def score(self, labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
         """The metrics of predictions (n,) against labels (n,), n ≥ 1, under the names of the `evaluate` library.
 
@@ -68,7 +64,7 @@ class Glue:
 
     def baseline(self, labels: np.ndarray) -> dict[str, float]:
         """The best that one answer for all reaches, by metric: the majority's accuracy, the F1 of always 1, or 0."""
-        answers = [self.score(labels, np.full_like(labels, answer)) for answer in range(self.num_labels)]
+        answers = [self.score(labels, np.full_like(labels, answer)) for answer in range(len(self.labels) or 1)]
         return {name: max(answer[name] for answer in answers) for name in self.metrics}
 
 

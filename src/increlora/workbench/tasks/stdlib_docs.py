@@ -80,7 +80,13 @@ def load_pairs(root: Path | None = None, *, seed: int = 0) -> tuple[list[Pair], 
     for functions in documented_functions(root):
         file = functions[0].file
         held_out = is_validation(file)
-        found[held_out].extend(with_swaps(functions, random.Random(f"{file} {seeds[held_out]}")))
+        rng = random.Random(f"{file} {seeds[held_out]}")
+        shuffled = rng.sample(functions, len(functions))
+        cut = (len(shuffled) + rng.randrange(2)) // 2
+        false = shuffled[cut:]  # half the functions keep their summaries, these pass theirs on in a circle
+        swapped = zip(false, false[1:] + false[:1], strict=True)
+        found[held_out] += shuffled[:cut]
+        found[held_out] += [one._replace(summary=other.summary, label=0) for one, other in swapped]
     train, validation = (alternating(pairs, random.Random(s)) for pairs, s in zip(found, seeds, strict=True))
     if len(found[0]) + len(found[1]) < MIN_PAIRS or not (train and validation):
         raise TaskError(
@@ -93,15 +99,6 @@ def load_pairs(root: Path | None = None, *, seed: int = 0) -> tuple[list[Pair], 
 def is_validation(file: str) -> bool:
     """Whether a file's functions are held out; depends on its path in the library alone."""
     return int(hashlib.sha256(file.encode()).hexdigest(), 16) % VALIDATION_SHARE == 0
-
-
-def with_swaps(functions: Sequence[Pair], rng: random.Random) -> list[Pair]:
-    """Half the functions keep their summaries, the other half pass theirs on in a circle."""
-    shuffled = rng.sample(functions, len(functions))
-    cut = (len(shuffled) + rng.randrange(2)) // 2
-    false = shuffled[cut:]
-    swapped = zip(false, false[1:] + false[:1], strict=True)
-    return shuffled[:cut] + [one._replace(summary=other.summary, label=0) for one, other in swapped]
 
 
 def alternating(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:

@@ -74,11 +74,8 @@ def uuid_task(tokenizer: None, options: TaskOptions, *, value_only: bool = False
 def draw_pairs(count: int, seed: int | str) -> list[Pair]:
     """Independent version-4 UUIDs, two by two; `seed` alone decides, and more pairs begin with the same ones."""
     rng = random.Random(seed)
-
-    def draw() -> str:
-        return str(UUID(int=rng.getrandbits(128), version=4))
-
-    return [(draw(), draw()) for _ in range(count)]
+    drawn = (str(UUID(int=rng.getrandbits(128), version=4)) for _ in range(2 * count))
+    return list(zip(drawn, drawn, strict=True))
 
 
 def examples(pairs: Sequence[Pair], *, value_only: bool = False) -> list[Example]:
