@@ -102,18 +102,15 @@ SETTINGS = ("method", "task", "seed", "status", "metric")
 
 def line(run: Run) -> Mapping[str, str]:
     """A run in a table of several."""
-    settings = {name: NONE if run.get(name) is None else str(run.get(name)) for name in SETTINGS}
-    return (
-        {"run": run.label}
-        | settings
-        | {
-            "metric": str(run.get("metric", "name") or NONE),
-            **{name: metric(value) for name, value in measured(run).items()},
-            "ranks": of(used(run, "ranks"), run.number("budget", "ranks_target")),
-            "parameters": shown(used(run, "parameters")),
-            "on average": shown(live(run)["average"]),
-            "at peak": shown(live(run)["peak"]),
-            "time": seconds(run.number("seconds", "train")),
-            "memory": memory(run),
-        }
-    )
+    return {
+        "run": run.label,
+        **{name: NONE if run.get(name) is None else str(run.get(name)) for name in SETTINGS},
+        "metric": str(run.get("metric", "name") or NONE),
+        **{name: metric(value) for name, value in measured(run).items()},
+        "ranks": of(used(run, "ranks"), run.number("budget", "ranks_target")),
+        "parameters": shown(used(run, "parameters")),
+        "on average": shown(live(run)["average"]),
+        "at peak": shown(live(run)["peak"]),
+        "time": seconds(run.number("seconds", "train")),
+        "memory": memory(run),
+    }

@@ -35,7 +35,7 @@ class TaskKind:
         build: (tokenizer, options) → task.
         model: a backbone under a fresh head (`classifier`), a language model (`causal`), or the task's `own` small net.
         num_labels: outputs of the head, 1 for a regression.
-        net, outline: of an `own` net: (seed) → the net that is trained; () → a net of its shapes, with any values.
+        net: (seed) → the task's `own` net.   outline: () → a net of its shapes with any values, if that is quicker.
         own_data: what is said to who names `data`, of a task that has its own; other tasks read it.
     """
 
@@ -62,9 +62,7 @@ TASKS: dict[str, TaskKind] = {
     **{f"glue/{n}": TaskKind(partial(glue_task, n), num_labels=len(g.labels) or 1) for n, g in GLUE.items()},
     "lm": TaskKind(lm_task, "causal"),
     "sft": TaskKind(sft_task, "causal"),
-    "planted": TaskKind(
-        planted_task, "own", net=PlantedNet, outline=partial(PlantedNet, 0), own_data="draws its own data"
-    ),
+    "planted": TaskKind(planted_task, "own", net=PlantedNet, own_data="draws its own data"),
     "uuid": UUID_KIND,
     "uuid/value": replace(UUID_KIND, build=partial(uuid_task, value_only=True)),
 }
@@ -95,9 +93,9 @@ def load_model(task: str, model: str | None, seed: int) -> tuple[nn.Module, Any]
 def sketch(task: str, model: str | None) -> nn.Module:
     """The model that a task trains, on the meta device. Raises: as `load_model`."""
     kind = find_task(task)
-    if kind.outline is not None:
+    if kind.net is not None:
         with torch.device("meta"):
-            return kind.outline()
+            return kind.outline() if kind.outline is not None else kind.net(0)
     return meta_model(required_name(task, model), kind.num_labels if kind.model == "classifier" else None)
 
 

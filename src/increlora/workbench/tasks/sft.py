@@ -54,8 +54,13 @@ def fitting(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, not
     pairs = read_pairs(rows)
     whole = [(prompt, response) for prompt, response in pairs if prompt.strip() and response.strip()]
     notes["rows without prompt or response left out"] += len(pairs) - len(whole)
+    start, end = ([], []) if tokenizer.chat_template else borders(tokenizer)
+    texts = [written(tokenizer, *pair) for pair in whole]
+    # Each alone, as in generation, where the prompt is there first.
+    prompts, responses = (token_ids(tokenizer, [pair[i] for pair in texts]) for i in (0, 1))
     examples = []
-    for start, prompt, response in tokenized(tokenizer, whole):
+    for prompt, answer in zip(prompts, responses, strict=True):
+        response = answer + end
         excess = max(0, len(start) + len(prompt) + len(response) - max_length)
         if excess >= len(prompt):
             notes[f"responses longer than {max_length} tokens left out"] += 1
@@ -86,21 +91,10 @@ def read_pairs(rows: Rows) -> list[Pair]:
     ]
 
 
-def tokenized(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> list[tuple[list[int], list[int], list[int]]]:
-    """Per pair: what is never cut, the prompt, the response with its end.
-
-    Prompt and response are tokenized each alone, as in generation, where the prompt is there first."""
-    start, end = ([], []) if tokenizer.chat_template else borders(tokenizer)
-    if tokenizer.chat_template:
-        pairs = [chat(tokenizer, *pair) for pair in pairs]
-    else:
-        pairs = [(prompt + BLANK_LINE, response) for prompt, response in pairs]
-    prompts, responses = (token_ids(tokenizer, [pair[i] for pair in pairs]) for i in (0, 1))
-    return [(start, prompt, response + end) for prompt, response in zip(prompts, responses, strict=True)]
-
-
-def chat(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> Pair:
-    """The pair as the template writes it: what generation starts from, and all that follows."""
+def written(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> Pair:
+    """The pair as the model reads it: what generation starts from, and all that follows."""
+    if not tokenizer.chat_template:
+        return prompt + BLANK_LINE, response
     asked = [{"role": "user", "content": prompt}]
     answered = [*asked, {"role": "assistant", "content": response}]
     before = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)

@@ -75,7 +75,7 @@ def load_pairs(root: Path | None = None, *, seed: int = 0) -> tuple[list[Pair], 
         seed: draws the training pairs and their order; the validation pairs do not depend on it.
     Raises: TaskError if `root` holds too little documented source."""
     root = root or Path(sysconfig.get_path("stdlib"))
-    found: tuple[list[Pair], list[Pair]] = [], []
+    found: list[list[Pair]] = [[], []]
     seeds = seed, VALIDATION_SEED
     for functions in documented_functions(root):
         file = functions[0].file
@@ -86,7 +86,7 @@ def load_pairs(root: Path | None = None, *, seed: int = 0) -> tuple[list[Pair], 
         false = shuffled[cut:]  # half the functions keep their summaries, these pass theirs on in a circle
         swapped = zip(false, false[1:] + false[:1], strict=True)
         found[held_out] += shuffled[:cut]
-        found[held_out] += [one._replace(summary=other.summary, label=0) for one, other in swapped]
+        found[held_out] += (one._replace(summary=other.summary, label=0) for one, other in swapped)
     train, validation = (alternating(pairs, random.Random(s)) for pairs, s in zip(found, seeds, strict=True))
     if len(found[0]) + len(found[1]) < MIN_PAIRS or not (train and validation):
         raise TaskError(
