@@ -8,12 +8,21 @@ from increlora.errors import RunFolderError
 from increlora.workbench.report import read_runs
 from increlora.workbench.report.figures import FIGURES
 from increlora.workbench.report.reading import labels
-from increlora.workbench.report.summary import comparison_table, judged, live, measured, metric, seconds, tiles, used
+from increlora.workbench.report.summary import (
+    comparison_table,
+    judged,
+    live,
+    measured,
+    metric,
+    module_rows,
+    seconds,
+    tiles,
+    used,
+)
 from increlora.workbench.report.tables import (
     birth_rates,
     changes_by_events,
     column,
-    final_ranks,
     grants,
     grid,
     growth,
@@ -53,7 +62,7 @@ def test_ranks_by_trace_and_by_events_agree(folder):
     run = read(folder)
     by_trace, by_events = rank_changes(run), changes_by_events(run)
     assert by_trace == by_events
-    assert final_ranks(run) == {name: ranks_at(name, STEPS) for name in modules()}
+    assert {name: end for name, _, end in module_rows(run)} == {n: ranks_at(n, STEPS) for n in modules()}
     assert by_trace["model.layer.2.attention.value"] == [(0, 1), (9, 3)]
 
 
@@ -161,7 +170,7 @@ def test_a_missing_file_is_named_and_the_others_are_shown(folder, name, empty):
     run = read(folder)
     assert len(run.notes) == 1 and f"{name} is missing" in run.notes[0]
     assert {f.name for f in FIGURES if f.name in empty and f.draw(run) is None} == empty
-    assert final_ranks(run) == {name: ranks_at(name, STEPS) for name in modules()}
+    assert {name: end for name, _, end in module_rows(run)} == {n: ranks_at(n, STEPS) for n in modules()}
 
 
 def test_a_run_of_fixed_ranks_has_no_events_to_miss(tmp_path):

@@ -43,10 +43,18 @@ class IncreLoraPlugin(BasePlugin):
     def load_adapter(
         self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
     ) -> tuple[Any, Any] | None:
-        """(model with the adapter, its config), as axolotl's loader returns them; None for adapters of others."""
+        """(model with the adapter, its config), as axolotl's loader returns them; None for adapters of others.
+
+        Raises ConfigError for settings that our methods do not support."""
         if cfg.adapter not in ADAPTERS:
             return None
-        config = adapter_config(model, cfg)
+        targets = cfg.lora_target_modules
+        if cfg.lora_target_linear and targets:
+            remedy = f"leave out lora_target_modules={targets!r}, or name all there"
+            raise ConfigError(f"lora_target_linear takes all linear modules: {remedy}")
+        given = {name: getattr(cfg, setting) for setting, name in SETTINGS.items()}
+        given |= {"target_modules": "all-linear" if cfg.lora_target_linear else targets, "task_type": task_type(model)}
+        config = config_of(cfg.adapter, given, cfg.increlora)
         if config_only:
             return None, config
         dtype = cfg.peft_autocast_adapter_dtype
@@ -55,15 +63,3 @@ class IncreLoraPlugin(BasePlugin):
             loaded = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference, **cast)
             return loaded, loaded.peft_config[loaded.active_adapter]
         return get_peft_model(model, config, **cast), config
-
-
-def adapter_config(model: Any, cfg: Any) -> Any:
-    """The config that axolotl's settings describe. Raises ConfigError for what they ask and we cannot do."""
-    targets = cfg.lora_target_modules
-    if cfg.lora_target_linear and targets:
-        raise ConfigError(
-            f"lora_target_linear takes all linear modules: leave out lora_target_modules={targets!r}, or name all there"
-        )
-    given = {name: getattr(cfg, setting) for setting, name in SETTINGS.items()}
-    given |= {"target_modules": "all-linear" if cfg.lora_target_linear else targets, "task_type": task_type(model)}
-    return config_of(cfg.adapter, given, cfg.increlora)

@@ -26,19 +26,15 @@ class IncreLoraTuner(PeftTuner):
 
     @classmethod
     def prepare_model(cls, args: Any, model: Any) -> Any:
-        return get_peft_model(model, config_of(cls.adapter, lora_settings(args, model), cls.options))
+        from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules  # imports users of this plugin
 
-
-def lora_settings(args: Any, model: Any) -> dict[str, Any]:
-    """ms-swift's arguments for LoRA, by LoraConfig's names."""
-    from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules  # they import this plugin's users
-
-    return {
-        "r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout,
-        "use_rslora": args.use_rslora, "use_dora": args.use_dora, "init_lora_weights": args.init_weights,
-        "target_modules": get_target_modules(args, model), "target_parameters": args.target_parameters,
-        "modules_to_save": get_modules_to_save(args, model, args.task_type), "task_type": task_type(model),
-    }  # fmt: skip
+        given = {
+            "r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout,
+            "use_rslora": args.use_rslora, "use_dora": args.use_dora, "init_lora_weights": args.init_weights,
+            "target_modules": get_target_modules(args, model), "target_parameters": args.target_parameters,
+            "modules_to_save": get_modules_to_save(args, model, args.task_type), "task_type": task_type(model),
+        }  # fmt: skip
+        return get_peft_model(model, config_of(cls.adapter, given, cls.options))
 
 
 for adapter in ADAPTERS:

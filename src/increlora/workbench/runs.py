@@ -42,8 +42,6 @@ class RunFolder:
         check_format(self.path, found, "give another --out")
         return found
 
-    # -- a new run -----------------------------------------------------------------------------------------------
-
     def check_free(self, *, overwrite: bool) -> None:
         """May a new run start here? Raises RunFolderError if a run, or anything foreign, is in the way."""
         if self.path.exists() and not self.path.is_dir():
@@ -53,10 +51,8 @@ class RunFolder:
             raise RunFolderError(f"{self.path} holds files but no run of increlora; give another --out")
         if state is not None and not overwrite:
             resume = "continue it with --resume, " if state["status"] in UNFINISHED else ""
-            raise RunFolderError(
-                f"{self.path} already holds a run ({state['status']}); "
-                f"{resume}replace it with --overwrite, or give another --out"
-            )
+            remedy = f"{resume}replace it with --overwrite, or give another --out"
+            raise RunFolderError(f"{self.path} already holds a run ({state['status']}); {remedy}")
 
     def create(self, config: str, state: Mapping[str, Any], *, overwrite: bool) -> None:
         """Start a run: remove the files of the one before (where allowed), write run.json and config.toml."""
@@ -66,8 +62,6 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_state(state)
         write_text(self.path / "config.toml", config)
-
-    # -- resuming ------------------------------------------------------------------------------------------------
 
     def config(self) -> Path:
         """Settings file of the run that is here. Raises RunFolderError if there is no run, or none to continue."""
@@ -90,8 +84,6 @@ class RunFolder:
         """Cut a .jsonl file back to the rows with step < `before`."""
         kept = [row for row in self.rows(name) if row["step"] < before]
         write_text(self.path / name, "".join(map(json_line, kept)))
-
-    # -- reading and writing -------------------------------------------------------------------------------------
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         write_text(self.path / "run.json", json.dumps(finite({"format": FORMAT, **state}), indent=2) + "\n")

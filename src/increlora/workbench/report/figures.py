@@ -1,6 +1,8 @@
-"""The figures of one run: Vega-Lite charts, the same for the page, PNG and SVG."""
+"""The figures of a run, and of several together: Vega-Lite charts, the same for the page, PNG and SVG."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import altair as alt
 
@@ -9,109 +11,87 @@ from .charts import ACCENT, CATEGORIES, FAINT, LABEL, WIDTH, Chart, Figure, cate
 from .panels import newborns, scores, spectra
 from .reading import Row, Run
 
-# -- where and when ---------------------------------------------------------------------------------------------------
-
 
 def rank_map(run: Run) -> Chart | None:
     """Cells with their rank, and beside them the sums by module type and by layer, at the step of the slider."""
     rows = tables.rank_cells(run)
     if not rows:
         return None
-    where = tables.grid_of(run)
+    where, most = tables.grid_of(run), max(row["rank"] for row in rows)
     cell = max(16, min(56, 600 // len(where.layers)))
     width, height = cell * len(where.layers), 30 * len(where.types)
     shown = chart(rows).transform_filter("datum.since <= step && step < datum.until")
     layers, types = (alt.Scale(domain=list(names), padding=0.06) for names in (where.layers, where.types))
     layer = alt.X("layer:O", title="layer", scale=layers, axis=alt.Axis(labelAngle=0))
     kind = alt.Y("type:N", title=None, scale=types, axis=alt.Axis(labelLimit=LABEL, ticks=False, domain=False))
+    color = alt.Color("rank:Q", scale=alt.Scale(scheme="viridis", domain=[0, most]), legend=None)
+    tooltip = ["layer:N", "type:N", "rank:Q", alt.Tooltip("since:Q", title="since step")]
+    ink = alt.condition(f"datum.rank > {0.62 * most}", alt.value("black"), alt.value("white"))  # by brightness
+    numbers = shown.mark_text(fontSize=9 if cell < 24 else 12).encode(text="rank:Q", color=ink)
+    cells = shown.mark_rect(cornerRadius=2).encode(color=color, tooltip=tooltip) + numbers
     total = alt.Axis(grid=False, tickCount=3, title="ranks in all", tickMinStep=1)
     bar = shown.mark_bar(color=FAINT, cornerRadiusEnd=2)
     return alt.concat(
-        shaded_cells(shown, max(row["rank"] for row in rows), small=cell < 24)
-        .encode(layer, kind).properties(width=width, height=height),
+        cells.encode(layer, kind).properties(width=width, height=height),
         bar.encode(alt.X("sum(rank):Q", axis=total), kind.axis(None)).properties(width=100, height=height),
         bar.encode(layer, alt.Y("sum(rank):Q", axis=total)).properties(width=width, height=60),
         columns=2, spacing=12,
     ).add_params(slider("step", 0, run.steps))  # fmt: skip
 
 
-def shaded_cells(shown: Chart, most: int, *, small: bool) -> Chart:
-    """A coloured cell per module and its rank on it, black where the colour is bright."""
-    color = alt.Color("rank:Q", scale=alt.Scale(scheme="viridis", domain=[0, most]), legend=None)
-    tooltip = ["layer:N", "type:N", "rank:Q", alt.Tooltip("since:Q", title="since step")]
-    ink = alt.condition(f"datum.rank > {0.62 * most}", alt.value("black"), alt.value("white"))
-    numbers = shown.mark_text(fontSize=9 if small else 12).encode(text="rank:Q", color=ink)
-    return shown.mark_rect(cornerRadius=2).encode(color=color, tooltip=tooltip) + numbers
-
-
 def growth(run: Run) -> Chart | None:
     rows = tables.growth(run)
     if not rows:
         return None
-    where = tables.grid_of(run)
     lines = chart(rows, width=WIDTH - 140, height=220).mark_line(interpolate="step-after", strokeWidth=2)
     lines = lines.encode(
-        steps(run), alt.Y("rank:Q", title="mean rank per module"), categories("type", where.types, None),
+        steps(run), alt.Y("rank:Q", title="mean rank per module"),
+        categories("type", tables.grid_of(run).types, None),
         tooltip=[alt.Tooltip("type:N"), alt.Tooltip("step:Q"), alt.Tooltip("rank:Q", title="mean rank")],
     )  # fmt: skip
     return mark_spent(lines, run)
 
 
-# -- did it help, and what did it cost ---------------------------------------------------------------------------------
-
-
 def learning(run: Run) -> Chart | None:
-    losses = tables.column(run, "loss")
-    panels = [mark_spent(loss_panel(run, losses), run)] if losses else []
-    panels += [mark_spent(metric_panel(run, name, i), run) for i, name in enumerate(run.metric_names)]
-    return alt.vconcat(*panels, spacing=14) if panels else None
-
-
-def metric_panel(run: Run, name: str, number: int) -> Chart:
-    """One metric at the steps where it was measured, and dotted what a model reaches that ignores its input."""
-    color = CATEGORIES[1 + number % (len(CATEGORIES) - 1)]
-    rows = [{"step": row["step"], "value": row[name]} for row in run.metrics if name in row]
-    line = chart(rows, width=WIDTH, height=120).mark_line(point=alt.OverlayMarkDef(size=45, color=color), color=color)
-    value = alt.Y("value:Q", title=name, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4))
-    line = line.encode(steps(run), value, tooltip=["step:Q", "value:Q"])
-    baseline = run.number("metrics", "baseline", name)
-    if baseline is None:
-        return line
-    return line + chart([{"value": baseline}]).mark_rule(color=color, strokeDash=[2, 3]).encode(y="value:Q")
-
-
-def loss_panel(run: Run, rows: Sequence[Row]) -> Chart:
-    value = alt.Y("value:Q", title="training loss", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
-    raw = chart(rows, width=WIDTH, height=180).mark_line(color=ACCENT, opacity=0.3, strokeWidth=1)
-    mean = chart(tables.smoothed(rows)).mark_line(color=ACCENT, strokeWidth=2)
-    tooltip = [alt.Tooltip("step:Q"), alt.Tooltip("value:Q", title="mean loss around it", format=".4")]
-    return raw.encode(steps(run), value) + mean.encode(steps(run), value, tooltip=tooltip)
+    """The loss, and each metric with the value that a model reaches which ignores its input."""
+    panels = []
+    if rows := tables.column(run, "loss"):
+        value = alt.Y("value:Q", title="training loss", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
+        raw = chart(rows, width=WIDTH, height=180).mark_line(color=ACCENT, opacity=0.3, strokeWidth=1)
+        mean = chart(tables.smoothed(rows)).mark_line(color=ACCENT, strokeWidth=2)
+        tooltip = [alt.Tooltip("step:Q"), alt.Tooltip("value:Q", title="mean loss around it", format=".4")]
+        panels.append(raw.encode(steps(run), value) + mean.encode(steps(run), value, tooltip=tooltip))
+    for i, name in enumerate(run.metric_names):
+        color = CATEGORIES[1 + i % (len(CATEGORIES) - 1)]
+        points = chart([{"step": row["step"], "value": row[name]} for row in run.metrics if name in row],
+                       width=WIDTH, height=120)  # fmt: skip
+        value = alt.Y("value:Q", title=name, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4))
+        line = points.mark_line(point=alt.OverlayMarkDef(size=45, color=color), color=color)
+        line = line.encode(steps(run), value, tooltip=["step:Q", "value:Q"])
+        if (baseline := run.number("metrics", "baseline", name)) is not None:
+            line += chart([{"value": baseline}]).mark_rule(color=color, strokeDash=[2, 3]).encode(y="value:Q")
+        panels.append(line)
+    return alt.vconcat(*(mark_spent(panel, run) for panel in panels), spacing=14) if panels else None
 
 
 def budget(run: Run) -> Chart | None:
-    panels = [
-        budget_panel(run, name, title, run.number("budget", f"{name}_target"))
-        for name, title in {"ranks": "active ranks", "parameters": "live adapter parameters"}.items()
-        if tables.stairs(run, name)
-    ]
+    panels = []
+    for name, title in {"ranks": "active ranks", "parameters": "live adapter parameters"}.items():
+        if rows := tables.stairs(run, name):
+            area = chart(rows, width=(WIDTH - 80) // 2, height=160).mark_area(
+                interpolate="step-after", line={"color": ACCENT}, color=ACCENT, fillOpacity=0.25
+            )
+            value = alt.Y("value:Q", title=title, axis=alt.Axis(tickCount=5))
+            panel = area.encode(steps(run), value, tooltip=["step:Q", "value:Q"])
+            if (target := run.number("budget", f"{name}_target")) is not None:
+                rule = chart([{"value": target, "what": f"budget: {target:,.0f}"}])
+                rule = rule.mark_rule(color=CATEGORIES[3], strokeDash=[5, 3], size=2)
+                panel += rule.encode(y="value:Q", tooltip=alt.Tooltip("what:N", title=" "))
+            panels.append(panel)
     return alt.hconcat(*panels, spacing=30) if panels else None
 
 
-def budget_panel(run: Run, name: str, title: str, target: float | None) -> Chart:
-    used = chart(tables.stairs(run, name), width=(WIDTH - 80) // 2, height=160).mark_area(
-        interpolate="step-after", line={"color": ACCENT}, color=ACCENT, fillOpacity=0.25
-    )
-    used = used.encode(
-        steps(run), alt.Y("value:Q", title=title, axis=alt.Axis(tickCount=5)), tooltip=["step:Q", "value:Q"]
-    )
-    if target is None:
-        return used
-    rule = chart([{"value": target, "what": f"budget: {target:,.0f}"}]).mark_rule(
-        color=CATEGORIES[3], strokeDash=[5, 3], size=2
-    )
-    return used + rule.encode(y="value:Q", tooltip=alt.Tooltip("what:N", title=" "))
-
-
+POINT = alt.OverlayMarkDef(size=45)
 FIGURES = (
     Figure(
         "rank_map", "Where the rank went",
@@ -149,3 +129,39 @@ FIGURES = (
         "might use more.", spectra,
     ),
 )  # fmt: skip
+
+
+def compared(runs: Sequence[Run]) -> list[Figure]:
+    """Figures of several runs, a colour per run: loss, the main metric of each task, and the budget."""
+    metrics = dict.fromkeys(run.metric_names[0] for run in runs if run.metric_names)
+    loss = partial(curves, rows=lambda run: tables.smoothed(tables.column(run, "loss")), title="training loss")
+    costs = partial(curves, rows=partial(tables.stairs, name="parameters"), title="parameters", zero=True,
+                    interpolate="step-after")  # fmt: skip
+    return [
+        Figure("loss", "Training loss", "Means around each step: the lower curve learns faster.", loss),
+        *(
+            Figure(f"metric{i}", name, "Measured at a few steps: compare the ends, and how early they are reached.",
+                   partial(curves, rows=partial(tables.column, name=name), title=name, point=POINT))
+            for i, name in enumerate(metrics)
+        ),
+        Figure("parameters", "Live adapter parameters", "The area under a curve is the cost of its run.", costs),
+    ]  # fmt: skip
+
+
+def curves(
+    runs: Sequence[Run], *, rows: Callable[[Run], list[Row]], title: str, zero: bool = False, **mark: Any
+) -> Chart | None:
+    """`rows` of every run as a curve."""
+    found = [row | {"run": run.label} for run in runs for row in rows(run)]
+    if not found:
+        return None
+    return (
+        chart(found, width=WIDTH - 140, height=200)
+        .mark_line(strokeWidth=2, **mark)
+        .encode(
+            alt.X("step:Q", title="training step", axis=alt.Axis(grid=False, tickMinStep=1)),
+            alt.Y("value:Q", title=title, scale=alt.Scale(zero=zero)),
+            categories("run", [run.label for run in runs], None),
+            tooltip=["run:N", "step:Q", "value:Q"],
+        )
+    )

@@ -13,33 +13,27 @@ FEW_TICKS = alt.Axis(grid=False, tickCount=5, tickMinStep=1)
 POWERS = alt.Axis(grid=False, ticks=False, tickCount=4, format=".0e")  # of a logarithmic scale
 
 
-def facets(figure: Chart, types: Sequence[str]) -> Chart:
-    """A panel per module type, in model order."""
-    header = alt.Header(title=None, labelLimit=LABEL, labelFontWeight="bold")
-    order = alt.EncodingSortField("order", op="min")
-    return figure.facet(alt.Facet("type:N", sort=order, header=header), columns=min(3, len(types)), spacing=18)
-
-
 def powers(rows: Sequence[Row], name: str) -> alt.Scale:
     """A logarithmic scale over all values of a column of lists, and a little more."""
     values = [value for row in rows for value in row[name]]
     return alt.Scale(type="log", domain=[min(values) / 1.2, max(values) * 1.2], nice=False)
 
 
-def panel_width(types: Sequence[str]) -> int:
-    return (WIDTH - 120) // min(3, max(1, len(types)))
+def panel(where: tables.Grid, *encodings: Any) -> Chart:
+    """A chart of one module type, without its data."""
+    scale = alt.Scale(domain=list(where.layers), range=shades(len(where.layers)))
+    legend = alt.Legend(title="layer", symbolLimit=40, columns=1 + len(where.layers) // 20)
+    width = (WIDTH - 120) // min(3, max(1, len(where.types)))
+    return alt.Chart(width=width, height=130).encode(*encodings, alt.Color("layer:O", scale=scale, legend=legend))
 
 
-def by_layer(layers: Sequence[str]) -> Any:
-    scale = alt.Scale(domain=list(layers), range=shades(len(layers)))
-    return alt.Color(
-        "layer:O", scale=scale, legend=alt.Legend(title="layer", symbolLimit=40, columns=1 + len(layers) // 20)
-    )
-
-
-def ordered(rows: Sequence[Row], types: Sequence[str]) -> list[Row]:
-    order = {kind: i for i, kind in enumerate(types)}
-    return [row | {"order": order[row["type"]]} for row in rows]
+def facets(figure: Chart, rows: Sequence[Row], where: tables.Grid) -> Chart:
+    """The chart of these rows for every module type, in model order."""
+    order = {kind: i for i, kind in enumerate(where.types)}
+    figure.data = alt.Data(values=[row | {"order": order[row["type"]]} for row in rows])
+    header = alt.Header(title=None, labelLimit=LABEL, labelFontWeight="bold")
+    facet = alt.Facet("type:N", sort=alt.EncodingSortField("order", op="min"), header=header)
+    return figure.facet(facet, columns=min(3, len(where.types)), spacing=18)
 
 
 def scores(run: Run) -> Chart | None:
@@ -51,16 +45,14 @@ def scores(run: Run) -> Chart | None:
     end = max([tables.spent_at(run) or max(1, run.steps), *(row["step"][0] for row in grants)])
     step = alt.X("step:Q", title="training step", scale=alt.Scale(domain=[0, end], nice=False), axis=FEW_TICKS)
     value = alt.Y("importance:Q", title="importance", scale=powers(rows, "importance"), axis=POWERS)
-    base = alt.Chart(width=panel_width(where.types), height=130).encode(step, value, by_layer(where.layers))
-    line = base.transform_filter("datum.grant == 0").mark_line(strokeWidth=1.5, clip=True)
+    base = panel(where, step, value)
+    line = base.transform_filter("datum.grant == 0").mark_line(strokeWidth=1.5, clip=True).encode(detail="layer:O")
     dot = base.transform_filter("datum.grant == 1").mark_circle(size=55, opacity=1)
     dot = dot.encode(
         tooltip=["type:N", "layer:N", "step:Q", alt.Tooltip("ranks:Q", title="ranks granted"),
                  alt.Tooltip("rank:Q", title="rank since"), alt.Tooltip("importance:Q", format=".3")]
     )  # fmt: skip
-    data = alt.Data(values=ordered(rows, where.types))
-    both = alt.layer(line.encode(detail="layer:O"), dot, data=data).transform_flatten(["step", "importance"])
-    return facets(both, where.types)
+    return facets(alt.layer(line, dot).transform_flatten(["step", "importance"]), rows, where)
 
 
 def newborns(run: Run) -> Chart | None:
@@ -68,14 +60,14 @@ def newborns(run: Run) -> Chart | None:
     if not rows:
         return None
     lines = chart(rows, width=WIDTH - 80, height=150).mark_line(strokeWidth=1.8, point=alt.OverlayMarkDef(size=14))
-    born = alt.Color(
-        "born:Q", scale=alt.Scale(range=SEQUENCE), legend=alt.Legend(title="born after step", tickMinStep=1)
-    )
-    factor = alt.Y("factor:Q", title="learning-rate factor", axis=alt.Axis(tickCount=4))
-    scale, axis = alt.Scale(zero=False, nice=False), alt.Axis(grid=False, tickMinStep=1)
-    step = alt.X("step:Q", title="training step", scale=scale, axis=axis)
+    legend = alt.Legend(title="born after step", tickMinStep=1)
+    axis = alt.Axis(grid=False, tickMinStep=1)
     return lines.encode(
-        step, factor, born, detail="born:N", tooltip=["born:Q", "step:Q", alt.Tooltip("factor:Q", format=".3")]
+        alt.X("step:Q", title="training step", scale=alt.Scale(zero=False, nice=False), axis=axis),
+        alt.Y("factor:Q", title="learning-rate factor", axis=alt.Axis(tickCount=4)),
+        alt.Color("born:Q", scale=alt.Scale(range=SEQUENCE), legend=legend),
+        detail="born:N",
+        tooltip=["born:Q", "step:Q", alt.Tooltip("factor:Q", format=".3")],
     )
 
 
@@ -85,12 +77,11 @@ def spectra(run: Run) -> Chart | None:
         return None
     where = tables.grid(name for row in run.spectra for name in row["modules"])
     now = slider("at", min(row["since"] for row in rows), max(row["since"] for row in rows))
-    shown = alt.Chart(alt.Data(values=ordered(rows, where.types)), width=panel_width(where.types), height=130)
-    shown = shown.transform_filter("datum.since <= at && at < datum.until").transform_flatten(["index", "sigma"])
     value = alt.Y("sigma:Q", title="singular value", scale=powers(rows, "sigma"), axis=POWERS)
     most = max(len(row["sigma"]) for row in rows)
     index = alt.X("index:Q", title="component", scale=alt.Scale(domain=[1, max(2, most)]), axis=FEW_TICKS)
-    lines = shown.mark_line(strokeWidth=1.5, point=alt.OverlayMarkDef(size=16))
     tooltip = ["type:N", "layer:N", "index:Q", alt.Tooltip("sigma:Q", format=".3")]
-    lines = lines.encode(index, value, by_layer(where.layers), tooltip=tooltip)
-    return facets(lines, where.types).add_params(now)
+    shown = panel(where, index, value).encode(tooltip=tooltip)
+    shown = shown.transform_filter("datum.since <= at && at < datum.until").transform_flatten(["index", "sigma"])
+    lines = shown.mark_line(strokeWidth=1.5, point=alt.OverlayMarkDef(size=16))
+    return facets(lines, rows, where).add_params(now)

@@ -1,4 +1,4 @@
-"""Run folders as a report needs them: it shows what can be read, and notes what is missing or damaged."""
+"""Run folders as a report needs them: what can be read, and notes on what is missing or damaged."""
 
 import json
 import sys
@@ -43,16 +43,19 @@ class Run:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
-    def number(self, *keys: str) -> float | None:
-        """The same if it is a finite number, else None."""
+    def number(self, *keys: str, otherwise: float | None = None) -> float | None:
+        """The same if it is a finite number, else `otherwise`."""
         value = self.get(*keys)
-        return value if is_number(value) else None
+        return value if is_number(value) else otherwise
+
+    def column(self, name: Any) -> list[Any]:
+        """The values of a column of metrics.jsonl; none if `name` is none of its names."""
+        return [row[name] for row in self.metrics if isinstance(name, str) and name in row]
 
     @property
     def steps(self) -> int:
         """Steps done, as far as the files know."""
-        files = (self.metrics, self.trace, self.events, self.spectra)
-        return max((rows[-1]["step"] for rows in files if rows), default=0)
+        return max((row["step"] for row in (*self.metrics, *self.trace, *self.events, *self.spectra)), default=0)
 
     @property
     def metric_names(self) -> list[str]:
@@ -70,8 +73,10 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def read_run(path: Path, label: str) -> Run:
     notes: list[str] = []
     state = read_state(path, notes)
-    expected = [name for name in READERS if name != "events" or state.get("adaptive", True)]
-    rows = {n: read_rows(path / f"{n}.jsonl", READERS[n], notes) if n in expected else [] for n in READERS}
+    rows = {
+        name: read_rows(path / f"{name}.jsonl", notes) if name != "events" or state.get("adaptive", True) else []
+        for name in COLUMNS
+    }
     ends = {
         "running": "The run had not finished when this report was made: it shows the steps until then.",
         "interrupted": "The run was interrupted: this report shows the steps until then.",
@@ -97,9 +102,6 @@ def labels(paths: Sequence[Path]) -> list[str]:
     return [n if names.count(n) == 1 else f"{n} ({names[: i + 1].count(n)})" for i, n in enumerate(names)]
 
 
-# -- run.json --------------------------------------------------------------------------------------------------------
-
-
 def read_state(path: Path, notes: list[str]) -> Mapping[str, Any]:
     """run.json; empty, and noted, if it is damaged. Raises RunFolderError if this is no run folder of ours."""
     if not path.is_dir():
@@ -117,11 +119,9 @@ def read_state(path: Path, notes: list[str]) -> Mapping[str, Any]:
     return state
 
 
-# -- rows ------------------------------------------------------------------------------------------------------------
-
-
-def read_rows(path: Path, read: Callable[[Row], Row], notes: list[str]) -> list[Row]:
+def read_rows(path: Path, notes: list[str]) -> list[Row]:
     """Rows of a .jsonl file by rising step; lines that are torn or not as expected are left out, and counted."""
+    ahead = path.stem == "events"  # these count steps from 0, reports the steps done
     if not path.is_file():
         notes.append(f"{path.name} is missing: the figures made from it are left out or less detailed.")
         return []
@@ -129,7 +129,8 @@ def read_rows(path: Path, read: Callable[[Row], Row], notes: list[str]) -> list[
     rows, bad = [], []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(read(json.loads(line)))
+            row = json.loads(line)
+            rows.append({**COLUMNS[path.stem](row), "step": count(row["step"]) + ahead})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
             bad.append(number)
     if bad:
@@ -148,32 +149,26 @@ def count(value: Any) -> int:
     return value
 
 
-def importance_of(row: Row) -> float | None:
-    value = row.get("importance")
-    return value if is_number(value) else None
+def numbers(row: Mapping[str, Any]) -> Row:
+    return {key: value for key, value in row.items() if is_number(value)}
 
 
-def metrics_row(row: Row) -> Row:
-    return {"step": count(row["step"])} | {k: v for k, v in row.items() if k != "step" and is_number(v)}
+def standing(row: Row) -> Row:
+    """Rank and importance of a module."""
+    return {"rank": count(row["rank"]), "importance": numbers(row).get("importance")}
 
 
-def event_row(row: Row) -> Row:
-    """Files count the step of an event from 0, reports the steps done after it."""
-    return {
-        "step": count(row["step"]) + 1, "kind": str(row["kind"]), "module": str(row["module"]),
-        "ranks": int(row["ranks"]), "rank": count(row["rank"]), "importance": importance_of(row),
-    }  # fmt: skip
-
-
-def trace_row(row: Row) -> Row:
-    modules = {name: {"rank": count(m["rank"]), "importance": importance_of(m)} for name, m in row["modules"].items()}
-    factors = {int(born): v for born, v in row.get("lr_factor", {}).items() if is_number(v)}
-    return {"step": count(row["step"]), "modules": modules, "lr_factor": factors}
-
-
-def spectra_row(row: Row) -> Row:
-    modules = {name: [v for v in values if is_number(v)] for name, values in row["modules"].items()}
-    return {"step": count(row["step"]), "modules": modules}
-
-
-READERS = {"metrics": metrics_row, "events": event_row, "trace": trace_row, "spectra": spectra_row}
+# By file: what a report takes of a row, beside its step.
+COLUMNS: Mapping[str, Callable[[Row], Row]] = {
+    "metrics": numbers,
+    "events": lambda row: {
+        "kind": str(row["kind"]), "module": str(row["module"]), "ranks": int(row["ranks"]), **standing(row),
+    },
+    "trace": lambda row: {
+        "modules": {name: standing(module) for name, module in row["modules"].items()},
+        "lr_factor": {int(born): factor for born, factor in numbers(row.get("lr_factor", {})).items()},
+    },
+    "spectra": lambda row: {
+        "modules": {name: [value for value in values if is_number(value)] for name, values in row["modules"].items()}
+    },
+}  # fmt: skip

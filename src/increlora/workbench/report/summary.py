@@ -1,11 +1,7 @@
 """The words and numbers of a report beside the figures."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import vl_convert
 
 from . import tables
 from .reading import Run, is_number
@@ -18,7 +14,7 @@ def shown(value: Any, form: str = ",.0f") -> str:
 
 
 def metric(value: Any) -> str:
-    """Three decimals, for a column to line up; four figures where that would say too little or too much."""
+    """Three decimals, so that a column lines up; four figures where that would show too little or too much."""
     return shown(value, ".3f" if is_number(value) and (value == 0 or 0.01 <= abs(value) < 1000) else ".4g")
 
 
@@ -40,41 +36,31 @@ def memory(run: Run) -> str:
 
 
 def measured(run: Run) -> dict[str, float | None]:
-    """The metric before, after and best: from run.json, or from the rows of a run that has not finished."""
-    name = run.get("metric", "name")
-    values = [row[name] for row in run.metrics if isinstance(name, str) and name in row]
-    so_far = {"after": values[-1]} if values else {}
-    if values and run.metrics[0]["step"] == 0:
-        so_far["before"] = values[0]
-    return {key: first(run.number("metric", key), so_far.get(key)) for key in ("before", "after", "best")}
+    """The metric before, after and best."""
+    values = run.column(run.get("metric", "name"))
+    before = values[0] if values and run.metrics[0]["step"] == 0 else None
+    so_far = {"before": before, "after": values[-1] if values else None, "best": None}
+    return {key: run.number("metric", key, otherwise=value) for key, value in so_far.items()}
 
 
 def live(run: Run) -> dict[str, float | None]:
-    """Adapter parameters at peak and on average: from run.json, or so far."""
-    found = [row["parameters"] for row in run.metrics if "parameters" in row]
-    so_far = {"peak": max(found), "average": sum(found) / len(found)} if found else {}
-    return {key: first(run.number("budget", f"parameters_{key}"), so_far.get(key)) for key in ("peak", "average")}
-
-
-def first(*values: float | None) -> float | None:
-    """The first number there is."""
-    return next((value for value in values if value is not None), None)
+    """Adapter parameters at peak and on average."""
+    found = run.column("parameters")
+    so_far = {"peak": max(found, default=None), "average": sum(found) / len(found) if found else None}
+    return {key: run.number("budget", f"parameters_{key}", otherwise=value) for key, value in so_far.items()}
 
 
 def used(run: Run, name: str) -> float | None:
     """Ranks or parameters at the last step."""
-    rows = [row[name] for row in run.metrics if name in row]
-    return rows[-1] if rows and run.get("status") != "finished" else run.number("budget", f"{name}_used")
-
-
-# -- one run ---------------------------------------------------------------------------------------------------------
+    values = run.column(name)
+    return values[-1] if values and run.get("status") != "finished" else run.number("budget", f"{name}_used")
 
 
 def tiles(run: Run) -> list[Mapping[str, str]]:
     """The figures to see first: {"name", "value", "more"}."""
     found, parameters = measured(run), live(run)
-    time = first(run.number("seconds", "train"), max((row.get("seconds", 0) for row in run.metrics), default=None))
-    ranks = tables.final_ranks(run).values()
+    time = run.number("seconds", "train", otherwise=max(run.column("seconds"), default=0 if run.metrics else None))
+    ranks = [end for _, _, end in module_rows(run)]
     spread = f"{min(ranks)} to {max(ranks)} per module, {len(ranks)} modules" if ranks else ""
     return [
         {"name": str(run.get("metric", "name") or "metric"),
@@ -103,57 +89,28 @@ def module_rows(run: Run) -> list[tuple[str, int, int]]:
     return sorted(((name, v[0][1], v[-1][1]) for name, v in changes.items()), key=lambda row: -row[2])
 
 
-def facts(run: Run) -> list[tuple[str, str]]:
-    """How the run was made, beside its command: (what, value)."""
-    own = {
-        "method": run.get("method"),
-        "task": run.get("task"),
-        "data": run.get("source"),
-        "model": run.get("meta_info", "model_info", "name"),
-        "seed": run.get("seed"),
-        "started": run.get("run_info", "created_at"),
-        "folder": str(run.path),
-    }
-    environment = run.get("environment")
-    own |= environment if isinstance(environment, Mapping) else {}
-    return [(str(key), str(value)) for key, value in own.items() if value is not None]
-
-
-def made_with(command: str) -> Mapping[str, str]:
-    """How the report itself was made."""
-    return {
-        "command": command,
-        "versions": f"increlora {version('increlora')}, altair {version('altair')}, "
-        f"vl-convert {version('vl-convert-python')}, vega {vl_convert.get_vega_version()}",
-    }
-
-
-# -- several runs ----------------------------------------------------------------------------------------------------
-
-
 def comparison_table(runs: Sequence[Run]) -> Mapping[str, Any]:
     """{"head", "rows", "shared"}: what differs between the runs as a table, what does not as (name, value) pairs."""
-    columns = {name: [show(run) for run in runs] for name, show in COLUMNS.items()}
-    shared = [(name, values[0]) for name, values in columns.items() if name in SETTINGS and len(set(values)) == 1]
-    table = {"run": [run.label for run in runs]} | {n: v for n, v in columns.items() if n not in dict(shared)}
-    return {"head": list(table), "rows": list(zip(*table.values(), strict=True)), "shared": shared}
+    lines = [line(run) for run in runs]
+    shared = [(name, lines[0][name]) for name in SETTINGS if len({line[name] for line in lines}) == 1]
+    head = [name for name in lines[0] if name not in dict(shared)]
+    return {"head": head, "rows": [tuple(line[name] for name in head) for line in lines], "shared": shared}
 
 
-def setting(run: Run, name: str) -> str:
-    return NONE if run.get(name) is None else str(run.get(name))
+SETTINGS = ("method", "task", "seed", "status", "metric")
 
 
-SETTINGS = {"method", "task", "seed", "status", "metric"}
-COLUMNS: Mapping[str, Callable[[Run], str]] = {
-    **{name: partial(setting, name=name) for name in ("method", "task", "seed", "status")},
-    "metric": lambda run: str(run.get("metric", "name") or NONE),
-    "before": lambda run: metric(measured(run)["before"]),
-    "after": lambda run: metric(measured(run)["after"]),
-    "best": lambda run: metric(measured(run)["best"]),
-    "ranks": lambda run: of(used(run, "ranks"), run.number("budget", "ranks_target")),
-    "parameters": lambda run: shown(used(run, "parameters")),
-    "on average": lambda run: shown(live(run)["average"]),
-    "at peak": lambda run: shown(live(run)["peak"]),
-    "time": lambda run: seconds(run.number("seconds", "train")),
-    "memory": memory,
-}
+def line(run: Run) -> Mapping[str, str]:
+    """A run in a table of several."""
+    return {
+        "run": run.label,
+        **{name: NONE if run.get(name) is None else str(run.get(name)) for name in SETTINGS},
+        "metric": str(run.get("metric", "name") or NONE),
+        **{name: metric(value) for name, value in measured(run).items()},
+        "ranks": of(used(run, "ranks"), run.number("budget", "ranks_target")),
+        "parameters": shown(used(run, "parameters")),
+        "on average": shown(live(run)["average"]),
+        "at peak": shown(live(run)["peak"]),
+        "time": seconds(run.number("seconds", "train")),
+        "memory": memory(run),
+    }

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from ...naming import place, short
-from .reading import Row, Run, is_number
+from .reading import Row, Run, numbers
 
 POINTS = 600  # of a curve: more than a screen shows
 VALUES = 20_000  # of the figures with a curve per module
@@ -38,18 +38,13 @@ def grid(names: Iterable[str]) -> Grid:
             places[name] = (layer, name.replace(f".{layer}.", ".", 1))
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     label = dict(zip(kinds, short(kinds), strict=True))
-    layers = dict.fromkeys(layer for layer, _ in places.values())
-    cells = {name: (layer, label[kind]) for name, (layer, kind) in places.items()}
-    return Grid(
-        cells, sorted(layers, key=lambda x: (not x.isdigit(), int(x) if x.isdigit() else 0)), list(label.values())
-    )
+    found = dict.fromkeys(layer for layer, _ in places.values())
+    layers = sorted(found, key=lambda layer: (not layer.isdigit(), int(layer) if layer.isdigit() else 0))
+    return Grid({n: (layer, label[kind]) for n, (layer, kind) in places.items()}, layers, list(label.values()))
 
 
 def grid_of(run: Run) -> Grid:
     return grid(rank_changes(run))
-
-
-# -- ranks -----------------------------------------------------------------------------------------------------------
 
 
 def rank_changes(run: Run) -> dict[str, list[tuple[int, int]]]:
@@ -64,26 +59,18 @@ def rank_changes(run: Run) -> dict[str, list[tuple[int, int]]]:
 def changes_by_events(run: Run) -> dict[str, list[tuple[int, int]]]:
     """The same from events, which hold the change and the rank after it: the first one also gives the rank before."""
     ranks = run.get("ranks")
-    known = ranks.items() if isinstance(ranks, Mapping) else ()
-    found = {name: [(0, int(rank))] for name, rank in known if is_number(rank)}
-    changed: set[str] = set()
+    found = {n: [(0, int(rank))] for n, rank in numbers(ranks if isinstance(ranks, Mapping) else {}).items()}
+    changed: dict[str, list[tuple[int, int]]] = {}
     for row in run.events:
         if row["ranks"]:
-            if row["module"] not in changed:
-                found[row["module"]] = [(0, row["rank"] - row["ranks"])]
-            changed.add(row["module"])
-            found[row["module"]].append((row["step"], row["rank"]))
-    return found
+            before = (0, row["rank"] - row["ranks"])
+            changed.setdefault(row["module"], [before]).append((row["step"], row["rank"]))
+    return found | changed
 
 
 def changes_only(values: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
     """The first value and those that differ from the one before."""
     return [pair for i, pair in enumerate(values) if i == 0 or pair[1] != values[i - 1][1]]
-
-
-def final_ranks(run: Run) -> dict[str, int]:
-    """Rank of every module at the last step known."""
-    return {name: changes[-1][1] for name, changes in rank_changes(run).items()}
 
 
 def rank_cells(run: Run) -> list[Row]:
@@ -100,28 +87,19 @@ def rank_cells(run: Run) -> list[Row]:
 def growth(run: Run) -> list[Row]:
     """Mean rank per module type at every step where one changed, and at the end: {"step", "type", "rank"}."""
     changes = rank_changes(run)
-    by_type: dict[str, list[list[tuple[int, int]]]] = defaultdict(list)
-    for name, (_, kind) in grid(changes).cells.items():
-        by_type[kind].append(changes[name])
-    rows = []
-    for kind, histories in by_type.items():
+    where, rows = grid(changes), []
+    for kind in where.types:
+        histories = [changes[name] for name, (_, own) in where.cells.items() if own == kind]
         steps = sorted({step for values in histories for step, _ in values} | {run.steps})
-        rows += [{"step": s, "type": kind, "rank": round(fmean(at(v, s) for v in histories), 3)} for s in steps]
+        for step in steps:
+            ranks = (next((rank for since, rank in reversed(h) if since <= step), h[0][1]) for h in histories)
+            rows.append({"step": step, "type": kind, "rank": round(fmean(ranks), 3)})
     return rows
-
-
-def at(values: Sequence[tuple[int, int]], step: int) -> int:
-    """The value at a step."""
-    return next((value for since, value in reversed(values) if since <= step), values[0][1])
 
 
 def spent_at(run: Run) -> int | None:
     """Step after which the budget was spent; None if it never grew or is not spent."""
-    ends = [row["step"] for row in run.events if row["kind"] == "finish"]
-    return ends[0] if ends else None
-
-
-# -- curves ----------------------------------------------------------------------------------------------------------
+    return next((row["step"] for row in run.events if row["kind"] == "finish"), None)
 
 
 def column(run: Run, name: str) -> list[Row]:
@@ -147,9 +125,6 @@ def thin(items: Sequence[Item], most: int) -> list[Item]:
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
-# -- scores, births, spectra -----------------------------------------------------------------------------------------
 
 
 def importances(run: Run) -> list[Row]:

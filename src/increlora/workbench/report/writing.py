@@ -3,8 +3,9 @@
 import base64
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,9 @@ from markupsafe import Markup
 
 from ...files import write_text
 from .charts import Chart, Figure
-from .comparison import compared
-from .figures import FIGURES
+from .figures import FIGURES, compared
 from .reading import Run
-from .summary import comparison_table, facts, made_with, module_rows, tiles
+from .summary import comparison_table, module_rows, tiles
 from .tables import spent_at
 
 PRINT_INK = "#1c2024"
@@ -26,18 +26,48 @@ PIXELS = 2  # per CSS pixel in PNG files
 
 
 def write_report(runs: Sequence[Run], out: Path, *, command: str) -> None:
-    """One self-contained page on these runs; it asks nothing of the network and runs no script but its own."""
-    several = compared(runs) if len(runs) > 1 else []
-    charts: dict[str, Any] = {}
-    page = {
-        "title": runs[0].label if len(runs) == 1 else f"{len(runs)} runs",
-        "table": comparison_table(runs) if several else None,
-        "compared": [placed(f"all-{figure.name}", figure, figure.draw(runs), charts) for figure in several],
-        "runs": [section(run, f"run{i}", charts) for i, run in enumerate(runs)],
-        "made": made_with(command),
-        "charts": charts,
-    }
-    write_text(out, rendered(page))
+    """One self-contained page on these runs; it asks nothing of the network and runs no script but its own.
+
+    Jinja escapes every value; scripts are admitted by their hash alone."""
+    together = compared(runs) if len(runs) > 1 else []
+    charts = drawn("all", together, runs)
+    for i, run in enumerate(runs):
+        charts |= drawn(f"run{i}", FIGURES, run)
+    own = resources.files(__package__)
+    scripts = [vega(), own.joinpath("page.js").read_text(encoding="utf-8")]
+    hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
+    environment = Environment(
+        loader=PackageLoader(str(__package__), "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.globals |= {"tiles": tiles, "module_rows": module_rows, "spent_at": spent_at}
+    page = environment.get_template("page.html").render(
+        runs=runs,
+        title=f"{len(runs)} runs" if together else runs[0].label,
+        table=comparison_table(runs) if together else None,
+        together=together,
+        single=FIGURES,
+        charts=charts,
+        command=command,
+        versions=f"increlora {version('increlora')}, altair {version('altair')}, "
+        f"vl-convert {version('vl-convert-python')}, vega {vl_convert.get_vega_version()}",
+        style=Markup(own.joinpath("page.css").read_text(encoding="utf-8")),
+        scripts=[Markup(script) for script in scripts],
+        policy="default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src "
+        + " ".join(f"'sha256-{h}'" for h in hashes),
+    )
+    write_text(out, page)
+
+
+def drawn(key: str, figures: Sequence[Figure], what: Any) -> dict[str, Any]:
+    """The charts of a run or several, as a page shows them, by key and name of the figure; none without data."""
+    charts = {f"{key}-{figure.name}": figure.draw(what) for figure in figures}
+    return {k: themed(c, ink="currentColor", background="transparent") for k, c in charts.items() if c is not None}
+
+
+@functools.cache
+def vega() -> str:
+    """Vega, Vega-Lite and vega-embed as one script; takes seconds to make."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def save_figures(runs: Sequence[Run], folder: Path, *, kind: str) -> list[Path]:
@@ -47,9 +77,9 @@ def save_figures(runs: Sequence[Run], folder: Path, *, kind: str) -> list[Path]:
         place = folder if len(runs) == 1 else folder / f"{i + 1}-{run.path.resolve().name}"
         place.mkdir(parents=True, exist_ok=True)
         for figure in FIGURES:
-            if (drawn := figure.draw(run)) is not None:
+            if (chart := figure.draw(run)) is not None:
                 path = place / f"{figure.name}.{kind}"
-                spec = themed(drawn, ink=PRINT_INK, background="white")
+                spec = themed(chart, ink=PRINT_INK, background="white")
                 if kind == "svg":
                     path.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
                 else:
@@ -70,52 +100,4 @@ def themed(chart: Chart, *, ink: str, background: str) -> dict[str, Any]:
         .configure_header(labelColor=ink, labelFontSize=12, labelAnchor="start")
         .configure_view(stroke=None)
         .to_dict()
-    )
-
-
-# -- the page --------------------------------------------------------------------------------------------------------
-
-
-def section(run: Run, key: str, charts: dict[str, Any]) -> Mapping[str, Any]:
-    """What the template shows of one run; its charts are added to `charts`."""
-    spent = spent_at(run) is not None
-    return {
-        "run": run,
-        "key": key,
-        "status": str(run.get("status") or "unknown"),
-        "tiles": tiles(run),
-        "figures": [
-            placed(f"{key}-{f.name}", f, f.draw(run), charts) | {"marked": f.marked and spent} for f in FIGURES
-        ],
-        "modules": module_rows(run),
-        "facts": facts(run),
-    }
-
-
-def placed(key: str, figure: Figure, drawn: Chart | None, charts: dict[str, Any]) -> dict[str, Any]:
-    if drawn is not None:
-        charts[key] = themed(drawn, ink="currentColor", background="transparent")
-    return {"key": key, "title": figure.title, "caption": figure.caption, "missing": drawn is None, "marked": False}
-
-
-@functools.cache
-def vega() -> str:
-    """Vega, Vega-Lite and vega-embed as one script; takes seconds to make."""
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-
-
-def rendered(page: Mapping[str, Any]) -> str:
-    """The template filled in. Jinja escapes every value; scripts are admitted by their hash alone."""
-    own = resources.files(__package__)
-    scripts = [vega(), own.joinpath("page.js").read_text(encoding="utf-8")]
-    hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
-    environment = Environment(
-        loader=PackageLoader(str(__package__), "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template("page.html").render(
-        page,
-        style=Markup(own.joinpath("page.css").read_text(encoding="utf-8")),
-        scripts=[Markup(script) for script in scripts],
-        policy="default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src "
-        + " ".join(f"'sha256-{h}'" for h in hashes),
     )

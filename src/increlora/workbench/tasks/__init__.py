@@ -18,8 +18,7 @@ from .planted import PlantedNet, planted_task
 from .sft import sft_task
 from .small import small_causal
 from .stdlib_docs import stdlib_docs_task
-from .uuid_base import load_uuid_base, uuid_decoder
-from .uuids import uuid_task
+from .uuids import load_uuid_base, uuid_decoder, uuid_task
 
 __all__ = [
     "DEFAULT_BACKBONE", "TASKS", "Task", "TaskKind", "TaskOptions", "accuracy", "find_task", "load_causal",
@@ -36,7 +35,8 @@ class TaskKind:
         build: (tokenizer, options) → task.
         model: a backbone under a fresh head (`classifier`), a language model (`causal`), or the task's `own` small net.
         num_labels: outputs of the head, 1 for a regression.
-        net, outline: of an `own` net: (seed) → the net that is trained; () → a net of its shapes, with any values.
+        net: (seed) → the task's `own` net.   outline: () → a net of its shapes with any values, if that is quicker.
+        own_data: what is said to who names `data`, of a task that has its own; other tasks read it.
     """
 
     build: Callable[[Any, TaskOptions], Task]
@@ -44,6 +44,7 @@ class TaskKind:
     num_labels: int = 2
     net: Callable[[int], nn.Module] | None = None
     outline: Callable[[], nn.Module] | None = None
+    own_data: str | None = None
 
     @property
     def task_type(self) -> str | None:
@@ -52,14 +53,16 @@ class TaskKind:
 
 
 # One base for all seeds: what a seed draws is the pairs.
-UUID_KIND = TaskKind(uuid_task, "own", net=lambda seed: load_uuid_base(), outline=uuid_decoder)
+UUID_KIND = TaskKind(
+    uuid_task, "own", net=lambda seed: load_uuid_base(), outline=uuid_decoder, own_data="draws its own pairs"
+)
 
 TASKS: dict[str, TaskKind] = {
-    "stdlib-docs": TaskKind(stdlib_docs_task),
-    **{f"glue/{n}": TaskKind(partial(glue_task, n), num_labels=g.num_labels) for n, g in GLUE.items()},
+    "stdlib-docs": TaskKind(stdlib_docs_task, own_data="reads the running Python's own library"),
+    **{f"glue/{n}": TaskKind(partial(glue_task, n), num_labels=len(g.labels) or 1) for n, g in GLUE.items()},
     "lm": TaskKind(lm_task, "causal"),
     "sft": TaskKind(sft_task, "causal"),
-    "planted": TaskKind(planted_task, "own", net=PlantedNet, outline=partial(PlantedNet, 0)),
+    "planted": TaskKind(planted_task, "own", net=PlantedNet, own_data="draws its own data"),
     "uuid": UUID_KIND,
     "uuid/value": replace(UUID_KIND, build=partial(uuid_task, value_only=True)),
 }
@@ -90,9 +93,9 @@ def load_model(task: str, model: str | None, seed: int) -> tuple[nn.Module, Any]
 def sketch(task: str, model: str | None) -> nn.Module:
     """The model that a task trains, on the meta device. Raises: as `load_model`."""
     kind = find_task(task)
-    if kind.outline is not None:
+    if kind.net is not None:
         with torch.device("meta"):
-            return kind.outline()
+            return kind.outline() if kind.outline is not None else kind.net(0)
     return meta_model(required_name(task, model), kind.num_labels if kind.model == "classifier" else None)
 
 
@@ -120,6 +123,8 @@ def model_name(task: str, model: str | None) -> str:
 def load_task(name: str, tokenizer: Any, **options: Any) -> Task:
     """The task called `name`, tokenized; `options` as in `TaskOptions`. Raises TaskError for name, data or limits."""
     kind, chosen = find_task(name), TaskOptions(**options)
+    if kind.own_data is not None and chosen.data is not None:
+        raise TaskError(f"--data {chosen.data}: {name} {kind.own_data}; leave it out")
     most = getattr(tokenizer, "model_max_length", chosen.max_length)
     if chosen.max_length > most:
         raise TaskError(f"max_length is {chosen.max_length} but this model reads at most {most} tokens; lower it")

@@ -35,14 +35,11 @@ HUB_TIMEOUT_SECONDS = 5.0
 # Shapes of models that the papers' recipes name, so that their plans can be printed without a hub.
 KNOWN_SHAPES: dict[str, PreTrainedConfig] = {
     "microsoft/deberta-v3-base": DebertaV2Config(
-        vocab_size=128100, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        type_vocab_size=0, relative_attention=True, position_buckets=256, pos_att_type=["p2c", "c2p"],
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        relative_attention=True, position_buckets=256, pos_att_type=["p2c", "c2p"],
         share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False,
     ),
-    "FacebookAI/roberta-base": RobertaConfig(
-        vocab_size=50265, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5,
-    ),
+    "FacebookAI/roberta-base": RobertaConfig(max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5),
 }  # fmt: skip
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -55,9 +52,15 @@ def resolve_backbone(name: str = DEFAULT_BACKBONE) -> Path | str:
     Raises: BackboneError if nothing by that name is found, or if the packaged weights are damaged."""
     spec = find_spec(PACKAGE) if name == DEFAULT_BACKBONE else None
     if spec is not None and spec.submodule_search_locations:
-        folder = Path(spec.submodule_search_locations[0]) / "model"
-        check_digest(folder / "model.safetensors")
-        return folder
+        weights = Path(spec.submodule_search_locations[0], "model", "model.safetensors")
+        if not weights.is_file():
+            raise BackboneError(f"{weights}: missing from the package; reinstall it: {INSTALL} --force-reinstall")
+        with weights.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != DEFAULT_DIGEST:
+            wrong = f"sha256 is {found} but {DEFAULT_DIGEST} was published"
+            raise BackboneError(f"{weights}: {wrong}; reinstall it: {INSTALL} --force-reinstall")
+        return weights.parent
     if (local := Path(name).expanduser()).is_dir():
         return local
     remedy = INSTALL if name == DEFAULT_BACKBONE else "check the name, or give the path of a local folder"
@@ -65,18 +68,6 @@ def resolve_backbone(name: str = DEFAULT_BACKBONE) -> Path | str:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
     return name
-
-
-def check_digest(weights: Path) -> None:
-    if not weights.is_file():
-        raise BackboneError(f"{weights}: missing from the package; reinstall it: {INSTALL} --force-reinstall")
-    with weights.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != DEFAULT_DIGEST:
-        raise BackboneError(
-            f"{weights}: sha256 is {found} but {DEFAULT_DIGEST} was published; "
-            f"reinstall it: {INSTALL} --force-reinstall"
-        )
 
 
 def load_classifier(name: str, num_labels: int, seed: int) -> Loaded:
@@ -130,8 +121,8 @@ def meta_model(name: str, num_labels: int | None) -> PreTrainedModel:
     Raises: BackboneError if it has no configuration."""
     options = {} if num_labels is None else {"num_labels": num_labels}
     auto: Any = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+    remedy = "give the path of a local folder, or plan where the hub is in reach"
     try:
-        remedy = "give the path of a local folder, or plan where the hub is in reach"
         with loading(name, "its configuration cannot be loaded", remedy):
             config = AutoConfig.from_pretrained(resolve_backbone(name), **options)
     except BackboneError:

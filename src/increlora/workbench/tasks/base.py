@@ -1,6 +1,6 @@
 """A task: examples in, numbers out."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ...errors import TaskError
 VALIDATION_SEED = 0  # draws validation examples, fixed: every run answers the same questions
 
 Example = dict[str, Any]
-Batches = Iterable[BatchEncoding]
+Batches = Iterable[MutableMapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,13 @@ class TaskOptions:
             if not self.data.exists():
                 raise TaskError(f"data {self.data} does not exist: name a folder or file")
         for option in ("max_train_samples", "max_eval_samples"):
-            value = getattr(self, option)
-            if value is not None and value < 2:
+            if (value := getattr(self, option)) is not None and value < 2:
                 raise TaskError(f"{option} is {value} but a sample needs 2 at least; raise it or leave it out")
+
+    @property
+    def draws(self) -> tuple[tuple[int | None, int], tuple[int | None, int]]:
+        """(limit, seed) of the training examples, and of the validation examples."""
+        return (self.max_train_samples, self.seed), (self.max_eval_samples, VALIDATION_SEED)
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Task:
     source: str
     train: Sequence[Example]
     validation: Sequence[Example]
-    collate: Callable[[list[Example]], BatchEncoding]
+    collate: Callable[[list[Example]], MutableMapping[str, Any]]
     measure: Callable[[nn.Module, Batches], dict[str, float]]
     higher_is_better: bool = True
     baseline: Mapping[str, float] = field(default_factory=dict)
@@ -82,13 +86,11 @@ class Task:
     @torch.no_grad()
     def evaluate(self, model: nn.Module, *, batch_size: int = 64) -> dict[str, float]:
         """`measure` over the validation examples, in evaluation mode; leaves the model's mode and all random states."""
-        by_length = sorted(self.validation, key=lambda example: lengths([example]))
-        device = next(model.parameters()).device
-        loader = self._loader(by_length, batch_size)
-        was_training = model.training
+        loader = self._loader(sorted(self.validation, key=lambda e: lengths([e])), batch_size)
+        device, was_training = next(model.parameters()).device, model.training
         model.eval()
         try:
-            return self.measure(model, (batch.to(device) for batch in loader))
+            return self.measure(model, (BatchEncoding(batch).to(device) for batch in loader))
         finally:
             model.train(was_training)
 
@@ -104,7 +106,7 @@ def epoch_order(seed: int, epoch: int) -> torch.Generator:
 
 
 def lengths(examples: Sequence[Example]) -> list[int]:
-    """Tokens of each example; 1 for what is no text."""
+    """Tokens of each example; 1 for what is not text."""
     return [len(example.get("input_ids", (0,))) for example in examples]
 
 
@@ -118,13 +120,12 @@ def accuracy(model: nn.Module, batches: Batches) -> dict[str, float]:
     return {"accuracy": right / total}
 
 
-def encoded_rows(encoded: Mapping[str, Any], labels: Sequence[Any]) -> list[Example]:
-    """A tokenizer's columns and the labels as a list of examples."""
-    columns = {**encoded, "labels": labels}
+def encoded(tokenizer: Any, *texts: list[str], labels: Sequence[Any], max_length: int) -> list[Example]:
+    """Examples of one or two columns of text, tokenized and cut, with their labels."""
+    columns = {**tokenizer(*texts, truncation=True, max_length=max_length), "labels": labels}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def summary(error: Exception) -> str:
     """Type and first line of an error."""
-    first_line = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first_line}"
+    return f"{type(error).__name__}: " + str(error).strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""What the tasks of causal language models share: where a text begins and ends, padding, and the loss."""
+"""What `lm` and `sft` share: tokens around a text, padding, and the loss of a causal language model."""
 
 import copy
 from collections.abc import Sequence
@@ -13,15 +13,10 @@ from .base import Batches
 IGNORED = -100  # a label without a loss, in torch and transformers
 
 
-def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that this tokenizer puts before every text, if it is one that does."""
-    first = tokenizer("").input_ids[:1]
-    return first if first == [tokenizer.bos_token_id] else []
-
-
-def ending(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The end token, if there is one."""
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def borders(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The token that this tokenizer puts before every text, and its end token; empty where it has none."""
+    first, end = tokenizer("").input_ids[:1], tokenizer.eos_token_id
+    return first if first == [tokenizer.bos_token_id] else [], [] if end is None else [end]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -30,7 +29,7 @@ HELD_OUT = 20  # one row in so many, where there is no validation file
 
 @dataclass(frozen=True)
 class Rows:
-    """A table that is not empty, and the file it is from; rows are counted from 0 in messages."""
+    """A table with rows, and the file it is from; messages count rows from 0."""
 
     origin: str
     table: pa.Table
@@ -39,15 +38,14 @@ class Rows:
         if not len(self.table):
             raise TaskError(f"{self.origin} has no rows; name a file with some")
 
-    def require_text(self, column: str) -> None:
-        """Raise TaskError if `column` holds anything but strings and nulls."""
-        kind = self.table[column].type
-        if not (is_text(kind) or pa.types.is_null(kind)):
-            raise TaskError(f"{self.origin}: column {column!r} holds {kind}, not text; name a file with text there")
-
-    def refuse_nulls(self, column: str) -> None:
-        if self.table[column].null_count:
-            row = pc.index(pc.is_null(self.table[column]), True).as_py()
+    def check(self, column: str, *, text: bool = True, nulls: bool = False) -> None:
+        """Raise TaskError if `column` does not hold text where it must, or has nulls where it must not."""
+        values = self.table[column]
+        if text and not (is_text(values.type) or pa.types.is_null(values.type)):
+            found = f"column {column!r} holds {values.type}, not text"
+            raise TaskError(f"{self.origin}: {found}; name a file with text there")
+        if values.null_count and not nulls:
+            row = pc.index(pc.is_null(values), True).as_py()
             raise TaskError(f"{self.origin}: column {column!r} is null at row {row}; remove or correct it")
 
     def column(self, name: str) -> list[Any]:
@@ -74,12 +72,14 @@ class Splits:
             return self.train, self.validation
         if len(self.train.table) < 2:
             raise TaskError(f"{self.train.origin} has one row only, so none can be held out; add rows")
-        train, validation = (Rows(self.train.origin, table) for table in held_out(self.train.table))
-        return train, validation
+        train, validation = held_out(self.train.table)
+        return Rows(self.train.origin, train), Rows(self.train.origin, validation)
 
 
-def read_splits(path: Path) -> Splits:
+def read_splits(path: Path | None) -> Splits:
     """A folder with a training and perhaps a validation (or else a test) file, or a single file."""
+    if path is None:
+        raise TaskError("this task has no data of its own: name a file or folder by --data")
     files = split_files(path) if path.is_dir() else {"train": [path]}
     train, source = read_rows(files["train"]), f"training on {names(files['train'])}"
     other = files.get("validation") or files.get("test")
@@ -93,27 +93,28 @@ def read_splits(path: Path) -> Splits:
 def split_files(folder: Path) -> dict[str, list[Path]]:
     """The data files of a folder by split, in order of their names; a file alone is for training."""
     found = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in TABLES)
-    files: dict[str, list[Path]] = defaultdict(list)
+    files: dict[str, list[Path]] = {}
     for path in found:
         if match := SPLIT_NAME.match(path.name):
-            files[SPLITS[match[1].lower()]].append(path)
+            files.setdefault(SPLITS[match[1].lower()], []).append(path)
     if not files and len(found) == 1:
         files["train"] = found
-    if not files["train"]:
+    if "train" not in files:
         there = names(found) or f"no {', '.join(TABLES)}"
         raise TaskError(f"{folder} has no training file but {there}; give one a name like train.parquet")
-    return dict(files)
+    return files
 
 
 def read_rows(paths: Sequence[Path]) -> Rows:
     """The rows of all files, one after the other; a file of no known kind is read as one text."""
     try:
         tables = [read_table(path) for path in paths]
-        for path, table in zip(paths, tables, strict=True):
-            if set(table.column_names) != set(tables[0].column_names):
+        columns = [table.column_names for table in tables]
+        for path, found in zip(paths, columns, strict=True):
+            if set(found) != set(columns[0]):
                 raise TaskError(
-                    f"{path} has the columns {', '.join(table.column_names)} but {paths[0].name} beside it has "
-                    f"{', '.join(tables[0].column_names)}; name one of the files, or give them the same columns"
+                    f"{path} has the columns {', '.join(found)} but {paths[0].name} beside it has "
+                    f"{', '.join(columns[0])}; name one of the files, or give them the same columns"
                 )
         return Rows(str(paths[0]), pa.concat_tables(tables, promote_options="permissive"))
     except (pa.ArrowException, OSError) as error:
@@ -125,33 +126,30 @@ def read_table(path: Path) -> pa.Table:
     kind = path.suffix.lower()
     if kind == ".parquet":
         return parquet.read_table(path)
+    rows: Any = []
+    place = str(path)
     try:
         text = path.read_text(encoding="utf-8")
+        if kind == ".json":
+            rows = json.loads(text)
+        elif kind == ".jsonl":
+            for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut inside strings
+                place = f"{path}, line {number}"
+                rows += [json.loads(line)] if line.strip() else []
+        else:
+            rows = [{"text": text}]
     except UnicodeDecodeError as error:
         raise TaskError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
-    if kind not in (".json", ".jsonl"):
-        return pa.table({"text": [text]})
-    if kind == ".json":
-        rows = parsed(text, str(path))
-        if not isinstance(rows, list):
-            raise TaskError(f"{path} holds a JSON {type(rows).__name__}, not a list of rows; write [{{…}}, {{…}}]")
-    else:
-        lines = enumerate(text.split("\n"), 1)  # splitlines would also cut inside strings
-        rows = [parsed(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    except json.JSONDecodeError as error:
+        remedy = "correct it, or give a text another ending, like .txt"
+        raise TaskError(f"{place}: is not JSON ({error}); {remedy}") from error
+    if not isinstance(rows, list):
+        raise TaskError(f"{path} holds a JSON {type(rows).__name__}, not a list of rows; write [{{…}}, {{…}}]")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise TaskError(f"{path}: row {number} is {str(row)[:40]!r}, not an object with named columns; correct it")
     columns = dict.fromkeys(chain.from_iterable(rows))  # of all rows: the first one may leave some out
     return pa.table({name: [row.get(name) for row in rows] for name in columns})
-
-
-def parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TaskError(
-            f"{place}: is not JSON ({error}); correct it, or give a text another ending, like .txt"
-        ) from error
 
 
 def held_out(rows: Any) -> tuple[Any, Any]:

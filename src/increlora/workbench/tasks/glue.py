@@ -16,7 +16,7 @@ from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ...errors import TaskError
-from .base import VALIDATION_SEED, Batches, Example, Task, TaskOptions, encoded_rows, summary
+from .base import Batches, Task, TaskOptions, encoded, summary
 from .files import Rows, digest, names, read_rows, split_files
 
 HUB_NAME = "nyu-mll/glue"
@@ -40,10 +40,6 @@ class Glue:
     validation_size: int
     metrics: tuple[str, ...] = ("accuracy",)
 
-    @property
-    def num_labels(self) -> int:
-        return len(self.labels) or 1
-
     def score(self, labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
         """The metrics of predictions (n,) against labels (n,), n ≥ 1, under the names of the `evaluate` library.
 
@@ -51,25 +47,24 @@ class Glue:
         from scipy import stats  # late: scikit-learn takes a second
         from sklearn import metrics
 
-        def correlation(test: Any) -> float:
-            if not np.isfinite(predicted).all():
+        def correlation(test: Any, x: np.ndarray, y: np.ndarray) -> float:
+            if not np.isfinite(y).all():
                 return math.nan
-            value = float(test(labels, predicted).statistic) if len(labels) > 1 else math.nan
-            return 0.0 if math.isnan(value) else value
+            return np.nan_to_num(test(x, y).statistic) if len(x) > 1 else 0.0
 
         compute = {
-            "accuracy": lambda: metrics.accuracy_score(labels, predicted),
-            "f1": lambda: metrics.f1_score(labels, predicted, zero_division=0.0),  # of label 1
-            "matthews_correlation": lambda: metrics.matthews_corrcoef(labels, predicted),
-            "pearson": lambda: correlation(stats.pearsonr),
-            "spearmanr": lambda: correlation(stats.spearmanr),
+            "accuracy": metrics.accuracy_score,
+            "f1": partial(metrics.f1_score, zero_division=0.0),  # of label 1
+            "matthews_correlation": metrics.matthews_corrcoef,
+            "pearson": partial(correlation, stats.pearsonr),
+            "spearmanr": partial(correlation, stats.spearmanr),
         }
         with warnings.catch_warnings(action="ignore"):  # about constant answers, which untrained models give
-            return {name: float(compute[name]()) for name in self.metrics}
+            return {name: float(compute[name](labels, predicted)) for name in self.metrics}
 
     def baseline(self, labels: np.ndarray) -> dict[str, float]:
         """The best that one answer for all reaches, by metric: the majority's accuracy, the F1 of always 1, or 0."""
-        answers = [self.score(labels, np.full_like(labels, answer)) for answer in range(self.num_labels)]
+        answers = [self.score(labels, np.full_like(labels, answer)) for answer in range(len(self.labels) or 1)]
         return {name: max(answer[name] for answer in answers) for name in self.metrics}
 
 
@@ -94,23 +89,25 @@ def glue_task(name: str, tokenizer: PreTrainedTokenizerBase, options: TaskOption
     Raises: TaskError if files, columns or labels are missing or foreign."""
     glue = GLUE[name]
     splits, source = from_hub(name) if options.data is None else from_folder(name, options.data)
-    for rows in splits.values():
+    examples = {}
+    for split, rows in splits.items():
         check_rows(rows, glue, f"glue/{name}")
-    encode = partial(encoded, tokenizer=tokenizer, glue=glue, max_length=options.max_length)
-    validation = encode(splits["validation"].sample(options.max_eval_samples, VALIDATION_SEED))
-    labels = np.array([example["labels"] for example in validation])
+        drawn = rows.sample(*options.draws[split != "train"])
+        texts, labels = map(drawn.column, glue.columns), drawn.column("label")
+        examples[split] = encoded(tokenizer, *texts, labels=labels, max_length=options.max_length)
+    validation = examples["validation"]
+    answers = np.array([example["labels"] for example in validation])
     if MISMATCHED in splits:
-        other = encode(splits[MISMATCHED].sample(options.max_eval_samples, VALIDATION_SEED))
-        validation = [{**e, MISMATCHED: 0} for e in validation] + [{**e, MISMATCHED: 1} for e in other]
+        validation = [{**e, MISMATCHED: i} for i, s in enumerate(("validation", MISMATCHED)) for e in examples[s]]
     return Task(
         name=f"glue/{name}",
         metric=glue.metrics[0],
         source=source,
-        train=encode(splits["train"].sample(options.max_train_samples, options.seed)),
+        train=examples["train"],
         validation=validation,
         collate=DataCollatorWithPadding(tokenizer),
         measure=partial(measured, glue),
-        baseline=glue.baseline(labels),
+        baseline=glue.baseline(answers),
     )
 
 
@@ -140,11 +137,6 @@ def measured(glue: Glue, model: nn.Module, batches: Batches) -> dict[str, float]
     return numbers
 
 
-def encoded(rows: Rows, *, tokenizer: PreTrainedTokenizerBase, glue: Glue, max_length: int) -> list[Example]:
-    texts = [rows.column(column) for column in glue.columns]
-    return encoded_rows(tokenizer(*texts, truncation=True, max_length=max_length), rows.column("label"))
-
-
 # -- where the rows come from ------------------------------------------------------------------------------------------
 
 
@@ -154,15 +146,14 @@ def from_folder(name: str, folder: Path) -> tuple[dict[str, Rows], str]:
         raise TaskError(f"--data {folder} is a file but {expected}; name that folder or the one around it")
     folder = folder / name if (folder / name).is_dir() else folder
     files = split_files(folder)
-    validation = files.get("validation", [])
-    other = [path for path in validation if name == "mnli" and MISMATCHED in path.name]
-    chosen = {"train": files["train"], "validation": [path for path in validation if path not in other]}
+    chosen: dict[str, list[Path]] = {"train": files["train"], "validation": [], MISMATCHED: []}
+    for path in files.get("validation", []):
+        chosen[MISMATCHED if name == "mnli" and MISMATCHED in path.name else "validation"].append(path)
     if not chosen["validation"]:
         raise TaskError(f"{folder} has no validation file beside {names(files['train'])}; {expected}")
-    if other:
-        chosen[MISMATCHED] = other
     every = [path for paths in chosen.values() for path in paths]
-    return {split: read_rows(paths) for split, paths in chosen.items()}, f"{names(every)}, {digest(every)}"
+    rows = {split: read_rows(paths) for split, paths in chosen.items() if paths}
+    return rows, f"{names(every)}, {digest(every)}"
 
 
 def from_hub(name: str) -> tuple[dict[str, Rows], str]:
@@ -186,20 +177,19 @@ def from_hub(name: str) -> tuple[dict[str, Rows], str]:
 
 def check_rows(rows: Rows, glue: Glue, task: str) -> None:
     """Raise TaskError for columns or labels that are not the task's."""
-    if not {*glue.columns, "label"} <= set(rows.table.column_names):
-        there, expected = ", ".join(rows.table.column_names), ", ".join((*glue.columns, "label"))
-        raise TaskError(f"{rows.origin} has the columns {there} but {task} reads {expected}; rename or add them")
-    for name in glue.columns:
-        rows.require_text(name)
-        rows.refuse_nulls(name)
-    rows.refuse_nulls("label")
+    expected = (*glue.columns, "label")
+    if not {*expected} <= {*rows.table.column_names}:
+        there, read = ", ".join(rows.table.column_names), ", ".join(expected)
+        raise TaskError(f"{rows.origin} has the columns {there} but {task} reads {read}; rename or add them")
+    for name in expected:
+        rows.check(name, text=name != "label")
     column = rows.table["label"]
-    expected = "0 to 5" if not glue.labels else ", ".join(f"{n} {name}" for n, name in enumerate(glue.labels))
+    allowed = ", ".join(f"{n} {name}" for n, name in enumerate(glue.labels)) or "0 to 5"
     if not (pa.types.is_integer(column.type) or (pa.types.is_floating(column.type) and not glue.labels)):
-        raise TaskError(f"{rows.origin}: labels are {column.type} but {task} has the numbers {expected}; convert them")
+        raise TaskError(f"{rows.origin}: labels are {column.type} but {task} has the numbers {allowed}; convert them")
     labels = column.to_numpy()
     known = np.isin(labels, range(len(glue.labels))) if glue.labels else (labels >= 0) & (labels <= MAX_SCORE)
     if not known.all():
         row = int(np.argmin(known))
         hint = "a test set's labels are hidden: name another file" if labels[row] == -1 else "remove or correct it"
-        raise TaskError(f"{rows.origin}: label {labels[row]} at row {row} but {task} has {expected}; {hint}")
+        raise TaskError(f"{rows.origin}: label {labels[row]} at row {row} but {task} has {allowed}; {hint}")

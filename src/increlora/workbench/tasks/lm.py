@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...errors import TaskError
 from .base import VALIDATION_SEED, Example, Task, TaskOptions
-from .causal import causal_loss, ending, opening, right_padding, token_ids
+from .causal import borders, causal_loss, right_padding, token_ids
 from .files import HELD_OUT, Rows, draw, held_out, read_splits, text_columns
 
 # Tokenizers slow down on very long texts (10 MB: 35 s and 1.8 GB): pieces end at a line's end where one is near.
@@ -26,15 +26,15 @@ def lm_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
     """The task, tokenized. Its limits count blocks: the training text's first ones (the rest is not even tokenized),
     and a fixed sample of all validation blocks.
 
-    Raises: TaskError without `options.data`, without one column of text, or if the text is too short."""
-    if options.data is None:
-        raise TaskError("task lm trains on your text: name a file or folder by --data")
+    Raises: TaskError without data, without one column of text, or if the text is too short."""
     splits = read_splits(options.data)
-    text, other = texts(splits.train), [] if splits.validation is None else texts(splits.validation)
-    if splits.validation is None and len(text) >= HELD_OUT:
+    text = texts(splits.train)
+    if splits.validation is not None:
+        other = texts(splits.validation)
+    elif len(text) >= HELD_OUT:
         text, other = held_out(text)
-    elif splits.validation is None:  # the end of each of a few documents
-        text, other = [held_out(document)[0] for document in text], [held_out(document)[1] for document in text]
+    else:  # the end of each of a few documents
+        text, other = ([held_out(document)[part] for document in text] for part in (0, 1))
     train = list(islice(blocks(tokens(tokenizer, text), options.max_length), options.max_train_samples))
     validation = list(blocks(tokens(tokenizer, other), options.max_length))
     if not (train and validation):
@@ -54,18 +54,18 @@ def lm_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
 def texts(rows: Rows) -> list[str]:
     """The documents of a table: its only column of text, or the one called `text`."""
     columns = text_columns(rows.table)
-    column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
-    if column is None:
+    if "text" not in columns and len(columns) != 1:
         there = ", ".join(columns) or "none"
         raise TaskError(f"{rows.origin}: its columns of text are {there}; lm reads the one called 'text': rename it")
-    rows.refuse_nulls(column)
+    column = "text" if "text" in columns else columns[0]
+    rows.check(column)
     return [text for text in rows.column(column) if text.strip()]
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[int]:
     """The stream: every document behind the opening token or, where there is none, before the end token."""
-    before = opening(tokenizer)
-    after = [] if before else ending(tokenizer)
+    before, end = borders(tokenizer)
+    after = [] if before else end
     pieces = (piece for document in documents for piece in PIECE.finditer(document))
     while group := list(islice(pieces, PIECES_AT_ONCE)):
         found = token_ids(tokenizer, [piece[0] for piece in group])

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BatchEncoding
+from transformers import default_data_collator
 
-from ...errors import TaskError
 from ...hosts.peft import rank_summary
 from .base import Batches, Example, Task, TaskOptions
 
@@ -59,21 +58,19 @@ class PlantedNet(nn.Module):
 
 
 def planted_task(tokenizer: None, options: TaskOptions) -> Task:
-    """The task: `seed` draws the net, the plant and the training inputs. Raises TaskError for `data`."""
-    if options.data is not None:
-        raise TaskError(f"--data {options.data}: planted draws its own data; leave it out")
+    """The task: `seed` draws the net, the plant and the training inputs."""
     net, ranks = PlantedNet(options.seed), planted_ranks(options.seed)
     teacher = plant(PlantedNet(options.seed), ranks, options.seed)
     train = examples(teacher, min(TRAIN_SIZE, options.max_train_samples or TRAIN_SIZE), f"train {options.seed}")
     validation = examples(teacher, min(VALIDATION_SIZE, options.max_eval_samples or VALIDATION_SIZE), "validation")
-    untrained = squared_error(net, [collate(validation)])
+    untrained = squared_error(net, [default_data_collator(validation)])
     return Task(
         name="planted",
         metric="excess_loss",
         source=f"plant of seed {options.seed}: {sum(ranks.values())} ranks over {len(ranks)} modules",
         train=train,
         validation=validation,
-        collate=collate,
+        collate=default_data_collator,
         measure=partial(measure, untrained=untrained, ranks=ranks),
         higher_is_better=False,
         baseline={"excess_loss": 1.0},
@@ -109,10 +106,6 @@ def examples(teacher: PlantedNet, count: int, name: str) -> list[Example]:
     generator = torch.Generator().manual_seed(random.Random(name).getrandbits(48))
     x = torch.randn(count, WIDTH, generator=generator)
     return [{"x": one, "labels": answer} for one, answer in zip(x, teacher(x)["logits"], strict=True)]
-
-
-def collate(batch: list[Example]) -> BatchEncoding:
-    return BatchEncoding({key: torch.stack([example[key] for example in batch]) for key in ("x", "labels")})
 
 
 @torch.no_grad()

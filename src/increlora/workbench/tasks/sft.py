@@ -15,12 +15,14 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import TaskError
-from .base import VALIDATION_SEED, Example, Task, TaskOptions
-from .causal import IGNORED, causal_loss, ending, opening, right_padding, token_ids
+from .base import Example, Task, TaskOptions
+from .causal import IGNORED, borders, causal_loss, right_padding, token_ids
 from .files import Rows, read_splits
 
-LAYOUTS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
-CONTEXT = "input"  # Alpaca's third column, often empty
+LAYOUTS: tuple[tuple[str, ...], ...] = (
+    ("prompt", "response"), ("prompt", "completion"), ("instruction", "output", "input"), ("instruction", "output"),
+    ("question", "answer"),
+)  # fmt: skip
 BLANK_LINE = "\n\n"
 
 Pair = tuple[str, str]  # prompt and response
@@ -29,20 +31,18 @@ Pair = tuple[str, str]  # prompt and response
 def sft_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
     """The task, tokenized; its limits count rows, before some are left out.
 
-    Raises: TaskError without `options.data`, without known columns, or if no pair fits into `options.max_length`."""
-    if options.data is None:
-        raise TaskError("task sft trains on your pairs: name a file or folder by --data")
+    Raises: TaskError without data, without known columns, or if no pair fits into `options.max_length`."""
     splits, notes = read_splits(options.data), Counter[str]()
-    train, validation = splits.rows()
-    train = train.sample(options.max_train_samples, options.seed)
-    validation = validation.sample(options.max_eval_samples, VALIDATION_SEED)
-    examples = [fitting(tokenizer, rows, options.max_length, notes) for rows in (train, validation)]
+    train, validation = (
+        fitting(tokenizer, rows.sample(*drawn), options.max_length, notes)
+        for rows, drawn in zip(splits.rows(), options.draws, strict=True)
+    )
     return Task(
         name="sft",
         metric="eval_loss",
         source=", ".join([splits.source, *(f"{count} {note}" for note, count in notes.items() if count)]),
-        train=examples[0],
-        validation=examples[1],
+        train=train,
+        validation=validation,
         collate=right_padding(tokenizer),
         measure=causal_loss,
         higher_is_better=False,
@@ -54,8 +54,13 @@ def fitting(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, not
     pairs = read_pairs(rows)
     whole = [(prompt, response) for prompt, response in pairs if prompt.strip() and response.strip()]
     notes["rows without prompt or response left out"] += len(pairs) - len(whole)
+    start, end = ([], []) if tokenizer.chat_template else borders(tokenizer)
+    texts = [written(tokenizer, *pair) for pair in whole]
+    # Each alone, as in generation, where the prompt is there first.
+    prompts, responses = (token_ids(tokenizer, [pair[i] for pair in texts]) for i in (0, 1))
     examples = []
-    for start, prompt, response in tokenized(tokenizer, whole):
+    for prompt, answer in zip(prompts, responses, strict=True):
+        response = answer + end
         excess = max(0, len(start) + len(prompt) + len(response) - max_length)
         if excess >= len(prompt):
             notes[f"responses longer than {max_length} tokens left out"] += 1
@@ -64,47 +69,32 @@ def fitting(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, not
         asked = start + prompt[excess:]
         examples.append({"input_ids": asked + response, "labels": [IGNORED] * len(asked) + response})
     if not examples:
-        raise TaskError(
-            f"{rows.origin}: of {len(pairs)} rows, {len(pairs) - len(whole)} lack prompt or response and "
-            f"{len(whole)} do not fit into {max_length} tokens, so none is left; fill them or raise --max-length"
-        )
+        lacking = f"of {len(pairs)} rows, {len(pairs) - len(whole)} lack prompt or response"
+        remedy = f"and {len(whole)} do not fit into {max_length} tokens; fill them or raise --max-length"
+        raise TaskError(f"{rows.origin}: {lacking} {remedy}")
     return examples
 
 
 def read_pairs(rows: Rows) -> list[Pair]:
     """Prompts and responses as they are in the table; a null reads as an empty text."""
-    layout = next((pair for pair in LAYOUTS if set(pair) <= set(rows.table.column_names)), None)
-    if layout is None:
-        there, known = ", ".join(rows.table.column_names), " or ".join(" + ".join(pair) for pair in LAYOUTS)
-        raise TaskError(f"{rows.origin} has the columns {there}; sft reads {known}: rename two")
-    with_context = layout[0] == "instruction" and CONTEXT in rows.table.column_names
-    columns = (*layout, CONTEXT) if with_context else layout
+    there = rows.table.column_names
+    columns = next((layout for layout in LAYOUTS if set(layout) <= set(there)), None)
+    if columns is None:
+        known = " or ".join(" + ".join(layout) for layout in LAYOUTS if len(layout) == 2)
+        raise TaskError(f"{rows.origin} has the columns {', '.join(there)}; sft reads {known}: rename two")
     for column in columns:
-        rows.require_text(column)
-    texts = [[text or "" for text in rows.column(column)] for column in columns]
-    if not with_context:
-        return list(zip(*texts, strict=True))
+        rows.check(column, nulls=True)
+    texts = zip(*([text or "" for text in rows.column(column)] for column in columns), strict=True)
     return [
-        (prompt + BLANK_LINE + context if context.strip() else prompt, response)
-        for prompt, response, context in zip(*texts, strict=True)
+        (BLANK_LINE.join([prompt, *(text for text in context if text.strip())]), response)
+        for prompt, response, *context in texts
     ]
 
 
-def tokenized(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> list[tuple[list[int], list[int], list[int]]]:
-    """Per pair: what is never cut, the prompt, the response with its end.
-
-    Prompt and response are tokenized each alone, as in generation, where the prompt is there first."""
-    if tokenizer.chat_template:
-        start, end, pairs = [], [], [chat(tokenizer, *pair) for pair in pairs]
-    else:
-        start, end = opening(tokenizer), ending(tokenizer)
-        pairs = [(prompt + BLANK_LINE, response) for prompt, response in pairs]
-    prompts, responses = (token_ids(tokenizer, [pair[i] for pair in pairs]) for i in (0, 1))
-    return [(start, prompt, response + end) for prompt, response in zip(prompts, responses, strict=True)]
-
-
-def chat(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> Pair:
-    """The pair as the template writes it: what generation starts from, and all that follows."""
+def written(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> Pair:
+    """The pair as the model reads it: what generation starts from, and all that follows."""
+    if not tokenizer.chat_template:
+        return prompt + BLANK_LINE, response
     asked = [{"role": "user", "content": prompt}]
     answered = [*asked, {"role": "assistant", "content": response}]
     before = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)

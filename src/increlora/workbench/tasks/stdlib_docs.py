@@ -17,16 +17,16 @@ import platform
 import random
 import sysconfig
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ...errors import TaskError
-from .base import VALIDATION_SEED, Example, Task, TaskOptions, accuracy, encoded_rows
+from .base import VALIDATION_SEED, Task, TaskOptions, accuracy, encoded
 
 SKIPPED_FOLDERS = frozenset(
     "__pycache__ dist-packages idle_test lib2to3 pydoc_data site-packages test tests turtledemo".split()
@@ -50,25 +50,21 @@ class Pair(NamedTuple):
 
 
 def stdlib_docs_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
-    """The task, tokenized. Raises TaskError if this Python comes without its library's sources, or for `data`."""
-    if options.data is not None:
-        raise TaskError(f"--data {options.data}: stdlib-docs reads the running Python's own library; leave it out")
-    train, validation = load_pairs(seed=options.seed)
+    """The task, tokenized. Raises TaskError if this Python comes without its library's sources."""
+    examples = []
+    for pairs, (limit, _) in zip(load_pairs(seed=options.seed), options.draws, strict=True):
+        _, *texts, labels = map(list, zip(*pairs[:limit], strict=True))
+        examples.append(encoded(tokenizer, *texts, labels=labels, max_length=options.max_length))
     return Task(
         name="stdlib-docs",
         metric="accuracy",
         source=f"standard library of {platform.python_implementation()} {platform.python_version()}",
-        train=encoded(tokenizer, train[: options.max_train_samples], options.max_length),
-        validation=encoded(tokenizer, validation[: options.max_eval_samples], options.max_length),
+        train=examples[0],
+        validation=examples[1],
         collate=DataCollatorWithPadding(tokenizer),
         measure=accuracy,
         baseline={"accuracy": 0.5},
     )
-
-
-def encoded(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int) -> list[Example]:
-    texts = [p.signature for p in pairs], [p.summary for p in pairs]
-    return encoded_rows(tokenizer(*texts, truncation=True, max_length=max_length), [p.label for p in pairs])
 
 
 def load_pairs(root: Path | None = None, *, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
@@ -79,33 +75,30 @@ def load_pairs(root: Path | None = None, *, seed: int = 0) -> tuple[list[Pair], 
         seed: draws the training pairs and their order; the validation pairs do not depend on it.
     Raises: TaskError if `root` holds too little documented source."""
     root = root or Path(sysconfig.get_path("stdlib"))
-    train: list[Pair] = []
-    validation: list[Pair] = []
+    found: list[list[Pair]] = [[], []]
+    seeds = seed, VALIDATION_SEED
     for functions in documented_functions(root):
-        held_out = is_validation(functions[0].file)
-        rng = random.Random(f"{functions[0].file} {VALIDATION_SEED if held_out else seed}")
-        (validation if held_out else train).extend(with_swaps(functions, rng))
-    splits = alternating(train, random.Random(seed)), alternating(validation, random.Random(VALIDATION_SEED))
-    if len(train) + len(validation) < MIN_PAIRS or not all(splits):
+        file = functions[0].file
+        held_out = is_validation(file)
+        rng = random.Random(f"{file} {seeds[held_out]}")
+        shuffled = rng.sample(functions, len(functions))
+        cut = (len(shuffled) + rng.randrange(2)) // 2
+        false = shuffled[cut:]  # half the functions keep their summaries, these pass theirs on in a circle
+        swapped = zip(false, false[1:] + false[:1], strict=True)
+        found[held_out] += shuffled[:cut]
+        found[held_out] += (one._replace(summary=other.summary, label=0) for one, other in swapped)
+    train, validation = (alternating(pairs, random.Random(s)) for pairs, s in zip(found, seeds, strict=True))
+    if len(found[0]) + len(found[1]) < MIN_PAIRS or not (train and validation):
         raise TaskError(
-            f"{root}: gives {len(splits[0])} training and {len(splits[1])} validation pairs, too few; "
+            f"{root}: gives {len(train)} training and {len(validation)} validation pairs, too few; "
             f"use a Python that is installed with its library's sources (.py files)"
         )
-    return splits
+    return train, validation
 
 
 def is_validation(file: str) -> bool:
     """Whether a file's functions are held out; depends on its path in the library alone."""
     return int(hashlib.sha256(file.encode()).hexdigest(), 16) % VALIDATION_SHARE == 0
-
-
-def with_swaps(functions: Sequence[Pair], rng: random.Random) -> list[Pair]:
-    """Half the functions keep their summaries, the other half pass theirs on in a circle."""
-    shuffled = rng.sample(functions, len(functions))
-    cut = (len(shuffled) + rng.randrange(2)) // 2
-    false = shuffled[cut:]
-    swapped = zip(false, false[1:] + false[:1], strict=True)
-    return shuffled[:cut] + [one._replace(summary=other.summary, label=0) for one, other in swapped]
 
 
 def alternating(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
@@ -114,26 +107,23 @@ def alternating(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
     return [pair for both in zip(*by_label, strict=False) for pair in both]  # the few left over are dropped
 
 
-# -- the library's sources ---------------------------------------------------------------------------------------------
-
-
 @cache
 def documented_functions(root: Path) -> Sequence[Sequence[Pair]]:
     """The usable functions of every file under `root` that has enough of them, by file, in order of path.
 
     Left out: private names, summaries of fewer than three words, and whatever repeats a signature or summary of
     the same file, or a function and summary of another one."""
-    files: dict[str, list[Pair]] = defaultdict(list)
+    files: dict[str, list[Pair]] = {}
     seen: set[tuple[str, str]] = set()
     was_enabled = gc.isenabled()
     gc.disable()  # syntax trees have no cycles, and collecting takes half of the parsing time beside torch
     try:
-        for function in (function for path in sources(root) for function in read_functions(root, path)):
+        for function in chain.from_iterable(read_functions(root, path) for path in sources(root)):
             name = function.signature.partition("(")[0].split()[-1].rpartition(".")[2]
             summary = function.summary.casefold().rstrip(".")
             keys = {(function.file, function.signature), (function.file, summary), (name, summary)}
             if not keys & seen:
-                files[function.file].append(function)
+                files.setdefault(function.file, []).append(function)
             seen |= keys
     finally:
         if was_enabled:
@@ -158,8 +148,7 @@ def read_functions(root: Path, path: Path) -> Iterator[Pair]:
         return  # the library holds a few files that are broken on purpose
     for owner, node in functions_in(tree.body):
         summary = (ast.get_docstring(node) or "").strip().partition("\n")[0].strip()
-        usable = summary[:1].isalpha() and len(summary.split()) >= MIN_WORDS and not node.name.startswith("_")
-        if usable:
+        if summary[:1].isalpha() and len(summary.split()) >= MIN_WORDS and not node.name.startswith("_"):
             yield Pair(file, f"def {owner}{node.name}({ast.unparse(node.args)})", summary)
 
 
