@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from increlora import check_export, export_lora
 from increlora.export.adapters import read_adapter
-from increlora.hosts.peft.config import CONFIGS, with_current_type
+from increlora.hosts.peft.config import CONFIGS
+from increlora.hosts.peft.old import translated
 from increlora.workbench.cli.app import app
 from tests.hosts.loops import StopAt, adapted, assert_same, state_of, trainer_of
 from tests.hosts.tiny import BUILDERS, logits
@@ -101,7 +102,7 @@ def test_the_trainer_resumes_from_an_old_checkpoint(tmp_path: Path) -> None:
     {"peft_type": ["MORA"], "increlora_version": None}, {"peft_type": None, "increlora_version": None},
 ])  # fmt: skip
 def test_what_is_not_ours_stays_as_it_is(raw: dict[str, Any]) -> None:
-    assert with_current_type(raw) == raw
+    assert translated(raw) == raw
 
 
 # A peft that has a method MORA of its own: its config, its model, its place in peft's tables.

@@ -16,6 +16,7 @@ from increlora.runtime import Controller
 from increlora.runtime.taps import PATIENCE
 from tests.reference.loop import adamw, controller_of, fused, trainable
 from tests.reference.toy import toy_batches, toy_loss, toy_network
+from tests.switches import departing
 
 torch.set_num_threads(1)  # these networks are too small to share between threads
 
@@ -27,7 +28,7 @@ Make = Callable[[list[nn.Parameter]], Optimizer]
 
 def adapted(**options) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        return get_peft_model(toy_network(), IncreLoraConfig(**SCHEDULE | options))
+        return get_peft_model(toy_network(), departing(IncreLoraConfig, **SCHEDULE | options))
 
 
 def live(model: nn.Module) -> dict[str, Tensor]:

@@ -31,9 +31,12 @@ from tests.hosts.comparison_schema import UNKNOWN_TO_A_RUN, problems
 pytestmark = pytest.mark.slow  # most of it trains
 
 TINY = "--r 2 --epochs 2.5 --batch-size 8 --max-length 16 --max-train-samples 64 --max-eval-samples 20".split()
-ADVANCE = (
-    "--set reserve=trained --set newborn=published".split()
-)  # with a reserve, peak and average differ from the end
+ADVANCE = (  # the default but for a reserve: with one, peak and average differ from the end
+    "--preset paper --set reserve=trained --set newborn=published --set selection=exact --set finish=retire "
+    "--set score_window=8 --set score_accumulation=mean --set scaling=constant --set start=lora --set clock=ramp "
+    "--set lora_alpha=8 --set warmup_steps=0.05 --set interval_steps=0.03 --set birth_warmup=0.03 --set top_h=none "
+    "--set orthogonality=0"
+).split()
 STEPS = 20  # of the run that TINY describes: 8 per epoch, a checkpoint and an evaluation after every 5
 MODULES = 12
 

@@ -38,7 +38,7 @@ RECIPES = sorted(Path(__file__).parents[3].glob("recipes/paper/*.toml"))
         ("warmup_steps=100", 100),
         ("lora_alpha=16", 16),
         ("score=signed", "signed"),
-        ("reserve=none", "none"),
+        ("score_accumulation=exact", "exact"),
         ("score_window=none", None),
         ("init_lora_weights=false", False),
         ("capacity_pattern={query = 4}", {"query": 4}),
@@ -50,7 +50,7 @@ def test_set_reads_values_as_toml_and_bare_words(pair, value):
     assert key == pair.partition("=")[0] and found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("pair", ("lora_alpha=true", "top_h=true", "reserve=None", "capacity_pattern=4", "seed=1"))
+@pytest.mark.parametrize("pair", ("lora_alpha=true", "top_h=true", "score=None", "capacity_pattern=4", "seed=1"))
 def test_set_refuses_what_the_option_is_not(pair):
     with pytest.raises(ConfigError, match=f"--set {pair}"):
         parse_options("increlora", [pair])
@@ -63,7 +63,7 @@ def recipe(tmp_path, text):
 
 
 def test_settings_survive_the_config_file(tmp_path):
-    pairs = ["score_window=none", "capacity_pattern={'a.b' = 4}", "reserve=frozen", "lora_alpha=16"]
+    pairs = ["score_window=none", "capacity_pattern={'a.b' = 4}", "score=signed", "lora_alpha=16"]
     settings = resolve({"r": 4, "lr": 2e-5, "target_modules": "query,value"}, pairs)
     text = settings.toml(Path("o"))
     again = TrainSettings(**read_recipe(recipe(tmp_path, text)))
