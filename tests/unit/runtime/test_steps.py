@@ -163,9 +163,9 @@ def test_a_module_used_twice(how):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         base = Twice().double()
-    model = get_peft_model(base, IncreLoraConfig(
-        r=2, init_lora_weights=False, target_modules=["up"], warmup_steps=3, interval_steps=1, top_h=1, birth_warmup=0,
-        score_accumulation=how, orthogonality=0.0,
+    model = get_peft_model(base, departing(
+        IncreLoraConfig, r=2, init_lora_weights=False, target_modules=["up"], warmup_steps=3, interval_steps=1,
+        top_h=1, birth_warmup=0, score_accumulation=how, orthogonality=0.0,
     ))  # fmt: skip
     optimizer = SGD(trainable(model), lr=0.1)
     controller = attach(model, optimizer, record=True)

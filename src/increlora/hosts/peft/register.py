@@ -4,7 +4,8 @@ peft has no plug-in mechanism and refuses names that are not members of the enum
 `load_adapter` and `get_model_status`. So members are made at import, the way the enum module makes them.
 
 Adapter folders once named their types without a prefix. peft may come to have methods of these names, so they are not
-registered: whatever of peft reads an adapter_config.json calls `from_json_file`, and it translates what is ours.
+registered: whatever of peft reads an adapter_config.json calls `from_json_file`, and it translates what is ours, old
+options included.
 """
 
 import functools
