@@ -1,6 +1,9 @@
 """Methods by name. Adding one is a line here, and a file in `methods/` or in `structural/`."""
 
-from .methods import AdaLora, AdaLoraPaper, IncreLora, IncreLoraPaper, PlainLora, PriLora, Settings, Sora, SoraPaper
+from .methods import AdaLora, IncreLora, PlainLora, PriLora, Settings, Sora
+from .methods.adalora_paper import AdaLoraPaper
+from .methods.increlora_paper import IncreLoraPaper
+from .methods.sora_paper import SoraPaper
 from .structural.lora_mini.method import LoraMini
 from .structural.lorta.method import Lorta
 from .structural.melora import MeLora

@@ -9,7 +9,7 @@ from torch import nn
 
 from increlora.deltas import Status
 from increlora.hosts.transformers import IncreLoraCallback
-from increlora.methods import IncreLoraPaper
+from increlora.methods.increlora_paper import IncreLoraPaper
 from increlora.runtime.taps import Watcher
 
 from .loops import (

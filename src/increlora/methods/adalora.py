@@ -7,8 +7,7 @@
 
 b(t) falls from the initial ranks to the target along a cubic; a dropped triplet may come back until it has fallen.
 
-Source: AdaLoRA (arXiv 2303.10512), algorithm 1; its published code is `adalora_paper`.
-Differs: docs/methods/adalora.md
+Source: AdaLoRA (arXiv 2303.10512), algorithm 1; published code: `adalora_paper`.   Differs: docs/methods/adalora.md
 """
 
 from dataclasses import dataclass

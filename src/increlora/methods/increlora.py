@@ -5,8 +5,7 @@
     I ← β₁ I + (1−β₁) S    U ← β₂ U + (1−β₂)|I − S|    importance Ŝ = I · U
     event at each multiple of `interval_steps` after `warmup_steps`: the `top_h` modules with the largest Ŝ grow
 
-Source: IncreLoRA (arXiv 2308.12043), section 3; its published code is `increlora_paper`.
-Differs: docs/methods/increlora.md
+Source: IncreLoRA (arXiv 2308.12043), section 3; published code: `increlora_paper`.   Differs: docs/methods/increlora.md
 """
 
 import math
@@ -101,6 +100,13 @@ class IncreLoraOptions(Settings):
         even = math.ceil((mean_rank - self.init_r) * sites / self.step_ranks / DEFAULT_EVENTS)
         return budget, mean_rank, self.top_h or max(1, even)
 
+    def blocks(self, site: Site, mean_rank: float) -> list[int]:
+        """Ranks of the blocks of a module."""
+        usual = default_capacity(math.ceil(mean_rank), site.in_features, site.out_features)
+        capacity = matching(self.capacity_pattern, site.name) or self.capacity or usual
+        tails = math.ceil((self.step_ranks - 1) / site.sites)
+        return block_sizes(start=self.init_r, grow_by=self.step_ranks, capacity=capacity, tails=tails)
+
     def events(
         self, run: Run, holdings: Sequence[Holding], first: int, *, top_h: int, budget: Budget, strict: bool = True
     ) -> GrowthSteps:
@@ -136,13 +142,9 @@ class IncreLora(IncreLoraOptions):
         return Method("increlora", delta, budget, (rule,), penalty, self._clock, self.total_steps)
 
     def _delta(self, site: Site, *, mean_rank: float) -> TripletDelta:
-        usual = default_capacity(math.ceil(mean_rank), site.in_features, site.out_features)
-        capacity = matching(self.capacity_pattern, site.name) or self.capacity or usual
-        tails = math.ceil((self.step_ranks - 1) / site.sites)
-        sizes = block_sizes(start=self.init_r, grow_by=self.step_ranks, capacity=capacity, tails=tails)
         init = lora_start(site.inputs, random=not self.init_lora_weights) | {"E": ones}
         scale = partial(fixed, scale_of(self.lora_alpha, mean_rank, rslora=self.use_rslora))
-        return delta_at(site, TripletDelta, self, sizes, init=init, scale=scale)
+        return delta_at(site, TripletDelta, self, self.blocks(site, mean_rank), init=init, scale=scale)
 
     def _clock(self, step: int, created: int, run: Run) -> tuple[float, float | None]:
         return ramp_clock(step, created, warmup=in_steps(self.birth_warmup, run, name="birth_warmup")), None

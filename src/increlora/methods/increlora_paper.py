@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from ..decide.budget import Budget, block_sizes, default_capacity
+from ..decide.budget import Budget, block_sizes
 from ..decide.schedules import Run, in_steps, linear_clock, ramp_clock
 from ..decide.selection import grow_published, grow_top
 from ..deltas import Init, TripletDelta
@@ -104,28 +104,20 @@ class IncreLoraPaper(IncreLoraOptions):
         )  # fmt: skip
 
     def _delta(self, site: Site, *, mean_rank: float, top_h: int) -> TripletDelta:
-        exact = self.selection == "exact"
-        sizes = block_sizes(
-            start=self.init_r, grow_by=self.step_ranks, capacity=self._capacity(site, mean_rank, top_h),
-            tails=math.ceil((self.step_ranks - 1) / site.sites) if exact else 0,
-        )  # fmt: skip
         lora = lora_start(site.inputs, random=not self.init_lora_weights) | {"E": ones}
-        delta = delta_at(
-            site, TripletDelta, self, sizes,
-            init={letter: partial(self._initial, own, letter == "E") for letter, own in lora.items()},
-            scale=partial(self._scale, mean_rank=mean_rank),
-        )  # fmt: skip
+        exact = self.selection == "exact"
+        sizes = self.blocks(site, mean_rank) if exact else self._published_blocks(site, mean_rank, top_h)
+        init = {letter: partial(self._initial, own, letter == "E") for letter, own in lora.items()}
+        scale = partial(self._scale, mean_rank=mean_rank)
+        delta = delta_at(site, TripletDelta, self, sizes, init=init, scale=scale)
         delta.reserve_learns = self.reserve == "trained"
         return delta
 
-    def _capacity(self, site: Site, mean_rank: float, top_h: int) -> int:
-        chosen = matching(self.capacity_pattern, site.name) or self.capacity
-        if chosen is not None:
-            return chosen
-        if self.selection == "exact":
-            return default_capacity(math.ceil(mean_rank), site.in_features, site.out_features)
+    def _published_blocks(self, site: Site, mean_rank: float, top_h: int) -> list[int]:
         events = math.ceil((mean_rank - self.init_r) * site.sites / (top_h * self.step_ranks))
-        return self.init_r + self.step_ranks * (events + 1)  # the published bound, and the reserve behind it
+        bound = self.init_r + self.step_ranks * (events + 1)  # the published one, and the reserve behind it
+        capacity = matching(self.capacity_pattern, site.name) or self.capacity or bound
+        return block_sizes(start=self.init_r, grow_by=self.step_ranks, capacity=capacity, tails=0)
 
     def _scale(self, rank: int, *, mean_rank: float) -> float:
         if self.scaling == "constant":

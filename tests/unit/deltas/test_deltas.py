@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from increlora.deltas import BlockDelta, LowRankDelta, Status, TripletDelta
-from increlora.methods import IncreLoraPaper, PlainLora, Site
+from increlora.methods import PlainLora, Site
+from increlora.methods.increlora_paper import IncreLoraPaper
 from increlora.methods.initial import gaussian, kaiming, ones, zeros
 from tests.switches import settings_of
 

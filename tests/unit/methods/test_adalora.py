@@ -15,7 +15,8 @@ from increlora.decide.scores import smooth_entries, triplet_scores
 from increlora.decide.selection import keep_published, keep_top
 from increlora.deltas import TripletDelta
 from increlora.errors import BudgetError, ConfigError, ScheduleError
-from increlora.methods import AdaLora, AdaLoraPaper, Site
+from increlora.methods import AdaLora, Site
+from increlora.methods.adalora_paper import AdaLoraPaper
 from tests.reference import naive
 from tests.switches import departing
 

@@ -14,7 +14,8 @@ from increlora.decide.projections import published_shrink, shrink_together, soft
 from increlora.decide.schedules import Levels, Run, rising
 from increlora.deltas import TripletDelta
 from increlora.errors import BudgetError, ConfigError, ScheduleError
-from increlora.methods import Site, Sora, SoraPaper
+from increlora.methods import Site, Sora
+from increlora.methods.sora_paper import SoraPaper
 from tests.reference.official_sora import HfAdamW, shrink
 from tests.switches import departing, settings_of
 

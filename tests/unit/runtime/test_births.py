@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from increlora import IncreLoraConfig, attach
 from increlora.decide.schedules import Run, linear_clock, ramp_clock
 from increlora.deltas import Status, TripletDelta
-from increlora.methods import IncreLora, IncreLoraPaper
+from increlora.methods import IncreLora
+from increlora.methods.increlora_paper import IncreLoraPaper
 from increlora.runtime import Controller
 from increlora.runtime.births import PROPORTIONAL, BirthRates, created
 from tests.reference.toy import gaussian_initial, toy_batches, toy_loss, toy_network

@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 from typer.testing import CliRunner
 
 import increlora.workbench.cli
+from increlora import IncreLoraConfig
 from increlora.errors import NonFiniteError
 from increlora.naming import place, short
 from increlora.workbench.cli.app import app
@@ -181,7 +182,9 @@ def test_the_first_line_of_the_config_is_the_command_that_makes_the_run(run, mod
     assert first == f"# {state(out)['command']}"
     words = shlex.split(first.removeprefix("# increlora train"))
     pairs = list(zip(words[::2], words[1::2]))
-    assert sorted(v for k, v in pairs if k == "--set") == sorted(ADVANCE[1::2])
+    switches = vars(IncreLoraConfig.paper().settings())
+    changed = [v for v in ADVANCE[3::2] if v.partition("=")[2] != str(switches[v.partition("=")[0]])]
+    assert sorted(v for k, v in pairs if k == "--set") == sorted(changed) and ("--preset", "paper") in pairs
     given = {k.removeprefix("--").replace("-", "_"): v for k, v in pairs if k != "--set"}
     assert given.pop("out") == str(out) and given["epochs"] == "2.5" and "lr" not in given
     table = tomllib.loads(rest)
