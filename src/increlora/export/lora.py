@@ -28,7 +28,7 @@ from ..deltas.inputs import VECTORS
 from ..errors import CheckpointError, ExportError
 from ..files import whole_folder
 from ..hosts.peft.layer import adapter_layers, chosen_adapter
-from ..ops.truncation import truncated
+from ..hosts.peft.truncation import truncated
 from .adapters import Adapter, check_elsewhere, read_adapter
 from .engines import engines_that_refuse
 from .lora_format import PREFIX, read_shapes, to_tensors

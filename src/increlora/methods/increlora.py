@@ -114,10 +114,8 @@ class IncreLoraOptions(Settings):
         warmup = in_steps(self.warmup_steps, run, name="warmup_steps")
         steps = GrowthSteps(warmup, in_steps(self.interval_steps, run, name="interval_steps", least=1))
         if budget.ranks is not None and run.steps is not None:
-            missing = budget.ranks - ranks_used(holdings)
-            check_reachable(
-                steps, first, run.steps, missing=missing, per_event=top_h * self.step_ranks, strict=strict
-            )  # fmt: skip
+            missing, each = budget.ranks - ranks_used(holdings), top_h * self.step_ranks
+            check_reachable(steps, first, run.steps, missing=missing, per_event=each, strict=strict)
         return steps
 
 

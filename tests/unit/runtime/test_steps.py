@@ -1,6 +1,7 @@
 """Plain loops on a toy network: what counts as a step, what is left out of it, and every refusal."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def train(
 def assert_equal_runs(model: nn.Module, other: nn.Module, *, rtol: float = 0, steps: slice = slice(None)) -> None:
     """Same decisions, scores and parameters."""
     a, b = controller_of(model), controller_of(other)
-    assert [e.as_dict() | {"importance": 0} for e in a.events] == [e.as_dict() | {"importance": 0} for e in b.events]
+    assert [asdict(e) | {"importance": 0} for e in a.events] == [asdict(e) | {"importance": 0} for e in b.events]
     torch.testing.assert_close(scores(a)[steps], scores(b)[steps], rtol=rtol, atol=0, equal_nan=True)
     torch.testing.assert_close(live(model), live(other), rtol=rtol, atol=rtol)
 
