@@ -17,9 +17,9 @@ from ..decide.schedules import Time
 from ..decide.selection import keep_top
 from ..deltas import TripletDelta
 from ..rules import Keep
-from .base import Method, Penalty, Settings, Site, budget_of, delta_at
+from .base import Method, Penalty, Settings, Site, budget_of
 from .checks import check_choices, check_counts, check_shares, check_weight
-from .falling import check_start, cubic_of, first_rank
+from .falling import check_start, cubic_of, first_rank, pruned
 from .initial import lora_start, ones
 from .scaling import fixed, scale_of
 
@@ -84,4 +84,4 @@ class AdaLora(AdaLoraOptions):
         rank = min(self.init_r or first_rank(mean_rank), site.in_features, site.out_features)
         init = lora_start(site.inputs, random=not self.init_lora_weights) | {"E": ones}
         scale = partial(fixed, scale_of(self.lora_alpha, mean_rank, rslora=self.use_rslora))
-        return delta_at(site, TripletDelta, self, [rank], init=init, scale=scale, kept=True)
+        return pruned(self, site, rank, init=init, scale=scale)

@@ -16,8 +16,8 @@ from ..decide.selection import keep_published, keep_top
 from ..deltas import TripletDelta
 from ..rules import Keep
 from .adalora import AdaLoraOptions
-from .base import Method, Penalty, Site, budget_of, delta_at
-from .falling import cubic_of, first_rank
+from .base import Method, Penalty, Site, budget_of
+from .falling import cubic_of, first_rank, pruned
 from .initial import gaussian, lora_start, ones, zeros
 from .scaling import fixed, scale_of
 
@@ -75,13 +75,8 @@ class AdaLoraPaper(AdaLoraOptions):
         rank = wanted if self.selection == "published" else min(wanted, site.in_features, site.out_features)
         published = {"A": gaussian, "E": zeros, "B": gaussian}
         lora = lora_start(site.inputs, random=not self.init_lora_weights) | {"E": ones}
-        return delta_at(
-            site, TripletDelta, self, [rank], init=published if self.start == "published" else lora,
-            scale=partial(fixed, self._scale(wanted, mean_rank)), kept=True,
-        )  # fmt: skip
-
-    def _scale(self, start: int, mean_rank: float) -> float:
-        if self.scaling == "constant":
-            return scale_of(self.lora_alpha, mean_rank, rslora=self.use_rslora)
-        alpha = self.lora_alpha if self.lora_alpha > 0 else start
-        return scale_of(alpha, start + self.scale_epsilon, rslora=self.use_rslora)
+        constant = self.scaling == "constant"
+        alpha = self.lora_alpha if constant or self.lora_alpha > 0 else wanted
+        over = mean_rank if constant else wanted + self.scale_epsilon
+        scale = partial(fixed, scale_of(alpha, over, rslora=self.use_rslora))
+        return pruned(self, site, rank, init=published if self.start == "published" else lora, scale=scale)

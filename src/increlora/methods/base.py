@@ -12,12 +12,12 @@ from ..decide.allocation import Holding
 from ..decide.budget import Budget, resolve
 from ..decide.penalties import PenaltyForm
 from ..decide.schedules import Run
-from ..deltas import BlockDelta, Delta, Init, Inputs, Patches, Status, Stored, Tokens, Vectors
+from ..deltas import BlockDelta, Delta, Inputs, Patches, Status, Stored, Tokens, Vectors
 from ..deltas.inputs import VECTORS
 from ..rules import Rule
 
 Value = TypeVar("Value", int, float)
-Kind = TypeVar("Kind", bound=BlockDelta)
+Made = TypeVar("Made", bound=BlockDelta)
 LOW_RANK_READS: tuple[type[Inputs], ...] = (Vectors, Tokens, Patches)  # whatever a low-rank product can meet
 
 
@@ -123,18 +123,15 @@ def budget_of(settings: Any, sites: int, uniform_parameters: int) -> Budget:
     )  # fmt: skip
 
 
-def delta_at(
-    site: Site, kind: type[Kind], settings: Any, sizes: Sequence[int], *,
-    init: Mapping[str, Init], scale: Callable[[int], float], kept: bool = False,
-) -> Kind:  # fmt: skip
-    """A delta with blocks of these sizes, the first of them active. kept: may single ranks of it be dropped?"""
-    delta = kind(
-        site.in_features, site.out_features, sizes, init=init, scale=scale,
+def in_blocks(make: Callable[..., Made], settings: Any, site: Site, sizes: Sequence[int], **parts: Any) -> Made:
+    """A delta with blocks of these sizes, the first of them active; `parts` are `init`, `scale` and what this kind of
+    delta adds."""
+    delta = make(
+        site.in_features, site.out_features, sizes,
         name=site.name, seed=settings.seed, dropout=settings.lora_dropout, dtype=site.dtype, inputs=site.inputs,
+        **parts,
     )  # fmt: skip
     delta.status[0] = Status.ACTIVE
-    if kept:
-        delta.kept = [True] * sizes[0]
     return delta
 
 

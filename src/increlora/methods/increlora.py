@@ -22,7 +22,7 @@ from ..decide.selection import grow_top
 from ..deltas import TripletDelta
 from ..errors import BudgetError
 from ..rules import Grow, Score
-from .base import Method, Penalty, Settings, Site, budget_of, delta_at, matching
+from .base import Method, Penalty, Settings, Site, budget_of, in_blocks, matching
 from .checks import check_choices, check_counts, check_shares, check_weight
 from .initial import lora_start, ones
 from .scaling import fixed, scale_of
@@ -142,7 +142,7 @@ class IncreLora(IncreLoraOptions):
     def _delta(self, site: Site, *, mean_rank: float) -> TripletDelta:
         init = lora_start(site.inputs, random=not self.init_lora_weights) | {"E": ones}
         scale = partial(fixed, scale_of(self.lora_alpha, mean_rank, rslora=self.use_rslora))
-        return delta_at(site, TripletDelta, self, self.blocks(site, mean_rank), init=init, scale=scale)
+        return in_blocks(TripletDelta, self, site, self.blocks(site, mean_rank), init=init, scale=scale)
 
     def _clock(self, step: int, created: int, run: Run) -> tuple[float, float | None]:
         return ramp_clock(step, created, warmup=in_steps(self.birth_warmup, run, name="birth_warmup")), None

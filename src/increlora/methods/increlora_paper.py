@@ -22,7 +22,7 @@ from ..decide.selection import grow_published, grow_top
 from ..deltas import Init, TripletDelta
 from ..errors import ConfigError
 from ..rules import Grow, Score
-from .base import Method, Penalty, Site, delta_at, matching
+from .base import Method, Penalty, Site, in_blocks, matching
 from .increlora import IncreLoraOptions
 from .initial import Shape, gaussian, lora_start, ones
 from .scaling import scale_of
@@ -109,7 +109,7 @@ class IncreLoraPaper(IncreLoraOptions):
         sizes = self.blocks(site, mean_rank) if exact else self._published_blocks(site, mean_rank, top_h)
         init = {letter: partial(self._initial, own, letter == "E") for letter, own in lora.items()}
         scale = partial(self._scale, mean_rank=mean_rank)
-        delta = delta_at(site, TripletDelta, self, sizes, init=init, scale=scale)
+        delta = in_blocks(TripletDelta, self, site, sizes, init=init, scale=scale)
         delta.reserve_learns = self.reserve == "trained"
         return delta
 

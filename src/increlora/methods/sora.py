@@ -22,9 +22,9 @@ from ..decide.selection import keep_top
 from ..deltas import TripletDelta
 from ..errors import ConfigError
 from ..rules import Shrink
-from .base import Method, Penalty, Settings, Site, budget_of, delta_at
+from .base import Method, Penalty, Settings, Site, budget_of
 from .checks import check_choices, check_counts, check_shares, check_weight
-from .falling import check_start, cubic_of, first_rank
+from .falling import check_start, cubic_of, first_rank, pruned
 from .initial import lora_start, normal, ones
 from .scaling import fixed, scale_of
 
@@ -134,7 +134,7 @@ class SoraOptions(Settings):
         rank = min(wanted, site.in_features, site.out_features)
         gates = {"ones": ones, "normal": normal}[self.gate_init]
         init = lora_start(site.inputs, random=not self.init_lora_weights) | {"E": gates}
-        return delta_at(site, TripletDelta, self, [rank], init=init, scale=partial(fixed, scale), kept=True)
+        return pruned(self, site, rank, init=init, scale=partial(fixed, scale))
 
     def _levels(self, threshold: float, run: Run) -> Levels:
         warmup = in_steps(self.warmup_steps, run, name="warmup_steps")
