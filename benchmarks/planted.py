@@ -69,7 +69,7 @@ def main(
 
 
 def chosen(settings: dict[str, Any], pairs: Sequence[str]) -> TrainSettings:
-    options = {**settings.pop("options", {}), **parse_options(settings["method"], pairs)}
+    options = {**settings.pop("options", {}), **parse_options(settings["method"], pairs, settings.get("preset"))}
     return TrainSettings(**settings, options=options)
 
 

@@ -53,9 +53,10 @@ def class_lines(config_cls: Any, used: Imports) -> Iterator[str]:
     yield f"    def __init__(self, *, {arguments(types)}) -> None: ..."
     if hasattr(config_cls, "paper"):
         used.add(("typing", "Self"))
-        rest = {name: kind for name, kind in types.items() if name != "r"}
+        preset = inspect.signature(config_cls.paper).parameters
+        every = {name: rendered(option.annotation, used) for name, option in preset.items()}
         yield "    @classmethod"
-        yield f"    def paper(cls, {arguments({'r': types['r']})} *, {arguments(rest)}) -> Self:"
+        yield f"    def paper(cls, {arguments({'r': every.pop('r')})} *, {arguments(every)}) -> Self:"
         yield f'        """{indented(inspect.getdoc(config_cls.paper), 8)}"""'
 
 

@@ -18,7 +18,7 @@ from typer.cli import get_docs_for_click
 import increlora
 from increlora import errors
 from increlora.hosts.peft.config import CONFIGS
-from increlora.hosts.peft.options import INSTEAD, SHARED, settings_doc
+from increlora.hosts.peft.options import INSTEAD, SHARED, settings_doc, switches_doc
 from increlora.workbench.cli.app import app
 from increlora.workbench.cli.methods import CAPABILITIES, SIGNS, Outcome, footnotes, table_of, told, versions
 from increlora.workbench.cli.options import described
@@ -54,11 +54,19 @@ def options() -> str:
 
 
 def config_section(config_cls: Any) -> Iterator[str]:
-    settings = config_cls.settings_cls
-    known, hints = {f.name: f for f in fields(settings)}, get_type_hints(settings)
-    yield f"## {config_cls.__name__}"
+    settings, name = config_cls.settings_cls, config_cls.__name__
+    yield f"## {name}"
     yield cell(settings_doc(settings).partition("\n")[0])
-    for group, entries in meanings(settings_doc(settings)):
+    yield from tables(settings, settings_doc(settings))
+    if config_cls.switches:
+        yield f"The following options belong to `{name}.paper(...)` alone, together with all of the above."
+        yield from tables(config_cls.paper_cls, switches_doc(config_cls.paper_cls))
+
+
+def tables(settings: Any, docstring: str) -> Iterator[str]:
+    """A table for every group of options in the docstring."""
+    known, hints = {f.name: f for f in fields(settings)}, get_type_hints(settings)
+    for group, entries in meanings(docstring):
         rows = [[f"`{n}`", values(hints[n]), f"`{default(known[n])}`", text] for n, text in entries if n in known]
         yield f"**{group}**" if group else ""
         yield table(["option", "value", "default", "meaning"], rows)

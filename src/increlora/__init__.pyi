@@ -59,19 +59,12 @@ class AdaLoraConfig(MethodConfig):
             end, rounded up.
         warmup_steps: no cut at or before this step.   settle_steps: at the end, with the ranks that are left; ≥ 1.
         interval_steps: cuts at its multiples; between them dropped ranks may come back.
-        selection: `exact`, or `published` (ties at the threshold all go; no parameter bound; `init_r` whatever the
-            shape; the last cut waits for one step more unless it falls on a multiple of `interval_steps`).
-        observe: entries are scored as |w · ∂L/∂w| `before_step` (as the paper states) or with the weights `after_step`
-            (published code).   beta, beta_uncertainty: moving averages of that, in [0, 1).
+        beta, beta_uncertainty: moving averages of |w · ∂L/∂w|, in [0, 1).
     Form
-        lora_alpha: numerator α of the scale.   scaling: α / average rank at the end (`constant`), or α / (init_r +
-            scale_epsilon) (`initial_rank`; α ≤ 0 stands for init_r).   scale_epsilon: see `scaling`.
-        use_rslora: α over the root of what `scaling` says.
-        start: initial values `lora` (A Kaiming, B = 0, e = 1) or `published` (A, B ~ N(0, 0.02²), e = 0).
+        lora_alpha: numerator α of the scale α / average rank at the end.   use_rslora: α over the root of that.
         init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
     Training
-        orthogonality: weight of the penalty, ≥ 0; 0 turns it off.   orthogonality_form: `trainer` (norms, code) or
-            `squared` (paper).   penalty_place: whether gradient clipping sees the penalty.
+        orthogonality: weight of the penalty, ≥ 0; 0 turns it off.
         total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
     As in peft's LoraConfig
         target_modules: "all-linear", names of modules (or their endings), or a regular expression.
@@ -91,16 +84,9 @@ class AdaLoraConfig(MethodConfig):
     warmup_steps: int | float
     settle_steps: int | float
     interval_steps: int | float
-    selection: Literal["exact", "published"]
-    observe: Literal["before_step", "after_step"]
     beta: float
     beta_uncertainty: float
-    scaling: Literal["constant", "initial_rank"]
-    scale_epsilon: float
-    start: Literal["lora", "published"]
     orthogonality: float
-    orthogonality_form: Literal["trainer", "squared"]
-    penalty_place: Literal["after_clipping", "before_clipping"]
     total_steps: int | None
     seed: int
     def __init__(
@@ -116,16 +102,9 @@ class AdaLoraConfig(MethodConfig):
         warmup_steps: int | float = ...,
         settle_steps: int | float = ...,
         interval_steps: int | float = ...,
-        selection: Literal["exact", "published"] = ...,
-        observe: Literal["before_step", "after_step"] = ...,
         beta: float = ...,
         beta_uncertainty: float = ...,
-        scaling: Literal["constant", "initial_rank"] = ...,
-        scale_epsilon: float = ...,
-        start: Literal["lora", "published"] = ...,
         orthogonality: float = ...,
-        orthogonality_form: Literal["trainer", "squared"] = ...,
-        penalty_place: Literal["after_clipping", "before_clipping"] = ...,
         total_steps: int | None = ...,
         seed: int = ...,
         target_modules: str | list[str] | set[str] | None = ...,
@@ -153,18 +132,18 @@ class AdaLoraConfig(MethodConfig):
         warmup_steps: int | float = ...,
         settle_steps: int | float = ...,
         interval_steps: int | float = ...,
-        selection: Literal["exact", "published"] = ...,
-        observe: Literal["before_step", "after_step"] = ...,
         beta: float = ...,
         beta_uncertainty: float = ...,
+        orthogonality: float = ...,
+        total_steps: int | None = ...,
+        seed: int = ...,
+        selection: Literal["exact", "published"] = ...,
+        observe: Literal["before_step", "after_step"] = ...,
         scaling: Literal["constant", "initial_rank"] = ...,
         scale_epsilon: float = ...,
         start: Literal["lora", "published"] = ...,
-        orthogonality: float = ...,
         orthogonality_form: Literal["trainer", "squared"] = ...,
         penalty_place: Literal["after_clipping", "before_clipping"] = ...,
-        total_steps: int | None = ...,
-        seed: int = ...,
         target_modules: str | list[str] | set[str] | None = ...,
         exclude_modules: str | list[str] | set[str] | None = ...,
         layers_to_transform: int | list[int] | None = ...,
@@ -176,10 +155,20 @@ class AdaLoraConfig(MethodConfig):
         revision: str | None = ...,
         inference_mode: bool = ...,
     ) -> Self:
-        """The published code, step by step; `overrides` are further settings by name.
+        """The published code, step by step; `overrides` are further options by name.
 
         Unless given, init_r is that of the paper's tables (1 → 2, 2 → 4, 4 → 6, 8 → 12), and warmup_steps = 600,
-        settle_steps = 1800, interval_steps = 1, lora_alpha = 32 (its RTE script)."""
+        settle_steps = 1800, interval_steps = 1, lora_alpha = 32 (its RTE script).
+
+        Switches of the published code
+            selection: `published` (ties at the threshold all go; no parameter bound; `init_r` whatever the shape; the
+                last cut waits for one step more unless it falls on a multiple of `interval_steps`), or `exact`.
+            observe: entries are scored with the weights `after_step` (code), or `before_step` (as the paper states).
+            scaling: α / (init_r + scale_epsilon) (`initial_rank`; α ≤ 0 stands for init_r), or α / average rank at the
+                end (`constant`).   scale_epsilon: see `scaling`.
+            start: initial values `published` (A, B ~ N(0, 0.02²), e = 0) or `lora` (A Kaiming, B = 0, e = 1).
+            orthogonality_form: `trainer` (norms, code) or `squared` (paper).
+            penalty_place: whether gradient clipping sees the penalty."""
 
 class IncreLoraConfig(MethodConfig):
     """Every option of IncreLoRA. Counts are at least 1; times are steps (int) or shares of the run (float in [0, 1]).
@@ -193,26 +182,16 @@ class IncreLoraConfig(MethodConfig):
         top_h: modules per event; default: the budget is spent in 10 events.
         warmup_steps: no event at or before this step.   interval_steps: events at its multiples.
         capacity: most ranks a module can ever hold; default max(8, 4 r).   capacity_pattern: per module name (regex).
-        selection: `exact`, or `published` (ties and overshoot as in the published code).
-        reserve: blocks next in line are `trained` in advance, `frozen` (published code without advance learning: they
-            count in the penalty only), or there are `none`.
-        finish: when the budget is spent, `retire` the reserve, or `keep` training it without effect (published).
     Score
-        score: `delta`, or the cheap `signed`.   score_norm: `sqrt_numel` (code) or `mean` (paper).
-        beta, beta_uncertainty: moving averages, in [0, 1).   score_window: steps scored before an event; None: all.
-        score_accumulation: over micro-batches: `mean`, `last` (published) or `exact`.
+        score: `delta`, or the cheap `signed`.   beta, beta_uncertainty: moving averages, in [0, 1).
+        score_window: steps scored before an event; None: all.
+        score_accumulation: over micro-batches: `mean` of their scores, or `exact`, the score of the whole batch.
     Form
-        lora_alpha: numerator α of the scale.   scaling: α / average rank of the budget (`constant`) or
-            α / (active rank + scale_epsilon) (`active_rank`).   scale_epsilon: see `scaling`.
-        use_rslora: α over the root of what `scaling` says.
-        start, newborn: initial values of the first and of later blocks: `lora` (A Kaiming, B = 0, e = 1) or `published`
-            (A, B ~ N(0, 0.02²); e = 0, in reserve 1e-5).   init_lora_weights: False draws B at random, for tests.
-        lora_dropout: on the input of ΔW, in [0, 1).
+        lora_alpha: numerator α of the scale α / average rank of the budget.   use_rslora: α over the root of that.
+        init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
     Training
-        clock: newborn tensors follow a `ramp` to the host's learning rate or the `published` restart of its linear
-            schedule.   birth_warmup: length of that warm-up.
-        orthogonality: weight of the penalty, ≥ 0; 0 turns it off.   orthogonality_form: `trainer` (norms, code) or
-            `squared` (paper).   penalty_place: whether gradient clipping sees the penalty.
+        birth_warmup: new ranks take so long to reach the host's learning rate.
+        orthogonality: weight of the penalty, ≥ 0; 0 turns it off.
         total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
     As in peft's LoraConfig
         target_modules: "all-linear", names of modules (or their endings), or a regular expression.
@@ -236,26 +215,15 @@ class IncreLoraConfig(MethodConfig):
     interval_steps: int | float
     capacity: int | None
     capacity_pattern: Mapping[str, int]
-    selection: Literal["exact", "published"]
-    reserve: Literal["trained", "frozen", "none"]
-    finish: Literal["retire", "keep"]
     score: Literal["delta", "signed"]
-    score_norm: Literal["sqrt_numel", "mean"]
     beta: float
     beta_uncertainty: float
     score_window: int | None
-    score_accumulation: Literal["mean", "last", "exact"]
-    scaling: Literal["constant", "active_rank"]
-    scale_epsilon: float
-    start: Literal["lora", "published"]
-    newborn: Literal["lora", "published"]
-    clock: Literal["ramp", "published"]
     birth_warmup: int | float
     orthogonality: float
-    orthogonality_form: Literal["trainer", "squared"]
-    penalty_place: Literal["after_clipping", "before_clipping"]
     total_steps: int | None
     seed: int
+    score_accumulation: Literal["mean", "exact"]
     def __init__(
         self,
         *,
@@ -273,26 +241,15 @@ class IncreLoraConfig(MethodConfig):
         interval_steps: int | float = ...,
         capacity: int | None = ...,
         capacity_pattern: Mapping[str, int] = ...,
-        selection: Literal["exact", "published"] = ...,
-        reserve: Literal["trained", "frozen", "none"] = ...,
-        finish: Literal["retire", "keep"] = ...,
         score: Literal["delta", "signed"] = ...,
-        score_norm: Literal["sqrt_numel", "mean"] = ...,
         beta: float = ...,
         beta_uncertainty: float = ...,
         score_window: int | None = ...,
-        score_accumulation: Literal["mean", "last", "exact"] = ...,
-        scaling: Literal["constant", "active_rank"] = ...,
-        scale_epsilon: float = ...,
-        start: Literal["lora", "published"] = ...,
-        newborn: Literal["lora", "published"] = ...,
-        clock: Literal["ramp", "published"] = ...,
         birth_warmup: int | float = ...,
         orthogonality: float = ...,
-        orthogonality_form: Literal["trainer", "squared"] = ...,
-        penalty_place: Literal["after_clipping", "before_clipping"] = ...,
         total_steps: int | None = ...,
         seed: int = ...,
+        score_accumulation: Literal["mean", "exact"] = ...,
         target_modules: str | list[str] | set[str] | None = ...,
         exclude_modules: str | list[str] | set[str] | None = ...,
         layers_to_transform: int | list[int] | None = ...,
@@ -322,26 +279,26 @@ class IncreLoraConfig(MethodConfig):
         interval_steps: int | float = ...,
         capacity: int | None = ...,
         capacity_pattern: Mapping[str, int] = ...,
-        selection: Literal["exact", "published"] = ...,
-        reserve: Literal["trained", "frozen", "none"] = ...,
-        finish: Literal["retire", "keep"] = ...,
         score: Literal["delta", "signed"] = ...,
-        score_norm: Literal["sqrt_numel", "mean"] = ...,
         beta: float = ...,
         beta_uncertainty: float = ...,
         score_window: int | None = ...,
+        birth_warmup: int | float = ...,
+        orthogonality: float = ...,
+        total_steps: int | None = ...,
+        seed: int = ...,
+        selection: Literal["exact", "published"] = ...,
+        reserve: Literal["trained", "frozen", "none"] = ...,
+        finish: Literal["retire", "keep"] = ...,
+        score_norm: Literal["sqrt_numel", "mean"] = ...,
         score_accumulation: Literal["mean", "last", "exact"] = ...,
         scaling: Literal["constant", "active_rank"] = ...,
         scale_epsilon: float = ...,
         start: Literal["lora", "published"] = ...,
         newborn: Literal["lora", "published"] = ...,
         clock: Literal["ramp", "published"] = ...,
-        birth_warmup: int | float = ...,
-        orthogonality: float = ...,
         orthogonality_form: Literal["trainer", "squared"] = ...,
         penalty_place: Literal["after_clipping", "before_clipping"] = ...,
-        total_steps: int | None = ...,
-        seed: int = ...,
         target_modules: str | list[str] | set[str] | None = ...,
         exclude_modules: str | list[str] | set[str] | None = ...,
         layers_to_transform: int | list[int] | None = ...,
@@ -353,9 +310,25 @@ class IncreLoraConfig(MethodConfig):
         revision: str | None = ...,
         inference_mode: bool = ...,
     ) -> Self:
-        """The published code, step by step, its quirks included; `overrides` are further settings by name.
+        """The published code, step by step, its quirks included; `overrides` are further options by name.
 
-        Unless given, warmup_steps = interval_steps = birth_warmup = 100 and top_h = 5 (its RTE script)."""
+        Unless given, warmup_steps = interval_steps = birth_warmup = 100 and top_h = 5 (its RTE script).
+
+        Switches of the published code
+            selection: `published` (ties and overshoot; no parameter bound), or `exact`.
+            reserve: blocks next in line are `trained` in advance, `frozen` (published code without advance learning:
+                they count in the penalty only), or there are `none`.
+            finish: when the budget is spent, `keep` training the reserve without effect, or `retire` it.
+            score_norm: of the score, over `sqrt_numel` (code) or `mean` (paper).
+            score_accumulation: over micro-batches: the `last` decides, or `mean`, `exact`.
+            scaling: α / (active rank + scale_epsilon) (`active_rank`; α ≤ 0 stands for init_r), or α / average rank of
+                the budget (`constant`).   scale_epsilon: see `scaling`.
+            start, newborn: initial values of the first and of later blocks: `published` (A, B ~ N(0, 0.02²); e = 0, in
+                reserve 1e-5) or `lora` (A Kaiming, B = 0, e = 1).
+            clock: newborn tensors follow the `published` restart of the host's linear schedule, whose warm-up is
+                birth_warmup, or a `ramp` to its learning rate.
+            orthogonality_form: `trainer` (norms, code) or `squared` (paper).
+            penalty_place: whether gradient clipping sees the penalty."""
 
 class LoraMiniConfig(MethodConfig):
     """Settings of LoRA-Mini. The published ones are not known: every default is ours.
@@ -859,7 +832,6 @@ class SoraConfig(MethodConfig):
         threshold_unit: `constant` (published code), or `learning_rate`: ξ = threshold · learning rate (paper's rule).
         levels: the threshold rises to its value in so many equal phases.   first_threshold: ξ during the warm-up, ≥ 0.
         spacing: of the levels, `linear`, `geometric` or `log_linear`.
-        operator: `exact` soft threshold, or `published` (its dead zone is 2ξ wide).
         init_r: rank of every module at the start, at most what its shape can use; default 1.5 times the average at the
             end, rounded up; not with a `threshold`.
         warmup_steps: nothing shrinks and no cut yet, but for `first_threshold`.   settle_steps: at the end, with the
@@ -868,15 +840,12 @@ class SoraConfig(MethodConfig):
         close_after: a rank that did not count at so many counts in a row is not computed any more, and stays out unless
             the bound on parameters leaves no other choice; None: only once all is settled.
     Form
-        lora_alpha: numerator α of the scale.   scaling: α / average rank at the end (`constant`), or α / init_r
-            (`initial_rank`).   use_rslora: α over the root of that.
+        lora_alpha: numerator α of the scale α / average rank at the end.   use_rslora: α over the root of that.
         gate_init: gates start at N(0, 1), `normal`, or at `ones`.
         init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
     Training
-        gate_penalty: weight λ ≥ 0 of mean |gate|, as a gradient; 0 turns it off.   penalty_place: whether gradient
-            clipping sees it (in a loop of your own: see `regularization_loss`).
-        total_steps: optimizer steps of the run, where nobody else can tell.
-        seed: of the initial values.
+        gate_penalty: weight λ ≥ 0 of mean |gate|, as a gradient; 0 turns it off.
+        total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
     As in peft's LoraConfig
         target_modules: "all-linear", names of modules (or their endings), or a regular expression.
         exclude_modules: modules to leave out, named in the same way.
@@ -897,15 +866,12 @@ class SoraConfig(MethodConfig):
     levels: int
     first_threshold: float
     spacing: Literal["linear", "geometric", "log_linear"]
-    operator: Literal["exact", "published"]
     warmup_steps: int | float
     settle_steps: int | float
     interval_steps: int | float
     close_after: int | None
-    scaling: Literal["constant", "initial_rank"]
     gate_init: Literal["normal", "ones"]
     gate_penalty: float
-    penalty_place: Literal["after_clipping", "before_clipping"]
     total_steps: int | None
     seed: int
     def __init__(
@@ -923,15 +889,12 @@ class SoraConfig(MethodConfig):
         levels: int = ...,
         first_threshold: float = ...,
         spacing: Literal["linear", "geometric", "log_linear"] = ...,
-        operator: Literal["exact", "published"] = ...,
         warmup_steps: int | float = ...,
         settle_steps: int | float = ...,
         interval_steps: int | float = ...,
         close_after: int | None = ...,
-        scaling: Literal["constant", "initial_rank"] = ...,
         gate_init: Literal["normal", "ones"] = ...,
         gate_penalty: float = ...,
-        penalty_place: Literal["after_clipping", "before_clipping"] = ...,
         total_steps: int | None = ...,
         seed: int = ...,
         target_modules: str | list[str] | set[str] | None = ...,
@@ -961,17 +924,17 @@ class SoraConfig(MethodConfig):
         levels: int = ...,
         first_threshold: float = ...,
         spacing: Literal["linear", "geometric", "log_linear"] = ...,
-        operator: Literal["exact", "published"] = ...,
         warmup_steps: int | float = ...,
         settle_steps: int | float = ...,
         interval_steps: int | float = ...,
         close_after: int | None = ...,
-        scaling: Literal["constant", "initial_rank"] = ...,
         gate_init: Literal["normal", "ones"] = ...,
         gate_penalty: float = ...,
-        penalty_place: Literal["after_clipping", "before_clipping"] = ...,
         total_steps: int | None = ...,
         seed: int = ...,
+        operator: Literal["exact", "published"] = ...,
+        scaling: Literal["constant", "initial_rank"] = ...,
+        penalty_place: Literal["after_clipping", "before_clipping"] = ...,
         target_modules: str | list[str] | set[str] | None = ...,
         exclude_modules: str | list[str] | set[str] | None = ...,
         layers_to_transform: int | list[int] | None = ...,
@@ -983,7 +946,13 @@ class SoraConfig(MethodConfig):
         revision: str | None = ...,
         inference_mode: bool = ...,
     ) -> Self:
-        """The published code, step by step; `overrides` are further settings by name.
+        """The published code, step by step; `overrides` are further options by name.
 
         Unless given, threshold = 3e-4, gate_penalty = 10 and lora_alpha = 16 (its STS-B script), and ranks are counted
-        every 100 steps, which changes nothing in training."""
+        every 100 steps, which changes nothing in training.
+
+        Switches of the published code
+            operator: `published` (its dead zone is 2ξ wide), or the `exact` soft threshold.
+            scaling: α / init_r, the rank of every module at the start (`initial_rank`), or α / average rank at the end
+                (`constant`).
+            penalty_place: whether gradient clipping sees the penalty (in your own loop: see `regularization_loss`)."""

@@ -30,6 +30,7 @@ from tests import catalogue
 from tests.catalogue import METHODS
 from tests.hosts.tiny import Mlp, seeded
 from tests.reference.attention import AttentionNet
+from tests.switches import departing
 
 STEPS = 16
 TARGETS = ["up", "down", "head"]
@@ -74,7 +75,7 @@ class Row:
 
     def build(self, **changes: Any) -> PeftModel:
         chosen = {"target_modules": self.targets, "seed": 3} | self.options | changes
-        return get_peft_model(self.bare(), self.make(**chosen))
+        return get_peft_model(self.bare(), departing(self.make, **chosen))
 
     def bare(self) -> nn.Module:
         return seeded(AttentionNet if self.method.attention else Mlp).double()

@@ -16,6 +16,7 @@ from increlora.deltas import Status
 from increlora.ops.parallel import full, is_sharded, laid_out_like, local
 from increlora.runtime import Controller
 from tests.reference.toy import toy_batches, toy_loss, toy_network
+from tests.switches import departing
 
 STEPS, MODULES = 18, 6
 Grants = list[list[tuple[int, int, int]]]  # per event: (module, position among its free blocks, ranks)
@@ -27,7 +28,7 @@ SETTINGS: dict[str, Any] = {
 
 def toy_model(config: Any = None, *, dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
     """The toy network with an adapter that grows from 6 to 18 ranks in six events."""
-    return get_peft_model(toy_network(dtype=dtype), config or IncreLoraConfig(**SETTINGS | settings))
+    return get_peft_model(toy_network(dtype=dtype), config or departing(IncreLoraConfig, **SETTINGS | settings))
 
 
 def paper_config() -> Any:

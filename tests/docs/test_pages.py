@@ -53,7 +53,7 @@ def test_commands_of_ours_parse(page):
         given, _, _ = command.make_parser(context).parse_args([w for w in words[2:] if w != "…"])
         if words[1] == "train":
             from_flags(TrainSettings, {name: text for name, text in given.items() if name in FLAGS})
-            parse_options(given.get("method") or "increlora", given.get("set_") or [])
+            parse_options(given.get("method") or "increlora", given.get("set_") or [], given.get("preset"))
 
 
 @pytest.mark.parametrize("page", PAGES)

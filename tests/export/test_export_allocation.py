@@ -21,6 +21,7 @@ from increlora import (
 from increlora.errors import BudgetError, ConfigError, DriveError, ExportError
 from tests.export.test_export_foreign import adalora, save
 from tests.hosts.tiny import BUILDERS, adapter_only, grow, growing, inputs_for, logits
+from tests.switches import departing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* will refuse .*, which holds more:UserWarning")
 
@@ -106,7 +107,7 @@ def lora_folder(tmp_path: Path, kind: str = "llama", **options: object) -> Path:
 
 def starting(**options: object) -> PeftModel:
     settings = {"r": 6, "total_steps": 24, "warmup_steps": 1, "interval_steps": 2, "target_modules": LINEARS} | options
-    return get_peft_model(BUILDERS["llama"](), IncreLoraConfig(**settings))
+    return get_peft_model(BUILDERS["llama"](), departing(IncreLoraConfig, **settings))
 
 
 @pytest.mark.parametrize("options", [

@@ -13,7 +13,7 @@ from torch import nn
 
 from increlora import export_lora
 from increlora.errors import CheckpointError, ExportError
-from increlora.ops.truncation import truncated
+from increlora.hosts.peft.truncation import truncated
 from tests.hosts.tiny import BUILDERS, adapter_only, inputs_for, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* will refuse .*, which holds more:UserWarning")

@@ -21,6 +21,7 @@ from transformers import (
 from increlora import IncreLoraConfig
 from increlora.deltas import Status
 from increlora.runtime import Controller, controllers_of
+from tests.switches import departing
 
 torch.set_num_threads(1)  # these models are too small to share between threads
 
@@ -61,7 +62,9 @@ BASES = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 
 def adapted(base: str = "gpt2", **options: Any) -> nn.Module:
     """A base with IncreLoRA of average rank 2 around it."""
-    return get_peft_model(BASES[base](), IncreLoraConfig(**{"r": 2, "target_modules": TARGETS[base]} | options))
+    return get_peft_model(
+        BASES[base](), departing(IncreLoraConfig, **{"r": 2, "target_modules": TARGETS[base]} | options)
+    )
 
 
 def sequences(count: int = 32) -> Tensor:

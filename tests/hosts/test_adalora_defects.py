@@ -18,6 +18,7 @@ from increlora.runtime import controllers_of
 from increlora.runtime.penalty import components
 from tests.hosts.bases import BUILDERS, Mlp, inputs_for, seeded
 from tests.hosts.loops import BATCH, StopAt, arguments, controller_of, rows, tiny_gpt2, trainable
+from tests.switches import departing
 
 STEPS, WEIGHT = 12, 0.5
 SCHEDULE = {"r": 2, "warmup_steps": 1, "interval_steps": 3, "settle_steps": 5, "total_steps": STEPS}
@@ -46,8 +47,8 @@ def moved_by_the_penalty(
     than without; and the gradient of the penalty by autograd."""
     ends, expected = [], []
     for weight in (0.0, WEIGHT):
-        config = AdaLoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, orthogonality=weight,
-                               penalty_place=place, start="published")  # fmt: skip
+        config = departing(AdaLoraConfig, r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True,
+                           orthogonality=weight, penalty_place=place, start="published")  # fmt: skip
         model = get_peft_model(tiny_gpt2(), config).double()
         model.register_forward_hook(lambda module, args, out: out if output is None else output(out.items()))
         deltas = controller_of(model).deltas

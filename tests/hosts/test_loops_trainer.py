@@ -9,6 +9,7 @@ from torch import nn
 
 from increlora.deltas import Status
 from increlora.hosts.transformers import IncreLoraCallback
+from increlora.methods.increlora_paper import IncreLoraPaper
 from increlora.runtime.taps import Watcher
 
 from .loops import (
@@ -94,16 +95,10 @@ def test_resumed_equals_straight_with_other_options(options, tmp_path):
 def test_resumed_equals_straight_for_the_published_method(tmp_path):
     """Penalty before clipping, restarted clocks, a reserve that is kept after the end."""
     paper = {"r": 2, "warmup_steps": 4, "interval_steps": 3, "top_h": 3, "birth_warmup": 3}
-    models = [adapted(**vars_of_paper(paper)) for _ in range(2)]
+    models = [adapted(**vars(IncreLoraPaper.paper(**paper))) for _ in range(2)]
     run(tmp_path / "a", model=models[0], save_steps=8)
     run(tmp_path / "b", model=models[1], resume=str(tmp_path / "a/checkpoint-8"), save_strategy="no")
     assert_same(state_of(models[1]), state_of(models[0]))
-
-
-def vars_of_paper(options: dict) -> dict:
-    from increlora.methods.increlora_settings import paper_settings
-
-    return paper_settings(**options)
 
 
 def test_best_model_at_the_end_brings_back_its_ranks(tmp_path):

@@ -1,4 +1,5 @@
-"""Adapter folders that name their type as it was before the prefix INCRELORA_: every door still opens them.
+"""Adapter folders that name their type as it was before the prefix INCRELORA_, or have the switches of the published
+code beside the other options: every door still opens them.
 
 peft may come to have methods of these names. A folder is ours if its config says so, and peft's otherwise.
 """
@@ -16,10 +17,12 @@ from typer.testing import CliRunner
 
 from increlora import check_export, export_lora
 from increlora.export.adapters import read_adapter
-from increlora.hosts.peft.config import CONFIGS, with_current_type
+from increlora.hosts.peft.config import CONFIGS
+from increlora.hosts.peft.old import DEFAULT_SWITCHES, translated
 from increlora.workbench.cli.app import app
 from tests.hosts.loops import StopAt, adapted, assert_same, state_of, trainer_of
-from tests.hosts.tiny import BUILDERS, logits
+from tests.hosts.tiny import BUILDERS, grow, logits
+from tests.switches import departing
 
 OLD = {
     "INCRELORA": "INCRELORA_INCRELORA", "PLAINLORA": "INCRELORA_LORA", "SORA": "INCRELORA_SORA",
@@ -64,6 +67,54 @@ def test_an_old_folder_loads_and_is_saved_by_its_new_name(old: str, tmp_path: Pa
     assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["peft_type"] == OLD[old]
 
 
+SWITCHED: list[tuple[str, dict[str, Any]]] = [
+    ("INCRELORA_INCRELORA", {"scaling": "active_rank", "scale_epsilon": 1e-5}),
+    ("INCRELORA_INCRELORA", {"reserve": "trained", "newborn": "published"}),
+    ("INCRELORA_INCRELORA", {"score_accumulation": "last"}),
+    ("INCRELORA_ADALORA", {"scaling": "initial_rank", "selection": "published", "init_r": 5}),
+    ("INCRELORA_SORA", {"scaling": "initial_rank", "init_r": 5}),
+    ("INCRELORA_SORA", {"operator": "published"}),
+]
+
+
+def with_switches_beside_the_options(folder: Path) -> Path:
+    """The folder as it was written when the switches of the published code were options like all others."""
+    path = folder / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    published = raw.pop("published")
+    path.write_text(json.dumps(raw | DEFAULT_SWITCHES[CONFIGS[raw["peft_type"]].method_name] | published))
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "options"), SWITCHED)
+def test_a_folder_with_switches_of_the_published_code_computes_the_same(
+    kind: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    shared = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "seed": 1}
+    model = get_peft_model(BUILDERS["llama"](), departing(CONFIGS[kind], **shared, **options))
+    grow(model, "llama", steps=4, total_steps=12)
+    model.eval().save_pretrained(tmp_path / "old")
+    expected, settings = logits(model, "llama"), model.peft_config["default"].settings()
+    config = CONFIGS[kind].from_pretrained(str(with_switches_beside_the_options(tmp_path / "old")))
+    assert config.settings() == settings and config.published == model.peft_config["default"].published
+    loaded = PeftModel.from_pretrained(BUILDERS["llama"](), tmp_path / "old").eval()
+    assert torch.equal(logits(loaded, "llama"), expected)
+    export_lora(tmp_path / "old", tmp_path / "lora")
+    exported = PeftModel.from_pretrained(BUILDERS["llama"](), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(exported, "llama"), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("old", ["INCRELORA", "SORA"])
+def test_a_folder_whose_switches_are_off_is_the_method_itself(old: str, tmp_path: Path) -> None:
+    model = adapter(old)
+    model.save_pretrained(tmp_path)
+    aged(with_switches_beside_the_options(tmp_path))
+    config = PeftConfig.from_pretrained(str(tmp_path))
+    assert config.published == {} and config.settings() == model.peft_config["default"].settings()
+    loaded = PeftModel.from_pretrained(BUILDERS["llama"](), tmp_path).eval()
+    assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))
+
+
 def test_exports_checks_and_the_command_line_read_an_old_folder(tmp_path: Path) -> None:
     model = adapter("SORA")
     model.save_pretrained(tmp_path / "old")
@@ -101,7 +152,7 @@ def test_the_trainer_resumes_from_an_old_checkpoint(tmp_path: Path) -> None:
     {"peft_type": ["MORA"], "increlora_version": None}, {"peft_type": None, "increlora_version": None},
 ])  # fmt: skip
 def test_what_is_not_ours_stays_as_it_is(raw: dict[str, Any]) -> None:
-    assert with_current_type(raw) == raw
+    assert translated(raw) == raw
 
 
 # A peft that has a method MORA of its own: its config, its model, its place in peft's tables.

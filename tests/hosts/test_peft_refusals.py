@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from increlora import IncreLoraConfig, IncreLoraError, PlainLoraConfig
+from increlora import AdaLoraConfig, IncreLoraConfig, IncreLoraError, PlainLoraConfig, SoraConfig
 from increlora.deltas.state import STATE_FORMAT
 from increlora.errors import BudgetError, CheckpointError, ConfigError
+from increlora.hosts.peft.options import UnknownOptionError
 from tests.hosts.tiny import BUILDERS, grow, growing, logits
 
 # -- configs -------------------------------------------------------------------------------------------------------
@@ -43,6 +44,27 @@ def test_an_unknown_option_names_the_nearest_known_one(option: str, nearest: str
 def test_values_out_of_range_are_refused_by_name(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         IncreLoraConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("config_cls", "option", "value"),
+    [(IncreLoraConfig, "reserve", "trained"), (AdaLoraConfig, "observe", "after_step"), (SoraConfig, "scaling", "x")],
+)
+def test_a_switch_of_the_published_code_is_refused_with_the_preset_that_has_it(config_cls, option, value) -> None:
+    said = rf"{config_cls.__name__}: '{option}' only .*use {config_cls.__name__}\.paper\({option}='{value}'\)"
+    with pytest.raises(UnknownOptionError, match=said):
+        config_cls(**{option: value})
+    with pytest.raises(UnknownOptionError, match=said):  # peft drops what it takes for an option of a newer version
+        PeftConfig.from_peft_type(peft_type=config_cls().peft_type, task_type=None, **{option: value})
+
+
+def test_the_published_code_has_no_other_switches() -> None:
+    with pytest.raises(ConfigError, match="published: 'reserves' is no switch of IncreLoraConfig.paper"):
+        IncreLoraConfig(published={"reserves": "none"})
+    with pytest.raises(ConfigError, match="published: 'reserve' is no switch of PlainLoraConfig"):
+        PlainLoraConfig(published={"reserve": "none"})
+    with pytest.raises(ConfigError, match="reserve='all': give one of trained, frozen, none"):
+        IncreLoraConfig(published={"reserve": "all"})
 
 
 def test_plain_lora_refuses_a_rank_below_one() -> None:

@@ -34,11 +34,11 @@ def test_config_classes_are_found_by_name_and_completed() -> None:
 
 def test_a_preset_takes_options_of_the_method_and_of_lora() -> None:
     for config_cls in CONFIGS.values():
-        if hasattr(config_cls.settings_cls, "paper"):
+        if hasattr(config_cls.paper_cls, "paper"):
             config = config_cls.paper(4, seed=7, target_modules=["up"], inference_mode=True)
-            assert config.settings() == config_cls.settings_cls.paper(4, seed=7)
+            assert config.settings() == config_cls.paper_cls.paper(4, seed=7)
             assert config.inference_mode and config.target_modules == {"up"}
-            assert config_cls.paper(target_modules=["up"]).r == config_cls.settings_cls.paper().r
+            assert config_cls.paper(target_modules=["up"]).r == config_cls.paper_cls.paper().r
 
 
 @pytest.fixture

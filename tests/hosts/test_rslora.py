@@ -25,6 +25,7 @@ from increlora.errors import ConfigError
 from tests.hosts.stock import assert_exports_compute_the_same
 from tests.hosts.tiny import BUILDERS, grow
 from tests.hosts.training import deltas
+from tests.switches import departing
 
 LINEARS = ["q_proj", "v_proj", "down_proj"]
 ALPHA, R = 6, 4
@@ -49,7 +50,7 @@ ROWS: list[tuple[type, dict[str, Any], float | None]] = [
 
 def config_for(config_cls: type, **options: Any) -> Any:
     chosen = {"r": R, "lora_alpha": ALPHA, "target_modules": LINEARS, "use_rslora": True, "init_lora_weights": False}
-    return config_cls(**chosen | options)
+    return departing(config_cls, **chosen | options)
 
 
 @pytest.mark.parametrize(("config_cls", "options", "over"), ROWS)

@@ -97,4 +97,18 @@ def test_signature_and_help_tell_every_option(config_cls) -> None:
 def test_a_config_class_is_where_its_users_find_it(config_cls) -> None:
     assert getattr(increlora, config_cls.__name__) is config_cls and config_cls.__module__ == "increlora"
     if hasattr(config_cls, "paper"):
-        assert inspect.getdoc(config_cls.paper) == inspect.getdoc(config_cls.settings_cls.paper)
+        assert inspect.getdoc(config_cls.paper).startswith(inspect.getdoc(config_cls.paper_cls.paper))
+
+
+@every_config
+def test_signature_and_help_of_the_preset_tell_its_options_and_switches(config_cls) -> None:
+    if not hasattr(config_cls, "paper"):
+        return
+    shown = inspect.signature(config_cls.paper).parameters
+    every = [f.name for f in fields(config_cls.paper_cls)]
+    assert list(shown) == [*every, *SHARED] and set(config_cls.switches) < set(every)
+    entries = [line.partition(": ")[0] for line in inspect.getdoc(config_cls.paper).replace("   ", "\n").splitlines()]
+    told = {name.strip() for entry in entries for name in entry.split(",")}
+    assert set(config_cls.switches) <= told, set(config_cls.switches) - told
+    values = vars(config_cls.paper().settings())
+    assert {name: shown[name].default for name in every} == values

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from increlora import IncreLoraConfig, attach, rank_summary
 from tests.hosts.bases import BUILDERS, Mlp, build_llama, inputs_for, logits, seeded
+from tests.switches import departing
 
 __all__ = [
     "BUILDERS", "Mlp", "adapter_only", "build_llama", "grow", "growing", "inputs_for", "logits", "mid_growth", "seeded",
@@ -43,7 +44,7 @@ def growing(**options: object) -> IncreLoraConfig:
         "newborn": "published",
         "orthogonality": 0.1,
     } | options
-    return IncreLoraConfig(**chosen)
+    return departing(IncreLoraConfig, **chosen)
 
 
 def mid_growth(model: PeftModel) -> bool:

@@ -1,7 +1,7 @@
 """Decisions as data: the ranks a module has, and the events that change them. No tensors are used here."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["birth", "retirement", "reserve", "saturation", "restart", "finish"]
@@ -52,9 +52,6 @@ class Event:
     ranks: int
     rank: int
     importance: float | None = None
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def with_blocks(holding: Holding, positions: Sequence[int]) -> Holding:

@@ -1,10 +1,13 @@
-"""Can a budget be met? One check before training, for growth and for pruning; it knows shapes alone."""
+"""Can a budget be met? Checks before training, of growth and of pruning; they know shapes and schedules alone."""
 
+import math
+import warnings
 from collections.abc import Sequence
 
-from ..errors import BudgetError
+from ..errors import BudgetError, ScheduleError
 from .allocation import Holding, parameters_used, ranks_used
 from .budget import Budget
+from .schedules import GrowthSteps
 from .selection import can_finish
 
 
@@ -53,3 +56,20 @@ def check_pruning(holdings: Sequence[Holding], budget: Budget) -> None:
             f"{target} ranks cost at least {least} parameters, the budget allows {budget.parameters}: raise `init_r`, "
             f"or give the budget as `total_ranks`"
         )
+
+
+def check_reachable(steps: GrowthSteps, first: int, stop: int, *, missing: int, per_event: int, strict: bool) -> None:
+    """Say before training by how much a schedule falls short of its budget: an error, a warning for the published code
+    (which trains on, short)."""
+    events = steps.count(first, stop)
+    short = missing - events * per_event
+    if short <= 0:
+        return
+    message = (
+        f"the schedule (warmup_steps={steps.warmup}, interval_steps={steps.interval}) leaves {events} growth events of "
+        f"{per_event} ranks in {stop - first} steps, {math.ceil(missing / per_event)} are needed: {short} of {missing} "
+        f"ranks would be missing; shorten `interval_steps` or `warmup_steps`, raise `top_h`, or train longer"
+    )
+    if strict:
+        raise ScheduleError(message)
+    warnings.warn(message, stacklevel=2)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Group = Literal["row", "matrix"]
+Projection = Callable[[Tensor, float], Tensor]  # (gates, threshold) → gates
 
 
 def zero_dropped(values: list[Tensor], kept: list[Tensor]) -> None:
@@ -35,7 +36,7 @@ def published_shrink(values: Tensor, threshold: float) -> Tensor:
     return torch.where(shrunk.abs() < threshold, 0.0, shrunk)
 
 
-def shrink_together(tensors: list[Tensor], operator: Callable[[Tensor, float], Tensor], threshold: float) -> None:
+def shrink_together(tensors: list[Tensor], operator: Projection, threshold: float) -> None:
     """tensors ← operator(tensors, ξ), in place; all tensors with the same device and dtype in a single pass."""
     groups: dict[object, list[Tensor]] = {}
     for tensor in tensors:

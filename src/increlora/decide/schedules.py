@@ -148,6 +148,8 @@ def rising(first: float, last: float, count: int, spacing: Literal["linear", "ge
     linear       equal differences           geometric    equal ratios (first > 0)
     log_linear   log of equally spaced exponentials, as in SoRA's published code
     """
+    if count == 2:
+        return [first, last]
     if spacing == "geometric" and first <= 0:
         raise ScheduleError(f"spacing='geometric' cannot start from {first}: give a first value above 0, or 'linear'")
     shares = [i / (count - 1) for i in range(count)]

@@ -26,7 +26,7 @@ from ..deltas.inputs import VECTORS
 from ..errors import CheckpointError, ExportError
 from ..files import whole
 from ..hosts.peft.layer import adapter_layers, chosen_adapter
-from ..ops.truncation import truncated
+from ..hosts.peft.truncation import truncated
 from .adapters import Adapter, check_elsewhere, read_adapter
 from .allocation import plain_config
 from .engines import engines_that_refuse

@@ -25,7 +25,7 @@ from ..deltas import Inputs, Patches, Tokens
 from ..deltas.inputs import VECTORS
 from ..errors import CheckpointError, ExportError
 from ..hosts.peft.checkpoint import PREFIX
-from ..hosts.peft.config import with_current_type
+from ..hosts.peft.old import translated
 
 Shape = tuple[int, ...]
 Config = Mapping[str, Any]
@@ -53,7 +53,7 @@ HARMLESS = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, its type by today's name.
+    """adapter_config.json, by today's names.
 
     Raises: CheckpointError if it cannot be read, or has impossible ranks."""
     path = folder / CONFIG_NAME
@@ -68,7 +68,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {reason}; give the folder of an adapter, or a run") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; give the folder of an adapter, or restore it from a copy") from error
-    return with_current_type(found)
+    return translated(found)
 
 
 def check_values(config: Config) -> None:

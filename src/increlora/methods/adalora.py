@@ -7,63 +7,81 @@
 
 b(t) falls from the initial ranks to the target along a cubic; a dropped triplet may come back until it has fallen.
 
-Source: AdaLoRA (arXiv 2303.10512), algorithm 1, and its published code.   Differs: docs/methods/adalora.md
+Source: AdaLoRA (arXiv 2303.10512), algorithm 1; published code: `adalora_paper`.   Differs: docs/methods/adalora.md
 """
 
+from dataclasses import dataclass
 from functools import partial
 
-from ..decide.budget import Budget, resolve
-from ..decide.selection import keep_published, keep_top
-from ..deltas import Status, TripletDelta
+from ..decide.schedules import Time
+from ..decide.selection import keep_top
+from ..deltas import TripletDelta
 from ..rules import Keep
-from .adalora_settings import AdaLoraSettings
-from .base import Method, Penalty, Site
-from .falling import cubic_of, first_rank
-from .initial import gaussian, lora_start, ones, zeros
+from .base import Method, Penalty, Settings, Site, budget_of
+from .checks import check_choices, check_counts, check_shares, check_weight
+from .falling import check_start, cubic_of, first_rank, pruned
+from .initial import lora_start, ones
 from .scaling import fixed, scale_of
 
 
-class AdaLora(AdaLoraSettings):
-    """Settings (see `AdaLoraSettings`) and how they become a method for a model with `sites` adapted modules."""
+@dataclass(frozen=True)
+class AdaLoraOptions(Settings):
+    """Every option of AdaLoRA. Counts are at least 1; times are steps (int) or shares of the run (float in [0, 1]).
+
+    Budget, one of
+        r: average rank per module at the end, ≥ 1: r · modules ranks exactly, at most LoRA's adapter parameters.
+        total_ranks: ranks over all modules, met exactly.
+    Pruning
+        init_r: rank of every module at the start, at most what its shape can use; default 1.5 times the average at the
+            end, rounded up.
+        warmup_steps: no cut at or before this step.   settle_steps: at the end, with the ranks that are left; ≥ 1.
+        interval_steps: cuts at its multiples; between them dropped ranks may come back.
+        beta, beta_uncertainty: moving averages of |w · ∂L/∂w|, in [0, 1).
+    Form
+        lora_alpha: numerator α of the scale α / average rank at the end.   use_rslora: α over the root of that.
+        init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
+    Training
+        orthogonality: weight of the penalty, ≥ 0; 0 turns it off.
+        total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool = True
+    total_ranks: int | None = None
+    init_r: int | None = None
+    warmup_steps: Time = 0.1
+    settle_steps: Time = 0.4
+    interval_steps: Time = 0.01
+    beta: float = 0.85
+    beta_uncertainty: float = 0.85
+    orthogonality: float = 0.0
+    total_steps: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts(self, ("r", "init_r", "total_ranks", "total_steps"))
+        check_choices(self)
+        check_shares(self, ("beta", "beta_uncertainty", "lora_dropout"))
+        check_weight(self, "orthogonality")
+        check_start(self)
+
+
+@dataclass(frozen=True)
+class AdaLora(AdaLoraOptions):
+    """The method for a model with `sites` adapted modules; its options are those of `AdaLoraOptions`."""
 
     def method(self, sites: int, uniform_parameters: int) -> Method:
-        budget = resolve(
-            r=self.r, total_ranks=self.total_ranks, total_parameters=None, uniform_parameters=uniform_parameters,
-            modules=sites,
-        )  # fmt: skip
-        if self.selection == "published":
-            budget = Budget(budget.ranks, exact=False)  # the published code knows no parameter bound
-        mean_rank = (budget.ranks or 0) / sites
-        keep = {"exact": keep_top, "published": keep_published}[self.selection]
-        schedule = partial(cubic_of, self, late=self.selection == "published")
-        return Method(
-            name="adalora",
-            make_delta=partial(self._delta, mean_rank=mean_rank),
-            budget=budget,
-            rules=(Keep(schedule, keep, self.observe, self.beta, self.beta_uncertainty),),
-            penalty=Penalty(self.orthogonality, self.orthogonality_form, self.penalty_place)
-            if self.orthogonality
-            else None,
-            total_steps=self.total_steps,
-        )
+        budget = budget_of(self, sites, uniform_parameters)
+        rule = Keep(partial(cubic_of, self), keep_top, "before_step", self.beta, self.beta_uncertainty)
+        penalty = Penalty(self.orthogonality) if self.orthogonality else None
+        delta = partial(self._delta, mean_rank=(budget.ranks or 0) / sites)
+        return Method("adalora", delta, budget, (rule,), penalty, total_steps=self.total_steps)
 
     def _delta(self, site: Site, *, mean_rank: float) -> TripletDelta:
-        wanted = self.init_r or first_rank(mean_rank)
-        rank = wanted if self.selection == "published" else min(wanted, site.in_features, site.out_features)
-        published = {"A": gaussian, "E": zeros, "B": gaussian}
-        lora = {**lora_start(site.inputs, random=not self.init_lora_weights), "E": ones}
-        delta = TripletDelta(
-            site.in_features, site.out_features, [rank],
-            init=published if self.start == "published" else lora,
-            scale=partial(fixed, self._scale(wanted, mean_rank)),
-            name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
-            inputs=site.inputs,
-        )  # fmt: skip
-        delta.status[0], delta.kept = Status.ACTIVE, [True] * rank
-        return delta
-
-    def _scale(self, start: int, mean_rank: float) -> float:
-        if self.scaling == "constant":
-            return scale_of(self.lora_alpha, mean_rank, rslora=self.use_rslora)
-        alpha = self.lora_alpha if self.lora_alpha > 0 else start
-        return scale_of(alpha, start + self.scale_epsilon, rslora=self.use_rslora)
+        rank = min(self.init_r or first_rank(mean_rank), site.in_features, site.out_features)
+        init = lora_start(site.inputs, random=not self.init_lora_weights) | {"E": ones}
+        scale = partial(fixed, scale_of(self.lora_alpha, mean_rank, rslora=self.use_rslora))
+        return pruned(self, site, rank, init=init, scale=scale)

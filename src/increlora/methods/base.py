@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from ..decide.allocation import Holding
-from ..decide.budget import Budget
+from ..decide.budget import Budget, resolve
 from ..decide.penalties import PenaltyForm
 from ..decide.schedules import Run
-from ..deltas import Delta, Inputs, Patches, Stored, Tokens, Vectors
+from ..deltas import BlockDelta, Delta, Inputs, Patches, Status, Stored, Tokens, Vectors
 from ..deltas.inputs import VECTORS
 from ..rules import Rule
 
 Value = TypeVar("Value", int, float)
+Made = TypeVar("Made", bound=BlockDelta)
 LOW_RANK_READS: tuple[type[Inputs], ...] = (Vectors, Tokens, Patches)  # whatever a low-rank product can meet
 
 
@@ -112,6 +113,26 @@ class Settings:
     def make_shared(self, sites: Sequence[Site]) -> Stored | None:
         """The parameters that all deltas of an adapter share; the model owns them."""
         return None
+
+
+def budget_of(settings: Any, sites: int, uniform_parameters: int) -> Budget:
+    """The budget that `r`, `total_ranks` and `total_parameters` ask for in a model with `sites` adapted modules."""
+    return resolve(
+        r=settings.r, total_ranks=settings.total_ranks, total_parameters=getattr(settings, "total_parameters", None),
+        uniform_parameters=uniform_parameters, modules=sites,
+    )  # fmt: skip
+
+
+def in_blocks(make: Callable[..., Made], settings: Any, site: Site, sizes: Sequence[int], **parts: Any) -> Made:
+    """A delta with blocks of these sizes, the first of them active; `parts` are `init`, `scale` and what this kind of
+    delta adds."""
+    delta = make(
+        site.in_features, site.out_features, sizes,
+        name=site.name, seed=settings.seed, dropout=settings.lora_dropout, dtype=site.dtype, inputs=site.inputs,
+        **parts,
+    )  # fmt: skip
+    delta.status[0] = Status.ACTIVE
+    return delta
 
 
 def matching(patterns: Mapping[str, Value], name: str) -> Value | None:

@@ -4,11 +4,30 @@ import math
 from typing import Any
 
 from ..decide.schedules import CubicDecay, Run, in_steps
+from ..deltas import TripletDelta
+from ..errors import BudgetError
+from .base import Site, in_blocks
 
 
 def first_rank(average: float) -> int:
     """Rank of a module at the start when none is given: 1.5 times the average at the end, rounded up."""
     return math.ceil(1.5 * average)
+
+
+def check_start(settings: Any) -> None:
+    """Raise BudgetError for a start of `init_r` ranks per module that is below the end of `r`."""
+    if settings.total_ranks is None and settings.init_r is not None and settings.init_r < settings.r:
+        raise BudgetError(
+            f"r={settings.r} is above the start of init_r={settings.init_r} ranks per module: raise `init_r`, or leave "
+            f"it out for {first_rank(settings.r)}"
+        )
+
+
+def pruned(settings: Any, site: Site, rank: int, **parts: Any) -> TripletDelta:
+    """A delta of `rank` ranks that can be dropped one by one; see `in_blocks`."""
+    delta = in_blocks(TripletDelta, settings, site, [rank], **parts)
+    delta.kept = [True] * rank
+    return delta
 
 
 def cubic_of(settings: Any, run: Run, start: int, end: int, *, late: bool = False) -> CubicDecay:

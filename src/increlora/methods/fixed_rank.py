@@ -2,13 +2,10 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-from ..deltas import BlockDelta, Status
-from .base import Site, matching
+from .base import Made, Site, in_blocks, matching
 from .scaling import fixed, scale_of
-
-Made = TypeVar("Made", bound=BlockDelta)
 
 
 def rank_and_scale(settings: Any, name: str) -> tuple[int, Callable[[int], float]]:
@@ -19,11 +16,5 @@ def rank_and_scale(settings: Any, name: str) -> tuple[int, Callable[[int], float
 
 
 def one_block(make: Callable[..., Made], settings: Any, site: Site, rank: int, **parts: Any) -> Made:
-    """A delta with one active block of `rank` ranks; `parts` are `init`, `scale` and what this kind of delta adds."""
-    delta = make(
-        site.in_features, site.out_features, [rank],
-        name=site.name, seed=settings.seed, dropout=settings.lora_dropout, dtype=site.dtype, inputs=site.inputs,
-        **parts,
-    )  # fmt: skip
-    delta.status[0] = Status.ACTIVE
-    return delta
+    """A delta with one active block of `rank` ranks; see `in_blocks`."""
+    return in_blocks(make, settings, site, [rank], **parts)

@@ -1,130 +1,148 @@
 """IncreLoRA: every module starts at rank 1; rank is added where the loss is most sensitive, until a budget is spent.
 
-    ΔW = s · B diag(e) A                              with a reserve block more, its e fixed at 1e-5, trained in advance
-    S = Σ|ΔW ∘ ∂L/∂ΔW| / √(mn)                        score of a module, once per optimizer step
+    ΔW = s · B diag(e) A                              a new block has B = 0 and e = 1: growth does not move ΔW
+    S = Σ|ΔW ∘ ∂L/∂ΔW| / √(mn)                        score of a module, in the steps before an event
     I ← β₁ I + (1−β₁) S    U ← β₂ U + (1−β₂)|I − S|    importance Ŝ = I · U
     event at each multiple of `interval_steps` after `warmup_steps`: the `top_h` modules with the largest Ŝ grow
 
-Source: IncreLoRA (arXiv 2308.12043), section 3, and its published code.   Differs: docs/methods/increlora.md
+Source: IncreLoRA (arXiv 2308.12043), section 3; published code: `increlora_paper`.   Differs: docs/methods/increlora.md
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-
-import torch
-from torch import Tensor
+from typing import Literal
 
 from ..decide.allocation import Holding, ranks_used
-from ..decide.budget import Budget, block_sizes, default_capacity, resolve
-from ..decide.schedules import GrowthSteps, Run, in_steps, linear_clock, ramp_clock
-from ..decide.selection import grow_published, grow_top
-from ..deltas import Init, Status, TripletDelta
+from ..decide.budget import Budget, block_sizes, default_capacity
+from ..decide.feasibility import check_reachable
+from ..decide.schedules import GrowthSteps, Run, Time, in_steps, ramp_clock
+from ..decide.selection import grow_top
+from ..deltas import TripletDelta
+from ..errors import BudgetError
 from ..rules import Grow, Score
-from .base import Method, Penalty, Site, matching
-from .increlora_settings import IncreLoraSettings, check_reachable
-from .initial import Shape, gaussian, lora_start, ones
-from .scaling import scale_of
+from .base import Method, Penalty, Settings, Site, budget_of, in_blocks, matching
+from .checks import check_choices, check_counts, check_shares, check_weight
+from .initial import lora_start, ones
+from .scaling import fixed, scale_of
 
-RESERVE_E = 1e-5  # e of a block that learns in reserve
 DEFAULT_EVENTS = 10  # growth events of a run whose `top_h` is not set
 
 
-class IncreLora(IncreLoraSettings):
-    """Settings (see `IncreLoraSettings`) and how they become a method for a model with `sites` adapted modules."""
+@dataclass(frozen=True)
+class IncreLoraOptions(Settings):
+    """Every option of IncreLoRA. Counts are at least 1; times are steps (int) or shares of the run (float in [0, 1]).
 
-    def method(self, sites: int, uniform_parameters: int) -> Method:
-        budget = resolve(
-            r=self.r, total_ranks=self.total_ranks, total_parameters=self.total_parameters,
-            uniform_parameters=uniform_parameters, modules=sites,
-        )  # fmt: skip
-        if self.selection == "published":
-            budget = Budget(budget.ranks, exact=False)  # the published code knows no parameter bound
+    Budget, one of
+        r: average rank per module at the end, ≥ 1: r · modules ranks exactly, at most LoRA's adapter parameters.
+        total_ranks: ranks over all modules, met exactly.
+        total_parameters: bound on Σ rank · (in + out); short by less than one grant.
+    Growth
+        init_r: rank of every module at the start.   grow_by: ranks per grant; default max(1, r // 2).
+        top_h: modules per event; default: the budget is spent in 10 events.
+        warmup_steps: no event at or before this step.   interval_steps: events at its multiples.
+        capacity: most ranks a module can ever hold; default max(8, 4 r).   capacity_pattern: per module name (regex).
+    Score
+        score: `delta`, or the cheap `signed`.   beta, beta_uncertainty: moving averages, in [0, 1).
+        score_window: steps scored before an event; None: all.
+        score_accumulation: over micro-batches: `mean` of their scores, or `exact`, the score of the whole batch.
+    Form
+        lora_alpha: numerator α of the scale α / average rank of the budget.   use_rslora: α over the root of that.
+        init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
+    Training
+        birth_warmup: new ranks take so long to reach the host's learning rate.
+        orthogonality: weight of the penalty, ≥ 0; 0 turns it off.
+        total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool = True
+    total_ranks: int | None = None
+    total_parameters: int | None = None
+    init_r: int = 1
+    grow_by: int | None = None
+    top_h: int | None = None
+    warmup_steps: Time = 0.05
+    interval_steps: Time = 0.03
+    capacity: int | None = None
+    capacity_pattern: Mapping[str, int] = field(default_factory=dict)
+    score: Literal["delta", "signed"] = "delta"
+    beta: float = 0.85
+    beta_uncertainty: float = 0.85
+    score_window: int | None = 8
+    birth_warmup: Time = 0.03
+    orthogonality: float = 0.0
+    total_steps: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = ("r", "init_r", "grow_by", "top_h", "capacity", "total_ranks", "total_parameters", "total_steps")
+        check_counts(self, counts)
+        check_choices(self)
+        check_shares(self, ("beta", "beta_uncertainty", "lora_dropout"))
+        check_weight(self, "orthogonality")
+        if self.total_ranks is None and self.total_parameters is None and self.r < self.init_r:
+            raise BudgetError(f"r={self.r} is below the start of init_r={self.init_r} ranks per module: lower `init_r`")
+
+    @property
+    def step_ranks(self) -> int:
+        """Ranks per grant."""
+        return self.grow_by or max(1, self.r // 2)
+
+    def spending(self, sites: int, uniform_parameters: int) -> tuple[Budget, float, int]:
+        """The budget, its average rank per module, and the number of modules that grow at an event."""
+        budget = budget_of(self, sites, uniform_parameters)
         mean_rank = budget.ranks / sites if budget.ranks else (budget.parameters or 0) / uniform_parameters
-        top_h = self.top_h or max(1, math.ceil((mean_rank - self.init_r) * sites / self.step_ranks / DEFAULT_EVENTS))
-        grow = {"exact": grow_top, "published": grow_published}[self.selection]
-        return Method(
-            name="increlora",
-            make_delta=partial(self._delta, mean_rank=mean_rank, top_h=top_h),
-            budget=budget,
-            rules=(Grow(
-                schedule=partial(self._events, top_h=top_h, budget=budget),
-                allocate=partial(grow, top_h=top_h, budget=budget),
-                score=Score(
-                    self.score, self.score_norm, self.beta, self.beta_uncertainty, self.score_window,
-                    self.score_accumulation,
-                ),
-                reserve=self.reserve,
-                on_finish=self.finish,
-            ),),
-            penalty=Penalty(self.orthogonality, self.orthogonality_form, self.penalty_place)
-            if self.orthogonality
-            else None,
-            clock=self._clock,
-            total_steps=self.total_steps,
-        )  # fmt: skip
+        even = math.ceil((mean_rank - self.init_r) * sites / self.step_ranks / DEFAULT_EVENTS)
+        return budget, mean_rank, self.top_h or max(1, even)
 
-    def _delta(self, site: Site, *, mean_rank: float, top_h: int) -> TripletDelta:
-        capacity = self._capacity(site, mean_rank, top_h)
-        sizes = block_sizes(
-            start=self.init_r, grow_by=self.step_ranks, capacity=capacity,
-            tails=0 if self.selection == "published" else math.ceil((self.step_ranks - 1) / site.sites),
-        )  # fmt: skip
-        lora = lora_start(site.inputs, random=not self.init_lora_weights)
-        delta = TripletDelta(
-            site.in_features, site.out_features, sizes,
-            init={"E": self._initial_e, **{letter: partial(self._initial_factor, own) for letter, own in lora.items()}},
-            scale=partial(self._scale, mean_rank=mean_rank),
-            name=site.name, seed=self.seed, dropout=self.lora_dropout, dtype=site.dtype,
-            inputs=site.inputs,
-        )  # fmt: skip
-        delta.reserve_learns = self.reserve == "trained"
-        delta.status[0] = Status.ACTIVE
-        return delta
+    def blocks(self, site: Site, mean_rank: float) -> list[int]:
+        """Ranks of the blocks of a module."""
+        usual = default_capacity(math.ceil(mean_rank), site.in_features, site.out_features)
+        capacity = matching(self.capacity_pattern, site.name) or self.capacity or usual
+        tails = math.ceil((self.step_ranks - 1) / site.sites)
+        return block_sizes(start=self.init_r, grow_by=self.step_ranks, capacity=capacity, tails=tails)
 
-    def _capacity(self, site: Site, mean_rank: float, top_h: int) -> int:
-        chosen = matching(self.capacity_pattern, site.name) or self.capacity
-        if chosen is not None:
-            return chosen
-        if self.selection == "exact":
-            return default_capacity(math.ceil(mean_rank), site.in_features, site.out_features)
-        events = math.ceil((mean_rank - self.init_r) * site.sites / (top_h * self.step_ranks))
-        return self.init_r + self.step_ranks * (events + 1)  # the published bound, and the reserve behind it
-
-    def _scale(self, rank: int, *, mean_rank: float) -> float:
-        if self.scaling == "constant":
-            return scale_of(self.lora_alpha, mean_rank, rslora=self.use_rslora)
-        alpha = self.lora_alpha if self.lora_alpha > 0 else self.init_r
-        return scale_of(alpha, rank + self.scale_epsilon, rslora=self.use_rslora)
-
-    def _initial_factor(self, lora: Init, shape: Shape, generator: torch.Generator, block: int) -> Tensor:
-        return (gaussian if self._published_start(block) else lora)(shape, generator, block)
-
-    def _initial_e(self, shape: Shape, generator: torch.Generator, block: int) -> Tensor:
-        if not self._published_start(block):
-            return ones(shape, generator, block)
-        return torch.full(shape, RESERVE_E if block > 0 and self.reserve == "trained" else 0.0, dtype=torch.float64)
-
-    def _published_start(self, block: int) -> bool:
-        return (self.start if block == 0 else self.newborn) == "published"
-
-    def _events(self, run: Run, holdings: Sequence[Holding], first: int, *, top_h: int, budget: Budget) -> GrowthSteps:
-        steps = GrowthSteps(
-            in_steps(self.warmup_steps, run, name="warmup_steps"),
-            in_steps(self.interval_steps, run, name="interval_steps", least=1),
-        )
+    def events(
+        self, run: Run, holdings: Sequence[Holding], first: int, *, top_h: int, budget: Budget, strict: bool = True
+    ) -> GrowthSteps:
+        """When modules grow in this run; see `check_reachable`."""
+        warmup = in_steps(self.warmup_steps, run, name="warmup_steps")
+        steps = GrowthSteps(warmup, in_steps(self.interval_steps, run, name="interval_steps", least=1))
         if budget.ranks is not None and run.steps is not None:
-            check_reachable(
-                steps, first, run.steps, missing=budget.ranks - ranks_used(holdings),
-                per_event=top_h * self.step_ranks, strict=self.selection == "exact",
-            )  # fmt: skip
+            missing, each = budget.ranks - ranks_used(holdings), top_h * self.step_ranks
+            check_reachable(steps, first, run.steps, missing=missing, per_event=each, strict=strict)
         return steps
 
+
+@dataclass(frozen=True)
+class IncreLora(IncreLoraOptions):
+    """The method for a model with `sites` adapted modules; its options are those of `IncreLoraOptions`."""
+
+    score_accumulation: Literal["mean", "exact"] = "mean"
+
+    def method(self, sites: int, uniform_parameters: int) -> Method:
+        budget, mean_rank, top_h = self.spending(sites, uniform_parameters)
+        rule = Grow(
+            schedule=partial(self.events, top_h=top_h, budget=budget),
+            allocate=partial(grow_top, top_h=top_h, budget=budget),
+            score=Score(
+                self.score, beta=self.beta, beta_uncertainty=self.beta_uncertainty, window=self.score_window,
+                accumulate=self.score_accumulation,
+            ),
+        )  # fmt: skip
+        penalty = Penalty(self.orthogonality) if self.orthogonality else None
+        delta = partial(self._delta, mean_rank=mean_rank)
+        return Method("increlora", delta, budget, (rule,), penalty, self._clock, self.total_steps)
+
+    def _delta(self, site: Site, *, mean_rank: float) -> TripletDelta:
+        init = lora_start(site.inputs, random=not self.init_lora_weights) | {"E": ones}
+        scale = partial(fixed, scale_of(self.lora_alpha, mean_rank, rslora=self.use_rslora))
+        return in_blocks(TripletDelta, self, site, self.blocks(site, mean_rank), init=init, scale=scale)
+
     def _clock(self, step: int, created: int, run: Run) -> tuple[float, float | None]:
-        warmup = in_steps(self.birth_warmup, run, name="birth_warmup")
-        if self.clock == "ramp":
-            return ramp_clock(step, created, warmup=warmup), None
-        if run.steps is None:
-            in_steps(1.0, run, name="clock='published'")
-        clock = partial(linear_clock, step, warmup=warmup, total=run.steps or 0)
-        return clock(created), clock(-1)
+        return ramp_clock(step, created, warmup=in_steps(self.birth_warmup, run, name="birth_warmup")), None

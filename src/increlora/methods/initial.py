@@ -16,11 +16,6 @@ def kaiming(shape: Shape, generator: torch.Generator, block: int) -> Tensor:
     return torch.rand(shape, generator=generator) * (2 * bound) - bound
 
 
-def narrowed(factor: float, shape: Shape, generator: torch.Generator, block: int) -> Tensor:
-    """`kaiming`, `factor` times as wide."""
-    return kaiming(shape, generator, block) * factor
-
-
 def gaussian(shape: Shape, generator: torch.Generator, block: int) -> Tensor:
     """N(0, 0.02²): A and B of the published code."""
     return torch.randn(shape, generator=generator) * 0.02

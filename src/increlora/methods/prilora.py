@@ -14,13 +14,13 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from typing import Literal
 
-from ..decide.budget import Budget, resolve
+from ..decide.budget import Budget
 from ..decide.projections import Group
 from ..decide.ramps import depths, first_of, ramp_ranks
 from ..decide.schedules import PruneSteps, Run, Time, in_steps
 from ..deltas import LowRankDelta
 from ..rules import Entries
-from .base import Method, Settings, Site
+from .base import Method, Settings, Site, budget_of
 from .checks import check_choices, check_counts, check_shares
 from .fixed_rank import one_block
 from .initial import lora_start
@@ -83,10 +83,7 @@ class PriLora(Settings):
             first_of(Fraction(self.r), self.first_r)
 
     def method(self, sites: int, uniform_parameters: int) -> Method:
-        budget = resolve(
-            r=self.r, total_ranks=self.total_ranks, total_parameters=None, uniform_parameters=uniform_parameters,
-            modules=sites,
-        )  # fmt: skip
+        budget = budget_of(self, sites, uniform_parameters)
         mean = Fraction(budget.ranks or 0, sites)
         first = first_of(mean, self.first_r)
         rule = Entries(self._schedule, self.prune_share, self.group, self.beta, self.statistic_interval, self.regrow)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..decide.allocation import Holding
 from ..decide.budget import Budget
 from ..decide.feasibility import check_pruning
-from ..decide.projections import shrink_together, zero_dropped
+from ..decide.projections import Projection, shrink_together, zero_dropped
 from ..decide.schedules import CubicDecay, Levels, Run
 from ..errors import BudgetError
 from ..ops.parallel import full, local
@@ -45,7 +45,7 @@ class Shrink:
             not count at the last cut.
     """
 
-    shrink: Callable[[Tensor, float], Tensor]
+    shrink: Projection
     schedule: Callable[[Run, int, int], CubicDecay]
     thresholds: Callable[[Run], Levels] | None
     keep: Callable[[Sequence[Sequence[float]], Sequence[int], Budget], list[list[bool]]]

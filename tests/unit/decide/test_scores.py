@@ -11,6 +11,7 @@ from increlora import IncreLoraConfig, attach
 from increlora.decide.scores import delta_sensitivity, normaliser, signed_sensitivity, smooth
 from increlora.deltas import Status, TripletDelta
 from tests.reference import naive
+from tests.switches import departing
 
 SHAPES = [(1, 1, 1, 1), (1, 7, 3, 2), (3, 5, 8, 4), (2, 1, 9, 5), (4, 6, 6, 1)]  # R, in, out, N
 
@@ -201,7 +202,9 @@ def test_t11_shared_weight(accumulate: str) -> None:
     """Published: the first use alone, which autograd reaches last.   exact: Σ|ΔW ∘ (G1 + G2)| / √(mn).
     The signed score sees both uses by itself: |Σ ΔW ∘ (G1 + G2)|."""
     how = {"score": "signed"} if accumulate == "signed" else {"score_accumulation": accumulate}
-    config = IncreLoraConfig(r=2, init_lora_weights=False, score_window=None, target_modules=["linear"], **how)
+    config = departing(
+        IncreLoraConfig, r=2, init_lora_weights=False, score_window=None, target_modules=["linear"], **how
+    )
     model = get_peft_model(Shared(), config)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     controller = attach(model, optimizer, total_steps=100, record=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from increlora.decide.allocation import Event, Grant, Holding, Plan, parameters_used, ranks_used
+from increlora.decide.allocation import Grant, Holding, Plan, parameters_used, ranks_used
 from increlora.decide.budget import Budget, block_sizes
 from increlora.decide.selection import can_finish, cheapest_cover, grow_published, grow_top, parameters_left, spent
 from tests.reference import naive
@@ -259,9 +259,3 @@ def test_published_saturation_is_reported() -> None:
 def test_what_is_used() -> None:
     holdings = [holding(2, (1,), cost=10), holding(3, (), cost=7)]
     assert (ranks_used(holdings), parameters_used(holdings)) == (5, 41)
-
-
-def test_an_event_is_a_row() -> None:
-    assert Event(7, "birth", "a.b", 2, 3, 0.5).as_dict() == {
-        "step": 7, "kind": "birth", "module": "a.b", "ranks": 2, "rank": 3, "importance": 0.5,
-    }  # fmt: skip

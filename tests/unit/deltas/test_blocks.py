@@ -11,6 +11,7 @@ from increlora import IncreLoraConfig, attach
 from increlora.deltas import LowRankDelta, TripletDelta, blocks
 from increlora.deltas.state import ModuleState
 from increlora.methods import PlainLora, Site
+from tests.switches import departing
 from tests.unit.deltas.test_deltas import ACTIVE, DORMANT, KINDS, RESERVE, RETIRED, TRAINED, build, increlora
 
 # ---- blocks
@@ -91,7 +92,7 @@ def net(**settings) -> nn.Module:
         torch.manual_seed(0)
         plain = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
     options = {"r": 2, "capacity": 5, "grow_by": 1, "top_h": 1, "warmup_steps": 3, "interval_steps": 3, "seed": 1}
-    return get_peft_model(plain, IncreLoraConfig(**options | settings, target_modules=["0", "2"]))
+    return get_peft_model(plain, departing(IncreLoraConfig, **options | settings, target_modules=["0", "2"]))
 
 
 OPTIMIZERS = {

@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from increlora.deltas import BlockDelta, LowRankDelta, Status, TripletDelta
-from increlora.methods import IncreLora, PlainLora, Site
+from increlora.methods import PlainLora, Site
+from increlora.methods.increlora_paper import IncreLoraPaper
 from increlora.methods.initial import gaussian, kaiming, ones, zeros
+from tests.switches import settings_of
 
 DORMANT, RESERVE, ACTIVE, RETIRED = Status
 KINDS = [LowRankDelta, TripletDelta]
@@ -173,7 +175,7 @@ def test_every_factor_tells_the_same_sum(kind, shape) -> None:
 
 def increlora(**settings) -> BlockDelta:
     """The delta of IncreLoRA for one of six sites of 4 × 3, in float64, trained a little by hand."""
-    delta = IncreLora(**{"r": 3, "lora_alpha": 6, "grow_by": 1} | settings).method(6, 42)
+    delta = settings_of("increlora", **{"r": 3, "lora_alpha": 6, "grow_by": 1} | settings).method(6, 42)
     built = delta.make_delta(Site("m", 4, 3, 6, 42, torch.float64))
     assert isinstance(built, BlockDelta)
     with torch.no_grad():
@@ -191,10 +193,10 @@ def test_t1_growing_by_one_rank_halves_what_was_learnt(epsilon: float, ratio: fl
 
 
 def test_t1_in_the_paper_preset() -> None:
-    delta = IncreLora.paper(2, lora_alpha=8).method(6, 42).make_delta(Site("m", 4, 3, 6, 42, torch.float64))
+    delta = IncreLoraPaper.paper(2, lora_alpha=8).method(6, 42).make_delta(Site("m", 4, 3, 6, 42, torch.float64))
     assert delta.scale_of(2) / delta.scale_of(1) == pytest.approx(1.00001 / 2.00001, rel=1e-15)
     assert delta.scale_of(1) == pytest.approx(8 / 1.00001, rel=1e-15)
-    zero = IncreLora.paper(2, lora_alpha=0).method(6, 42).make_delta(Site("m", 4, 3, 6, 42))
+    zero = IncreLoraPaper.paper(2, lora_alpha=0).method(6, 42).make_delta(Site("m", 4, 3, 6, 42))
     assert zero.scale_of(1) == pytest.approx(1 / 1.00001, rel=1e-15)  # α ≤ 0 stands for init_r
 
 
@@ -270,7 +272,11 @@ def test_the_distributions_of_initial_values() -> None:
     ({"init_lora_weights": False}, ("kaiming", 1.0, "gaussian"), ("kaiming", 1.0, "gaussian")),
 ])  # fmt: skip
 def test_initial_values_of_increlora(settings, start, later) -> None:
-    delta = IncreLora(r=3, **settings).method(6, 2400).make_delta(Site("m", 200, 200, 6, 2400, torch.float64))
+    delta = (
+        settings_of("increlora", r=3, **settings)
+        .method(6, 2400)
+        .make_delta(Site("m", 200, 200, 6, 2400, torch.float64))
+    )
     for block, (a, e, b) in enumerate([start, later]):
         values = delta.block(block)
         assert torch.equal(values["E"], torch.full_like(values["E"], e))

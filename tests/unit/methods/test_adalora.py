@@ -16,7 +16,9 @@ from increlora.decide.selection import keep_published, keep_top
 from increlora.deltas import TripletDelta
 from increlora.errors import BudgetError, ConfigError, ScheduleError
 from increlora.methods import AdaLora, Site
+from increlora.methods.adalora_paper import AdaLoraPaper
 from tests.reference import naive
+from tests.switches import departing
 
 REPEATABLE = settings(derandomize=True, deadline=None)  # a run never fails by chance
 A_MODULE = {"A": [[1, 2, 0], [0, 1, -1]], "E": [[0.5], [-1]], "B": [[1, 0], [2, 1]]}
@@ -38,7 +40,7 @@ def delta_of(config: AdaLora, sites: int = 1, in_features: int = 3, out_features
 
 
 def test_t1_forward() -> None:
-    delta = delta_of(AdaLora.paper(1, lora_alpha=4))
+    delta = delta_of(AdaLoraPaper.paper(1, lora_alpha=4))
     with torch.no_grad():
         for letter, p in delta.block(0).items():
             p.copy_(tensor(A_MODULE[letter]))
@@ -211,15 +213,15 @@ def test_the_start_is_half_as_much_again_and_fits_the_shape(r: int, options: dic
 
 
 def test_the_published_start_is_that_of_the_papers_tables() -> None:
-    assert [AdaLora.paper(r).init_r for r in (1, 2, 4, 8)] == [2, 4, 6, 12]
-    assert delta_of(AdaLora.paper(8)).sizes == [12]  # whatever the shape
+    assert [AdaLoraPaper.paper(r).init_r for r in (1, 2, 4, 8)] == [2, 4, 6, 12]
+    assert delta_of(AdaLoraPaper.paper(8)).sizes == [12]  # whatever the shape
 
 
 @pytest.mark.parametrize(("config", "scale"), [
     (AdaLora(r=4, lora_alpha=8), 2.0),
     (AdaLora(r=4, lora_alpha=8, total_ranks=2), 4.0),
-    (AdaLora.paper(4, lora_alpha=18), 18 / 6.00001),
-    (AdaLora.paper(4, lora_alpha=0), 6 / 6.00001),
+    (AdaLoraPaper.paper(4, lora_alpha=18), 18 / 6.00001),
+    (AdaLoraPaper.paper(4, lora_alpha=0), 6 / 6.00001),
 ])  # fmt: skip
 def test_the_scale_does_not_follow_the_rank(config: AdaLora, scale: float) -> None:
     delta = delta_of(config)
@@ -240,7 +242,7 @@ def test_the_scale_does_not_follow_the_rank(config: AdaLora, scale: float) -> No
 ])  # fmt: skip
 def test_bad_settings_are_refused(options: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        AdaLoraConfig(**options)
+        departing(AdaLoraConfig, **options)
 
 
 def test_the_type_is_not_pefts() -> None:

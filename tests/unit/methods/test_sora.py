@@ -15,7 +15,9 @@ from increlora.decide.schedules import Levels, Run, rising
 from increlora.deltas import TripletDelta
 from increlora.errors import BudgetError, ConfigError, ScheduleError
 from increlora.methods import Site, Sora
+from increlora.methods.sora_paper import SoraPaper
 from tests.reference.official_sora import HfAdamW, shrink
+from tests.switches import departing, settings_of
 
 REPEATABLE = settings(derandomize=True, deadline=None)  # a run never fails by chance
 
@@ -32,7 +34,7 @@ def delta_of(config: Sora, sites: int = 1, in_features: int = 2, out_features: i
 
 def worked_example(gates: list[float]) -> TripletDelta:
     """S1 and S6."""
-    delta = delta_of(Sora.paper(2, lora_alpha=4))
+    delta = delta_of(SoraPaper.paper(2, lora_alpha=4))
     values = {"A": [[1, 0], [1, 1]], "E": [[g] for g in gates], "B": [[1, 0], [0, 2]]}
     with torch.no_grad():
         for letter, p in delta.block(0).items():
@@ -137,7 +139,7 @@ def test_a_threshold_rises_in_equal_phases_and_ends_with_the_settling() -> None:
     assert levels == Levels((0.0, 2.0, 4.0, 6.0), 10, 20)
     expected = [0] * 10 + [2] * 4 + [4] * 3 + [6] * 3 + [0] * 5  # 10 steps in 3 phases
     assert [levels.at(step) for step in range(25)] == expected
-    constant = Sora.paper(threshold=0.5).method(1, 4).rules[0].thresholds(Run(25, 1))
+    constant = SoraPaper.paper(threshold=0.5).method(1, 4).rules[0].thresholds(Run(25, 1))
     assert [constant.at(step) for step in range(25)] == [0.5] * 25
 
 
@@ -157,7 +159,8 @@ def test_s7_penalty() -> None:
 
 @pytest.mark.parametrize(("config", "rank", "scale"), [
     (Sora(r=8), 12, 1.0), (Sora(r=8, init_r=9), 9, 1.0), (Sora(r=8, threshold=1e-3), 8, 1.0),
-    (Sora(r=4, scaling="initial_rank"), 6, 8 / 6), (Sora(r=4, total_ranks=2), 3, 4.0), (Sora.paper(8), 8, 2.0),
+    (settings_of("sora", r=4, scaling="initial_rank"), 6, 8 / 6), (Sora(r=4, total_ranks=2), 3, 4.0),
+    (SoraPaper.paper(8), 8, 2.0),
 ])  # fmt: skip
 def test_the_start_and_the_scale(config: Sora, rank: int, scale: float) -> None:
     delta = delta_of(config, in_features=20, out_features=30)
@@ -205,4 +208,4 @@ def test_a_threshold_bounds_the_ranks_and_promises_none() -> None:
 ])  # fmt: skip
 def test_bad_settings_are_refused(options: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        SoraConfig(**options)
+        departing(SoraConfig, **options)

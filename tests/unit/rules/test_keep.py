@@ -14,6 +14,7 @@ from increlora import AdaLoraConfig, attach, rank_summary
 from increlora.errors import BudgetError, ScheduleError
 from tests.reference.loop import adamw, controller_of, fused, trainable
 from tests.reference.toy import toy_batches, toy_loss, toy_network
+from tests.switches import departing
 
 STEPS = 20
 SCHEDULE = {"r": 2, "warmup_steps": 3, "interval_steps": 4, "settle_steps": 8, "total_steps": STEPS,
@@ -22,7 +23,7 @@ SCHEDULE = {"r": 2, "warmup_steps": 3, "interval_steps": 4, "settle_steps": 8, "
 
 def adapted(**options) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        return get_peft_model(toy_network(), AdaLoraConfig(**SCHEDULE | options))
+        return get_peft_model(toy_network(), departing(AdaLoraConfig, **SCHEDULE | options))
 
 
 Between = Callable[[int, nn.Module], None]

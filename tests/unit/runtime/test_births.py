@@ -14,6 +14,7 @@ from increlora import IncreLoraConfig, attach
 from increlora.decide.schedules import Run, linear_clock, ramp_clock
 from increlora.deltas import Status, TripletDelta
 from increlora.methods import IncreLora
+from increlora.methods.increlora_paper import IncreLoraPaper
 from increlora.runtime import Controller
 from increlora.runtime.births import PROPORTIONAL, BirthRates, created
 from tests.reference.toy import gaussian_initial, toy_batches, toy_loss, toy_network
@@ -102,7 +103,7 @@ def test_the_birth_rate_equals_a_group_of_its_own(name: str, clock) -> None:
 
 
 def test_the_published_clock_names_the_schedule_it_was_made_for() -> None:
-    clock = IncreLora.paper(2, warmup_steps=5, interval_steps=5).method(1, 8).clock
+    clock = IncreLoraPaper.paper(2, warmup_steps=5, interval_steps=5).method(1, 8).clock
     assert clock is not None and clock(12, 10, Run(60, 1)) == (0.2, pytest.approx(48 / 55))
     ramp_only = IncreLora(r=2, birth_warmup=4).method(1, 8).clock
     assert ramp_only is not None and ramp_only(12, 10, Run(60, 1)) == (0.5, None)

@@ -1,6 +1,7 @@
 """Plain loops on a toy network: what counts as a step, what is left out of it, and every refusal."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from increlora.runtime import Controller
 from increlora.runtime.taps import PATIENCE
 from tests.reference.loop import adamw, controller_of, fused, trainable
 from tests.reference.toy import toy_batches, toy_loss, toy_network
+from tests.switches import departing
 
 torch.set_num_threads(1)  # these networks are too small to share between threads
 
@@ -27,7 +29,7 @@ Make = Callable[[list[nn.Parameter]], Optimizer]
 
 def adapted(**options) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        return get_peft_model(toy_network(), IncreLoraConfig(**SCHEDULE | options))
+        return get_peft_model(toy_network(), departing(IncreLoraConfig, **SCHEDULE | options))
 
 
 def live(model: nn.Module) -> dict[str, Tensor]:
@@ -71,7 +73,7 @@ def train(
 def assert_equal_runs(model: nn.Module, other: nn.Module, *, rtol: float = 0, steps: slice = slice(None)) -> None:
     """Same decisions, scores and parameters."""
     a, b = controller_of(model), controller_of(other)
-    assert [e.as_dict() | {"importance": 0} for e in a.events] == [e.as_dict() | {"importance": 0} for e in b.events]
+    assert [asdict(e) | {"importance": 0} for e in a.events] == [asdict(e) | {"importance": 0} for e in b.events]
     torch.testing.assert_close(scores(a)[steps], scores(b)[steps], rtol=rtol, atol=0, equal_nan=True)
     torch.testing.assert_close(live(model), live(other), rtol=rtol, atol=rtol)
 
@@ -162,9 +164,9 @@ def test_a_module_used_twice(how):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         base = Twice().double()
-    model = get_peft_model(base, IncreLoraConfig(
-        r=2, init_lora_weights=False, target_modules=["up"], warmup_steps=3, interval_steps=1, top_h=1, birth_warmup=0,
-        score_accumulation=how, orthogonality=0.0,
+    model = get_peft_model(base, departing(
+        IncreLoraConfig, r=2, init_lora_weights=False, target_modules=["up"], warmup_steps=3, interval_steps=1,
+        top_h=1, birth_warmup=0, score_accumulation=how, orthogonality=0.0,
     ))  # fmt: skip
     optimizer = SGD(trainable(model), lr=0.1)
     controller = attach(model, optimizer, record=True)

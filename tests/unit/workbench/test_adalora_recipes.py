@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from increlora import AdaLoraConfig
 from increlora.decide.schedules import Run
 from increlora.workbench.cli.app import app
 from increlora.workbench.cli.recipes import read_recipe
@@ -34,7 +35,7 @@ def test_a_recipe_has_the_papers_schedule(path: Path) -> None:
     schedule = config.settings().method(72, 72).rules[0].schedule(Run(steps, 72), 72 * config.init_r, 72 * config.r)
     assert (steps, schedule.warmup, schedule.interval, schedule.settle, config.orthogonality) == PAPER[task]
     assert (config.r, config.init_r) in {(2, 4), (8, 12)}
-    assert (config.selection, config.observe, config.start) == ("published", "after_step", "published")
+    assert config.published == AdaLoraConfig.paper().published
 
 
 def plan(*words: str) -> str:

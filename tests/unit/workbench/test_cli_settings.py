@@ -13,8 +13,9 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
+from increlora import IncreLoraConfig
 from increlora.decide.schedules import Run
-from increlora.errors import ConfigError, TaskError
+from increlora.errors import ConfigError, RunFolderError, TaskError
 from increlora.hosts.peft.config import CONFIGS
 from increlora.methods import Site
 from increlora.workbench.cli.app import app
@@ -23,7 +24,7 @@ from increlora.workbench.cli.options import flags, from_flags, option
 from increlora.workbench.cli.plan import kinds
 from increlora.workbench.cli.recipes import read_recipe
 from increlora.workbench.cli.run import total_steps
-from increlora.workbench.cli.settings import FLAGS, TrainSettings, parse_options, resolve
+from increlora.workbench.cli.settings import FLAGS, TrainSettings, parse_options, refuse_changes, resolve
 from increlora.workbench.tasks import sketch
 from increlora.workbench.tasks.glue import GLUE
 
@@ -38,7 +39,7 @@ RECIPES = sorted(Path(__file__).parents[3].glob("recipes/paper/*.toml"))
         ("warmup_steps=100", 100),
         ("lora_alpha=16", 16),
         ("score=signed", "signed"),
-        ("reserve=none", "none"),
+        ("score_accumulation=exact", "exact"),
         ("score_window=none", None),
         ("init_lora_weights=false", False),
         ("capacity_pattern={query = 4}", {"query": 4}),
@@ -50,7 +51,7 @@ def test_set_reads_values_as_toml_and_bare_words(pair, value):
     assert key == pair.partition("=")[0] and found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("pair", ("lora_alpha=true", "top_h=true", "reserve=None", "capacity_pattern=4", "seed=1"))
+@pytest.mark.parametrize("pair", ("lora_alpha=true", "top_h=true", "score=None", "capacity_pattern=4", "seed=1"))
 def test_set_refuses_what_the_option_is_not(pair):
     with pytest.raises(ConfigError, match=f"--set {pair}"):
         parse_options("increlora", [pair])
@@ -63,7 +64,7 @@ def recipe(tmp_path, text):
 
 
 def test_settings_survive_the_config_file(tmp_path):
-    pairs = ["score_window=none", "capacity_pattern={'a.b' = 4}", "reserve=frozen", "lora_alpha=16"]
+    pairs = ["score_window=none", "capacity_pattern={'a.b' = 4}", "score=signed", "lora_alpha=16"]
     settings = resolve({"r": 4, "lr": 2e-5, "target_modules": "query,value"}, pairs)
     text = settings.toml(Path("o"))
     again = TrainSettings(**read_recipe(recipe(tmp_path, text)))
@@ -72,6 +73,37 @@ def test_settings_survive_the_config_file(tmp_path):
     words = shlex.split(text.partition("\n")[0])
     sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
     assert resolve({"r": 4}, sets).options == settings.options
+
+
+def test_switches_of_the_published_code_need_its_preset(tmp_path):
+    refusal = "reserve=frozen: this only reproduces the published code: add --preset paper"
+    with pytest.raises(ConfigError, match=f"--set {refusal}"):
+        resolve({}, ["reserve=frozen"])
+    with pytest.raises(ConfigError, match=f"own.toml, line 2: {refusal}"):
+        read_recipe(recipe(tmp_path, '[options]\nreserve = "frozen"\n'))
+    with pytest.raises(ConfigError, match="score_accumulation=last: give 'mean' or 'exact'"):
+        resolve({}, ["score_accumulation=last"])
+
+
+def test_switches_of_the_published_code_survive_the_config_file(tmp_path):
+    pairs = ["reserve=frozen", "selection=exact", "score_accumulation=last", "top_h=none"]
+    settings = resolve({"r": 4, "preset": "paper"}, pairs)
+    assert settings.peft_config() == IncreLoraConfig.paper(
+        4, target_modules="all-linear", reserve="frozen", selection="exact", score_accumulation="last", top_h=None
+    )
+    text = settings.toml(Path("o"))
+    again = TrainSettings(**read_recipe(recipe(tmp_path, text)))
+    assert again.peft_config() == settings.peft_config() and again.toml(Path("o")) == text
+    assert "--preset paper" in text and "--set reserve=frozen" in text and "finish" not in text.partition("\n")[0]
+    refuse_changes(again, {}, ["reserve=frozen", "finish=keep"], Path("o"))
+    with pytest.raises(RunFolderError, match="--set finish keep, not retire"):
+        refuse_changes(again, {}, ["finish=retire"], Path("o"))
+
+
+def test_a_config_file_that_says_of_every_switch_that_it_is_off_is_the_method_itself(tmp_path):
+    said = 'reserve = "none"\nselection = "exact"\nscaling = "constant"\nscale_epsilon = 0.0\ngrow_by = 2\n'
+    settings = TrainSettings(**read_recipe(recipe(tmp_path, "[options]\n" + said)))
+    assert settings.options == {"grow_by": 2} and settings.peft_config().published == {}
 
 
 def test_every_default_is_the_settings_default():

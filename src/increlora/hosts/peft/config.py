@@ -1,8 +1,7 @@
 """peft configs derived from the methods' own settings; which options they have is in `options`."""
 
-import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,32 +10,16 @@ from peft import LoraConfig, PeftType
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ...errors import CheckpointError
-from ...registry import METHODS
+from ...errors import CheckpointError, ConfigError
+from ...registry import METHODS, PAPERS
 from . import checkpoint
 from .card import update_card
-from .options import config_doc, naming_nearest, refuse_unsupported, signature_of
+from .options import config_doc, naming_nearest, paper_doc, paper_signature, refuse_unsupported, signature_of
 
 
 def type_name(method: str) -> str:
     """The peft type of a method, also on disk. The prefix keeps it apart from whatever peft comes to have."""
     return f"INCRELORA_{method.upper()}"
-
-
-# Our types before they had a prefix, by method.
-OLD_TYPES = {"INCRELORA": "increlora", "PLAINLORA": "lora"} | {
-    name.upper(): name for name in ("lora_mini", "lorta", "melora", "mora", "prilora", "sora")
-}
-
-
-def with_current_type(raw: dict[str, Any]) -> dict[str, Any]:
-    """An adapter's config as read from disk, its type by today's name if it is one of ours by an old name.
-
-    The old names may come to be peft's: ours are known by an entry that no config of peft has."""
-    old = raw.get("peft_type")
-    if "increlora_version" in raw and isinstance(old, str) and old in OLD_TYPES:
-        return raw | {"peft_type": type_name(OLD_TYPES[old])}
-    return raw
 
 
 @dataclass
@@ -46,9 +29,13 @@ class MethodConfig(LoraConfig):
     Ours to write: shapes, (in, out) of each module, and inputs, of those that read no vectors; budget, in ranks and
     parameters; and, kept up to date while training: ranks, the active rank of each; blocks, the states of its blocks;
     parameters, how many count in all.
+
+    published: switches of the published code, all of them; `paper` fills it. Empty: the method without them.
     """
 
     settings_cls: ClassVar[Any]
+    paper_cls: ClassVar[Any]
+    switches: ClassVar[list[str]]  # options of `paper` alone
     method_name: ClassVar[str]
 
     ranks: dict[str, int] = field(default_factory=dict)
@@ -57,6 +44,7 @@ class MethodConfig(LoraConfig):
     inputs: dict[str, Any] = field(default_factory=dict)
     parameters: int = 0
     budget: dict[str, Any] = field(default_factory=dict)
+    published: dict[str, Any] = field(default_factory=dict)
     increlora_version: str | None = None
 
     def __post_init__(self) -> None:
@@ -66,8 +54,12 @@ class MethodConfig(LoraConfig):
         self.settings()
 
     def settings(self) -> Any:
-        """The method's own frozen settings."""
-        return self.settings_cls(**{f.name: getattr(self, f.name) for f in fields(self.settings_cls)})
+        """The method's own frozen settings, or those of its published code."""
+        for name in self.published:
+            if name not in self.switches:
+                raise ConfigError(f"published: {name!r} is no switch of {type(self).__name__}.paper: leave it out")
+        make = self.paper_cls if self.published else self.settings_cls
+        return make(**{f.name: getattr(self, f.name) for f in fields(self.settings_cls)}, **self.published)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
@@ -101,33 +93,36 @@ def check_folder(path: Path) -> dict[str, Tensor]:
 
 def derive(method: str, settings_cls: Any) -> type:
     """The config class of a method: LoraConfig with the settings' fields."""
-    name = f"{settings_cls.__name__}Config"
+    name, paper_cls = f"{settings_cls.__name__}Config", PAPERS.get(method, settings_cls)
+    own = {f.name for f in fields(settings_cls)}
+    switches = [f.name for f in fields(paper_cls) if f.name not in own]
     added: list[Any] = [(f.name, f.type, field(default=f.default)
                          if f.default is not MISSING else field(default_factory=f.default_factory))
                         for f in fields(settings_cls)]  # fmt: skip
     namespace = {
-        "settings_cls": settings_cls, "method_name": method, "__doc__": config_doc(settings_cls),
-        "__signature__": signature_of(settings_cls),
+        "settings_cls": settings_cls, "paper_cls": paper_cls, "switches": switches, "method_name": method,
+        "__doc__": config_doc(settings_cls), "__signature__": signature_of(settings_cls),
     }  # fmt: skip
-    if hasattr(settings_cls, "paper"):
-        namespace["paper"] = classmethod(paper_of(settings_cls))
+    if hasattr(paper_cls, "paper"):
+        namespace["paper"] = classmethod(paper_of(paper_cls, switches))
     config_cls = make_dataclass(name, added, bases=(MethodConfig,), namespace=namespace)
     config_cls.__module__ = "increlora"  # where users, pickle and the stub find it
-    config_cls.__init__ = naming_nearest(config_cls.__init__, name)  # type: ignore[misc]
+    config_cls.__init__ = naming_nearest(config_cls.__init__, name, switches)  # type: ignore[misc]
     return config_cls
 
 
-def paper_of(settings_cls: Any) -> Callable[..., Any]:
+def paper_of(paper_cls: Any, switches: Collection[str]) -> Callable[..., Any]:
     """The preset `paper` of the settings, for the config: it also takes options of LoraConfig."""
-    names = {f.name for f in fields(settings_cls)}
-    default_r = inspect.signature(settings_cls.paper).parameters["r"].default
+    names, preset = [f.name for f in fields(paper_cls)], paper_cls.paper()
 
-    def paper(cls: type, r: int = default_r, **overrides: Any) -> Any:
-        chosen = settings_cls.paper(r, **{k: v for k, v in overrides.items() if k in names})
+    def paper(cls: type, r: int = preset.r, **overrides: Any) -> Any:
+        chosen = paper_cls.paper(r, **{k: v for k, v in overrides.items() if k in names})
         rest = {k: v for k, v in overrides.items() if k not in names}
-        return cls(**{name: getattr(chosen, name) for name in names}, **rest)
+        values = {name: getattr(chosen, name) for name in names if name not in switches}
+        return cls(**values, published={name: getattr(chosen, name) for name in switches}, **rest)
 
-    paper.__doc__ = settings_cls.paper.__doc__
+    paper.__doc__ = paper_doc(paper_cls)
+    paper.__signature__ = paper_signature(paper_cls, preset)  # type: ignore[attr-defined]
     return paper
 
 

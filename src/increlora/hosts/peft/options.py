@@ -3,7 +3,7 @@
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field, fields
 from inspect import Parameter, Signature
 from typing import Any, get_type_hints
@@ -65,13 +65,18 @@ def refuse_unsupported(config: Any) -> None:
         raise ConfigError(f"{type(config).__name__}: init_lora_weights={config.init_lora_weights!r}: {remedy}")
 
 
-def naming_nearest(init: Callable[..., None], name: str) -> Callable[..., None]:
-    """`init` with an error for unknown options that names the nearest known one."""
+def naming_nearest(init: Callable[..., None], name: str, switches: Collection[str]) -> Callable[..., None]:
+    """`init` with an error for unknown options that names the nearest known one; for switches of the published code,
+    the preset that takes them. (There peft must not read what it takes for an option of a newer version.)"""
     known = list(inspect.signature(init).parameters)
 
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        for option in kwargs:
+        for option, value in kwargs.items():
+            if option in switches:
+                raise UnknownOptionError(
+                    f"{name}: {option!r} only reproduces the published code: use {name}.paper({option}={value!r})"
+                )
             if option not in known:
                 near = difflib.get_close_matches(option, known, 1, cutoff=0.5)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -93,10 +98,30 @@ def signature_of(settings_cls: type) -> Signature:
                       for f, hint in known])  # fmt: skip
 
 
+def paper_signature(paper_cls: Any, preset: Any) -> Signature:
+    """Every option of the preset, with the value it has there; `r` may go without its name."""
+    every = {
+        name: option.replace(default=getattr(preset, name, option.default))
+        for name, option in signature_of(paper_cls).parameters.items()
+    }
+    first = Parameter("cls", Parameter.POSITIONAL_ONLY), every.pop("r").replace(kind=Parameter.POSITIONAL_OR_KEYWORD)
+    return Signature([*first, *every.values()])
+
+
 def settings_doc(settings_cls: type) -> str:
     """The docstring of the class that has the fields."""
-    owner = next(c for c in settings_cls.__mro__ if "__annotations__" in vars(c))
+    owner = next(c for c in settings_cls.__mro__ if "r" in vars(c).get("__annotations__", {}))
     return inspect.cleandoc(owner.__doc__ or "")
+
+
+def switches_doc(paper_cls: Any) -> str:
+    """The meaning of every switch of the published code; empty where there is none."""
+    own = paper_cls.__doc__ if "r" not in vars(paper_cls).get("__annotations__", {}) else ""
+    return inspect.cleandoc(own or "").partition("\n\n")[2]
+
+
+def paper_doc(paper_cls: Any) -> str:
+    return f"{inspect.cleandoc(paper_cls.paper.__doc__)}\n\n{switches_doc(paper_cls)}".strip()
 
 
 def config_doc(settings_cls: type) -> str:

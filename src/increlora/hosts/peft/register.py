@@ -4,7 +4,8 @@ peft has no plug-in mechanism and refuses names that are not members of the enum
 `load_adapter` and `get_model_status`. So members are made at import, the way the enum module makes them.
 
 Adapter folders once named their types without a prefix. peft may come to have methods of these names, so they are not
-registered: whatever of peft reads an adapter_config.json calls `from_json_file`, and it translates what is ours.
+registered: whatever of peft reads an adapter_config.json calls `from_json_file`, and it translates what is ours, old
+options included.
 """
 
 import functools
@@ -19,9 +20,10 @@ from peft.utils import register_peft_method
 from ...errors import ConfigError
 from ...methods import Settings
 from ...registry import METHODS
-from .config import CONFIGS, derive, type_name, with_current_type
+from .config import CONFIGS, derive, type_name
 from .drive import rank_summary
 from .model import AdapterModel
+from .old import translated
 
 
 def ensure_peft_type(name: str) -> PeftType:
@@ -68,14 +70,14 @@ def register_method(name: str, settings_cls: type[Settings]) -> Any:
 
 
 def read_old_types() -> None:
-    """Let peft load folders of ours that were written before our types had their prefix. Idempotent."""
+    """Let peft load folders of ours that earlier versions wrote. Idempotent."""
     original = PeftConfigMixin.from_json_file.__func__
     if hasattr(original, "reads_old_types"):
         return
 
     @functools.wraps(original)
     def from_json_file(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return with_current_type(original(cls, *args, **kwargs))
+        return translated(original(cls, *args, **kwargs))
 
     from_json_file.reads_old_types = True  # type: ignore[attr-defined]
     PeftConfigMixin.from_json_file = classmethod(from_json_file)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ...deltas import Delta
 from ...errors import ConfigError
-from ...ops.truncation import truncated
 from .config import CONFIGS, type_name
 from .layer import adapter_layers, check_name
+from .truncation import truncated
 
 
 def add(

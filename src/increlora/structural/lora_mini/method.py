@@ -26,7 +26,7 @@ from ...errors import ConfigError
 from ...methods.base import Method, Settings, Site
 from ...methods.checks import check_choices, check_counts, check_patterns, check_shares
 from ...methods.fixed_rank import one_block, rank_and_scale
-from ...methods.initial import Shape, gaussian, narrowed, zeros
+from ...methods.initial import Shape, gaussian, kaiming, zeros
 from .delta import FourFactorDelta
 
 
@@ -128,6 +128,11 @@ def warn_of_sizes(name: str, r: int, a: int, b: int) -> None:
 
 
 # -- initial values: the shape is (a, in) or (out, b), and no inner size is above its outer one ------------------------
+
+
+def narrowed(factor: float, shape: Shape, generator: torch.Generator, block: int) -> Tensor:
+    """`kaiming`, `factor` times as wide."""
+    return kaiming(shape, generator, block) * factor
 
 
 def spread(shape: Shape, generator: torch.Generator, block: int) -> Tensor:

@@ -11,10 +11,12 @@ The config.toml of a run folder is a recipe, too.
 
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, TaskError
+from ...hosts.peft.old import DEFAULT_SWITCHES
 from .options import checked
 from .settings import FLAGS, TrainSettings, check_options
 
@@ -30,11 +32,24 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read ({error}); give a TOML file") from error
     try:
         recipe = checked(table, FLAGS, "increlora train")
-        recipe["options"] = check_options(recipe.get("method", TrainSettings.method), recipe.get("options", {}))
+        recipe["options"] = method_options(recipe)
         TrainSettings(**recipe)
     except (ConfigError, TaskError) as error:
         raise type(error)(f"{path}{line_of(str(error), text)}: {error}") from error
     return recipe
+
+
+def method_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the recipe's method. Earlier versions wrote into every config.toml that nothing is as published;
+    that is left out."""
+    method, options, preset = (
+        recipe.get("method", TrainSettings.method),
+        recipe.get("options", {}),
+        recipe.get("preset"),
+    )
+    usual = DEFAULT_SWITCHES.get(method, {}) if preset is None else {}
+    said = {name: value for name, value in options.items() if name not in usual or value != usual[name]}
+    return check_options(method, said, preset)
 
 
 def line_of(message: str, text: str) -> str:

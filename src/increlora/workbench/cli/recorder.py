@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class Recorder(TrainerCallback):
         events = [event for controller in controllers_of(model) for event in controller.events[self.events :]]
         self.events += len(events)
         for event in events:
-            self.folder.append("events.jsonl", event.as_dict())
+            self.folder.append("events.jsonl", asdict(event))
         if events or step % math.ceil(state.max_steps / TRACES) == 0:
             self._write("trace.jsonl", step, model)
         if step % math.ceil(state.max_steps / SPECTRA) == 0:

@@ -113,7 +113,7 @@ class TrainSettings:
         TOML has no null: settings that are None are left out, options that are None against their default say "none".
         """
         usual, config = self._usual_options(), self.peft_config()
-        every = {name: getattr(config, name) for name in usual} | dict(self.options)
+        every = method_options(config) | dict(self.options)
         options = {name: value for name, value in every.items() if value is not None or usual.get(name) is not None}
         table = {declared.name: getattr(self, declared.name) for declared in fields(self)}
         table["options"] = {name: "none" if value is None else value for name, value in options.items()}
@@ -122,8 +122,7 @@ class TrainSettings:
     def _usual_options(self) -> dict[str, Any]:
         """The method's own options as they are when none is given."""
         config_cls = config_class(self.method)
-        usual = config_cls() if self.preset is None else getattr(config_cls, self.preset)(r=self.r)
-        return {own.name: getattr(usual, own.name) for own in fields(usual.settings_cls) if own.name not in FLAGS}
+        return method_options(config_cls() if self.preset is None else getattr(config_cls, self.preset)(r=self.r))
 
 
 FLAGS = get_type_hints(TrainSettings)
@@ -139,30 +138,40 @@ def config_class(method: str) -> Any:
     return CONFIGS[type_name(method)]
 
 
-def option_types(method: str) -> dict[str, Any]:
-    """Types of the options that `--set` and `[options]` take: those of the config class that have no flag."""
+def method_options(config: Any) -> dict[str, Any]:
+    """The values of the method's own options that have no flag."""
+    own = {declared.name: getattr(config, declared.name) for declared in fields(config.settings_cls)}
+    return {name: value for name, value in (own | config.published).items() if name not in FLAGS}
+
+
+def option_types(method: str, preset: str | None) -> dict[str, Any]:
+    """Types of the options that `--set` and `[options]` take: those of the config class that have no flag, and with a
+    preset the switches of the published code."""
     config_cls = config_class(method)
-    hints = get_type_hints(config_cls.settings_cls)
-    own = [declared.name for declared in fields(config_cls) if declared.name not in SET_HERE | FLAGS.keys()]
-    return {name: hints.get(name, Any) for name in own}
+    hints = get_type_hints(config_cls.settings_cls if preset is None else config_cls.paper_cls)
+    own = [declared.name for declared in fields(config_cls)] + ([] if preset is None else config_cls.switches)
+    return {name: hints.get(name, Any) for name in own if name not in SET_HERE | FLAGS.keys()}
 
 
-def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def check_options(method: str, options: Mapping[str, Any], preset: str | None = None) -> dict[str, Any]:
     """The options with every value checked. Raises ConfigError at the first wrong name or value."""
-    for name in FLAGS.keys() & options:
-        raise ConfigError(f"{name}={options[name]}: use {flag(name)}")
-    return checked(options, option_types(method), method)
+    for name, value in options.items():
+        if name in FLAGS:
+            raise ConfigError(f"{name}={value}: use {flag(name)}")
+        if preset is None and name in config_class(method).switches:
+            raise ConfigError(f"{name}={to_text(value)}: this only reproduces the published code: add --preset paper")
+    return checked(options, option_types(method, preset), method)
 
 
-def parse_options(method: str, pairs: Iterable[str]) -> dict[str, Any]:
+def parse_options(method: str, pairs: Iterable[str], preset: str | None = None) -> dict[str, Any]:
     """`key=value` pairs, values as in TOML (bare words are strings, `none` is None where that means something)."""
-    types, options = option_types(method), {}
+    types, options = option_types(method, preset), {}
     for key, equals, text in (pair.partition("=") for pair in pairs):
         if not equals:
             raise ConfigError(f"--set {key}: write it as key=value")
         options[key.strip()] = from_text(text, types.get(key.strip(), Any))
     try:
-        return check_options(method, options)
+        return check_options(method, options, preset)
     except ConfigError as error:
         raise ConfigError(f"--set {error}") from None
 
@@ -180,14 +189,18 @@ def resolve(
     method = given.get("method", table["method"])
     if method != table["method"]:
         table |= {"options": {}, "preset": None}
-    return TrainSettings(**table | dict(given) | {"options": table["options"] | parse_options(method, pairs)})
+    chosen = table | dict(given)
+    own = parse_options(method, pairs, chosen.get("preset"))
+    return TrainSettings(**chosen | {"options": table["options"] | own})
 
 
 def refuse_changes(settings: TrainSettings, given: Mapping[str, Any], pairs: Iterable[str], out: Path) -> None:
     """A resumed run keeps its settings. Raises RunFolderError naming the one that was given another value."""
     options = settings._usual_options() | dict(settings.options)
     asked = [(flag(n), getattr(settings, n), v) for n, v in given.items()]
-    asked += [(f"--set {n}", options.get(n), v) for n, v in parse_options(settings.method, pairs).items()]
+    asked += [
+        (f"--set {n}", options.get(n), v) for n, v in parse_options(settings.method, pairs, settings.preset).items()
+    ]
     for name, here, value in asked:
         if value != here:
             raise RunFolderError(
