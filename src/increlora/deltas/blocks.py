@@ -25,12 +25,7 @@ Init = Callable[[tuple[int, int], torch.Generator, int], Tensor]
 
 
 class Derived(NamedTuple):
-    """What follows from the state of the blocks.
-
-    Attributes:
-        state: what it was derived from.   live: blocks that are computed.   rank: active rank.
-        frozen: names of the parameters that must not move.
-    """
+    """What follows from the `state` of the blocks: which are computed, the active rank, names of frozen parameters."""
 
     state: object
     live: list[int]

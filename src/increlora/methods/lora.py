@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from ..decide.budget import Budget
 from ..deltas import LowRankDelta
-from .base import Method, Settings, Site
+from .base import Method, Settings, Site, in_blocks
 from .checks import check_counts, check_patterns, check_shares
-from .fixed_rank import one_block, rank_and_scale
 from .initial import lora_start
+from .scaling import rank_and_scale
 
 
 @dataclass(frozen=True)
@@ -48,4 +48,4 @@ class PlainLora(Settings):
     def _delta(self, site: Site) -> LowRankDelta:
         rank, scale = rank_and_scale(self, site.name)
         init = lora_start(site.inputs, random=not self.init_lora_weights)
-        return one_block(LowRankDelta, self, site, rank, init=init, scale=scale)
+        return in_blocks(LowRankDelta, self, site, [rank], init=init, scale=scale)

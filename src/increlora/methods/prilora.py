@@ -20,9 +20,8 @@ from ..decide.ramps import depths, first_of, ramp_ranks
 from ..decide.schedules import PruneSteps, Run, Time, in_steps
 from ..deltas import LowRankDelta
 from ..rules import Entries
-from .base import Method, Settings, Site, budget_of
+from .base import Method, Settings, Site, budget_of, in_blocks
 from .checks import check_choices, check_counts, check_shares
-from .fixed_rank import one_block
 from .initial import lora_start
 from .scaling import scale_of
 
@@ -100,7 +99,7 @@ class PriLora(Settings):
         known = ranks_of(site.peers, first, budget, restart=self.ramp == "per_stack") if site.peers else {}
         rank = known.get(site.name) or min(max(1, round(mean)), site.in_features, site.out_features)
         init = lora_start(site.inputs, random=not self.init_lora_weights)
-        return one_block(LowRankDelta, self, site, rank, init=init, scale=partial(self._scale, float(mean)))
+        return in_blocks(LowRankDelta, self, site, [rank], init=init, scale=partial(self._scale, float(mean)))
 
     def _scale(self, mean: float, rank: int) -> float:
         return scale_of(self.lora_alpha, rank if self.scaling == "per_rank" else mean, rslora=self.use_rslora)

@@ -1,6 +1,11 @@
 """The scale s of ΔW, which every method with an α has."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from .base import matching
 
 
 def scale_of(alpha: float, rank: float, *, rslora: bool) -> float:
@@ -15,3 +20,10 @@ def scale_of(alpha: float, rank: float, *, rslora: bool) -> float:
 def fixed(scale: float, active: int) -> float:
     """A scale whatever the active rank is; `partial(fixed, scale)` can be pickled."""
     return scale
+
+
+def rank_and_scale(settings: Any, name: str) -> tuple[int, Callable[[int], float]]:
+    """r and s = α/r (or α/√r) of a module: the settings' own, or those of the first pattern that matches its name."""
+    rank = matching(settings.rank_pattern, name) or settings.r
+    alpha = matching(settings.alpha_pattern, name) or settings.lora_alpha
+    return rank, partial(fixed, scale_of(alpha, rank, rslora=settings.use_rslora))

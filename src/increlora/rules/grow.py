@@ -73,8 +73,7 @@ class Grow:
 
 @dataclass
 class Tally:
-    """Backward passes of one module since the last step: their number, the sum (or the last) of their scores, and for
-    exact scores their inputs and output gradients."""
+    """Backward passes of a module since the last step: number, sum (or last) of scores; for exact ones (x, ∂L/∂y)."""
 
     calls: int = 0
     total: Tensor | None = None

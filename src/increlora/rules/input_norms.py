@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..deltas import BlockDelta, Inputs, Vectors
+from ..deltas import BlockDelta, Inputs
 from ..ops.parallel import in_process_group
 from .base import dtype_of
 
@@ -27,7 +27,9 @@ class InputNorms:
         self.sizes = [delta.in_features + 1 for delta in deltas]
         self.dtype = dtype_of(deltas[0])  # squares of half precision overflow above 255
         self.sums: dict[int, Tensor] = {}
-        self.latest: tuple[Tensor, int, Tensor] | None = None  # an input, its version, its squares
+        self.latest: tuple[Tensor, Inputs, int, Tensor] | None = (
+            None  # an input, how it is read, its version, its squares
+        )
 
     def lay_out(self, *, afresh: bool) -> None:
         """Gather the statistics in the flat tensor, where the parameters are; `afresh`: no module was used yet."""
@@ -48,18 +50,13 @@ class InputNorms:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def collect(self, module: int, x: Tensor) -> None:
-        """One use of a module with input x."""
-        squares = self._squares(self.deltas[module].inputs, x)  # perhaps another module's: never add to it in place
-        self.sums[module] = self.sums[module] + squares if module in self.sums else squares
-
-    def _squares(self, inputs: Inputs, x: Tensor) -> Tensor:
-        """Σ x_j² over tokens; query, key and value read the same tensor, which is reduced once."""
-        if not isinstance(inputs, Vectors):
-            return inputs.square_sums(x, self.dtype)
-        if self.latest is None or not same_values(x, *self.latest[:2]):
+        """One use of a module with input x. Query, key and value read the same tensor, which is reduced once."""
+        inputs = self.deltas[module].inputs
+        if self.latest is None or not same_input(x, inputs, *self.latest[:3]):
             # x is kept: its address cannot be given away meanwhile
-            self.latest = x, x._version, inputs.square_sums(x, self.dtype)
-        return self.latest[2]
+            self.latest = x, inputs, x._version, inputs.square_sums(x, self.dtype)
+        squares = self.latest[-1]  # perhaps another module's: never add to it in place
+        self.sums[module] = self.sums[module] + squares if module in self.sums else squares
 
     def forget(self) -> None:
         """Drop the sums: the step is over, or was never taken."""
@@ -67,7 +64,9 @@ class InputNorms:
 
     def update(self) -> None:
         """N ← lerp(N, n, 1 − β); a collective in a process group. A step with a non-finite sum changes nothing."""
-        sums = torch.cat([part for i in range(len(self.deltas)) for part in self._sums(i)])
+        unused = [(self.unused[:size],) for size in self.sizes]
+        parts = [(self.sums[i].to(self.flat), self.used) if i in self.sums else unused[i] for i in range(len(unused))]
+        sums = torch.cat([part for of_module in parts for part in of_module])
         if in_process_group():
             dist.all_reduce(sums)
         new = torch.where(self.is_flag, sums.sign(), sums.sqrt())
@@ -76,16 +75,8 @@ class InputNorms:
         before = self.flat.index_select(0, self.flag)
         self.flat.lerp_(new, used * (1 - self.beta * before))
 
-    def _sums(self, module: int) -> tuple[Tensor, ...]:
-        if module not in self.sums:
-            return (self.unused[: self.sizes[module]],)
-        return self.sums[module].to(self.flat), self.used
 
-
-def same_values(x: Tensor, other: Tensor, version: int) -> bool:
-    """Is x the tensor `other`, unchanged since it had this version?"""
-    return (
-        x.data_ptr() == other.data_ptr()
-        and (x.shape, x.stride(), x.dtype) == (other.shape, other.stride(), other.dtype)
-        and x._version == version
-    )
+def same_input(x: Tensor, inputs: Inputs, other: Tensor, others: Inputs, version: int) -> bool:
+    """Is x the tensor `other`, unchanged since it had this version, and read in the same way?"""
+    like = (x.data_ptr(), x.shape, x.stride(), x.dtype) == (other.data_ptr(), other.shape, other.stride(), other.dtype)
+    return like and x._version == version and inputs == others

@@ -26,20 +26,16 @@ class Health:
         """May the step go on? `at_once`: default for tensors on the CPU."""
         self.where = where
         if not (finite.is_cpu if at_once is None else at_once):
-            self._note(~finite)
+            count, row = self._unread or (torch.zeros_like(finite, dtype=torch.long),) * 2
+            self._unread, self._waiting = (count + ~finite, (row + 1) * ~finite), self._waiting + 1
+            if self._waiting >= LIMIT:
+                self.read()
             return True
         if bool(finite):
             self.in_a_row = 0
             return True
         self._report(1, self.in_a_row + 1)
         return False
-
-    def _note(self, bad: Tensor) -> None:
-        count, row = self._unread or (torch.zeros_like(bad, dtype=torch.long),) * 2
-        self._unread = count + bad, (row + 1) * bad
-        self._waiting += 1
-        if self._waiting >= LIMIT:
-            self.read()
 
     def read(self) -> None:
         """Fetch the verdicts from an accelerator."""

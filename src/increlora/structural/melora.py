@@ -21,10 +21,10 @@ from torch import Tensor
 from ..decide.budget import Budget
 from ..deltas import BlockDelta, LowRankDelta, Vectors
 from ..errors import ConfigError
-from ..methods.base import Method, Settings, Site, matching
+from ..methods.base import Method, Settings, Site, in_blocks, matching
 from ..methods.checks import check_counts, check_patterns, check_shares
-from ..methods.fixed_rank import one_block, rank_and_scale
 from ..methods.initial import gaussian, kaiming, zeros
+from ..methods.scaling import rank_and_scale
 from ..ops.fused_linear import Pending, computed, matched
 
 
@@ -121,7 +121,7 @@ class MeLora(Settings):
         check_divides(minis, site)
         make: Callable[..., BlockDelta] = LowRankDelta if minis == 1 else partial(BlockDiagonalDelta, minis=minis)
         init = {"A": kaiming, "B": zeros if self.init_lora_weights else gaussian}
-        return one_block(make, self, site, rank, init=init, scale=scale)
+        return in_blocks(make, self, site, [rank], init=init, scale=scale)
 
 
 def check_divides(minis: int, site: Site) -> None:

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from ...decide.budget import Budget
 from ...deltas import Vectors
 from ...errors import ConfigError
-from ...methods.base import Method, Settings, Site
+from ...methods.base import Method, Settings, Site, in_blocks
 from ...methods.checks import check_choices, check_counts, check_patterns, check_shares
-from ...methods.fixed_rank import one_block, rank_and_scale
 from ...methods.initial import Shape, gaussian, kaiming, zeros
+from ...methods.scaling import rank_and_scale
 from .delta import FourFactorDelta
 
 
@@ -94,8 +94,8 @@ class LoraMini(Settings):
         outer, narrower = LAWS[self.init], math.sqrt(inner[0] / site.in_features) if self.init == "matched" else 1.0
         init = {"aux_A": outer, "aux_B": outer, "A": partial(narrowed, narrower),
                 "B": zeros if self.init_lora_weights else gaussian}  # fmt: skip
-        return one_block(
-            FourFactorDelta, self, site, rank,
+        return in_blocks(
+            FourFactorDelta, self, site, [rank],
             init=init, scale=scale, inner=inner, path=self.forward, save_projection=self.save_projection,
         )  # fmt: skip
 

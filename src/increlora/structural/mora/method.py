@@ -17,9 +17,8 @@ from ...decide.budget import Budget
 from ...decide.schedules import RestartSteps, Run, Time, in_steps, ramp_clock
 from ...deltas import Vectors
 from ...errors import ConfigError
-from ...methods.base import Method, Settings, Site
+from ...methods.base import Method, Settings, Site, in_blocks
 from ...methods.checks import check_choices, check_counts, check_shares
-from ...methods.fixed_rank import one_block
 from ...methods.initial import gaussian, zeros
 from ...rules import Restart
 from .delta import Form, Operator, SquareDelta, SquareMaps
@@ -191,7 +190,7 @@ class Mora(Settings):
         for turn in range(4 if self.restart_steps is not None else 1):  # later maps are no others
             self._check_fits(site, SquareMaps(self.round_form(turn), site.in_features, site.out_features, side))
         init = {"M": zeros if self.init_lora_weights else gaussian}
-        return one_block(SquareDelta, self, site, side, init=init, scale=float, form=partial(Mora.round_form, self))
+        return in_blocks(SquareDelta, self, site, [side], init=init, scale=float, form=partial(Mora.round_form, self))
 
     def _check_fits(self, site: Site, maps: SquareMaps) -> None:
         """Raise ConfigError, naming the module, if the maps leave inputs without any output or cannot pad so far."""
