@@ -341,7 +341,7 @@ def test_what_cannot_be_exported_is_refused(models: dict[str, PeftModel], tmp_pa
     for rank in (0, True, 1.5):
         with pytest.raises(ExportError, match=f"max_rank={rank}: give an int of at least 1"):
             export_lora(models["mlp"], out, max_rank=rank)  # type: ignore[arg-type]
-    with pytest.raises(ExportError, match="no increlora adapter named None in this model; it has none"):
+    with pytest.raises(ExportError, match="no increlora adapter in this model; it has none"):
         export_lora(BUILDERS["mlp"](), out)
     with pytest.raises(ExportError, match="no increlora adapter named 'x' in this model; it has \\['default'\\]"):
         export_lora(models["mlp"], out, adapter_name="x")

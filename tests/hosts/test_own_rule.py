@@ -151,6 +151,9 @@ def test_a_module_without_rank_is_saved_merged_and_exported(config: Any, tmp_pat
 def test_what_is_no_rule_is_refused_when_the_adapter_is_made(config: Any) -> None:
     with pytest.raises(ConfigError, match="there is a method 'swap' already"):
         register_method("swap", SwapLora)
+    with pytest.raises(ConfigError, match="is no settings class: derive a frozen dataclass"):
+        register_method("other", dict)  # type: ignore[arg-type]
+    assert "other" not in METHODS
 
     class Stranger:
         check = Swap.check

@@ -35,7 +35,7 @@ def cubic_of(settings: Any, run: Run, start: int, end: int, *, late: bool = Fals
 
     late: see `CubicDecay`.   Raises: ScheduleError if the run's length is not known, or leaves no step to fall in."""
     if run.steps is None:
-        in_steps(1.0, run, name="the cubic of the budget")
+        in_steps(1.0, run, name="the end of the schedule (settle_steps)")
     return CubicDecay(
         start,
         end,

@@ -10,6 +10,7 @@ options included.
 
 import functools
 import warnings
+from dataclasses import is_dataclass
 from typing import Any
 
 from peft import PeftModel, PeftType
@@ -59,12 +60,19 @@ def register_methods() -> None:
 def register_method(name: str, settings_cls: type[Settings]) -> Any:
     """Make a method of your own known under a name, as ours are: to peft, the command line and the loaders.
 
-    Args: settings_cls: a frozen dataclass with a field `r` and whatever LoRA options it supports.
-    Returns: its config class, `<settings_cls>Config`.   Raises: ConfigError if the name is taken."""
+    It is known in this process; every process that trains or loads such an adapter has to call this.
+
+    Args: settings_cls: a frozen dataclass derived from `Settings`, with a field `r` and the LoRA options it supports.
+    Returns: its config class, `<settings_cls>Config`.
+    Raises: ConfigError if the name is taken, or the settings are no such class."""
     if name in METHODS:
         raise ConfigError(f"there is a method {name!r} already: choose another name")
-    METHODS[name] = settings_cls
-    config_cls = CONFIGS[type_name(name)] = derive(name, settings_cls)
+    if not (isinstance(settings_cls, type) and issubclass(settings_cls, Settings) and is_dataclass(settings_cls)):
+        raise ConfigError(
+            f"{name}: {settings_cls!r} is no settings class: derive a frozen dataclass from `methods.Settings`"
+        )
+    config_cls = derive(name, settings_cls)
+    METHODS[name], CONFIGS[type_name(name)] = settings_cls, config_cls
     register_methods()
     return config_cls
 

@@ -33,7 +33,8 @@ class OneSentence(TyperGroup):
 
 
 def complain(message: str) -> int:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    if message:  # without a command typer has printed the help
+        typer.echo(f"error: {' '.join(message.split())}", err=True)
     return 2
 
 
