@@ -11,12 +11,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from increlora import export_lora, rank_summary
+from increlora import IncreLoraConfig, export_lora, rank_summary
 from increlora.decide.allocation import Holding
 from increlora.decide.budget import Budget
 from increlora.decide.schedules import Run
 from increlora.deltas import Status
-from increlora.errors import ConfigError
+from increlora.errors import CheckpointError, ConfigError
 from increlora.hosts.peft.config import CONFIGS, type_name
 from increlora.hosts.peft.register import register_method
 from increlora.methods import IncreLora, Method
@@ -160,3 +160,20 @@ def test_what_is_no_rule_is_refused_when_the_adapter_is_made(config: Any) -> Non
         patch.setattr(SwapLora, "method", lambda self, sites, parameters: strange)
         with pytest.raises(ConfigError, match=r"swap: .*Stranger.* is no rule"):
             adapted(config)
+
+
+@pytest.mark.parametrize("name", ["increlora", "IncreLora"])
+def test_a_name_that_is_taken_is_refused_and_leaves_our_methods_alone(name: str) -> None:
+    methods, configs = dict(METHODS), dict(CONFIGS)
+    with pytest.raises(ConfigError, match="choose another name"):
+        register_method(name, SwapLora)
+    assert methods == METHODS and configs == CONFIGS
+
+
+def test_growth_refuses_statistics_of_another_rule() -> None:
+    adapter = adapted(IncreLoraConfig)
+    optimizer = optimizer_of(adapter)
+    delta = adapter.base_model.model.up.handles["default"].blocks["up"]
+    delta.statistics[0] = torch.zeros(5)
+    with pytest.raises(CheckpointError, match="up: 5 statistics were loaded, 2 are needed"):
+        steps(adapter, optimizer, 0, 1)

@@ -61,7 +61,7 @@ def register_method(name: str, settings_cls: type[Settings]) -> Any:
 
     Args: settings_cls: a frozen dataclass with a field `r` and whatever LoRA options it supports.
     Returns: its config class, `<settings_cls>Config`.   Raises: ConfigError if the name is taken."""
-    if name in METHODS:
+    if name in METHODS or type_name(name) in CONFIGS:  # names that differ only in case have one peft type
         raise ConfigError(f"there is a method {name!r} already: choose another name")
     METHODS[name] = settings_cls
     config_cls = CONFIGS[type_name(name)] = derive(name, settings_cls)
