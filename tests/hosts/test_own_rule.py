@@ -11,15 +11,15 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from increlora import export_lora, rank_summary
+from increlora import AdaLoraConfig, IncreLoraConfig, export_lora, rank_summary
 from increlora.decide.allocation import Holding
 from increlora.decide.budget import Budget
 from increlora.decide.schedules import Run
 from increlora.deltas import Status
-from increlora.errors import ConfigError
+from increlora.errors import CheckpointError, ConfigError
 from increlora.hosts.peft.config import CONFIGS, type_name
 from increlora.hosts.peft.register import register_method
-from increlora.methods import IncreLora, Method
+from increlora.methods import AdaLora, IncreLora, Method
 from increlora.registry import METHODS
 from increlora.rules import Change, Expected, Forecast, Runner
 from tests.hosts.tiny import Mlp, seeded
@@ -83,9 +83,9 @@ def config() -> Iterator[Any]:
     del METHODS["swap"], CONFIGS[type_name("swap")]
 
 
-def adapted(config: Any) -> Any:
-    options = {"r": 1, "grow_by": 1, "total_steps": STEPS, "target_modules": ["up", "down", "head"]}
-    return get_peft_model(seeded(Mlp).double(), config(**options))
+def adapted(config: Any, **options: Any) -> Any:
+    chosen = options or {"r": 1, "grow_by": 1, "total_steps": STEPS}
+    return get_peft_model(seeded(Mlp).double(), config(target_modules=["up", "down", "head"], **chosen))
 
 
 def optimizer_of(adapter: nn.Module) -> torch.optim.Optimizer:
@@ -163,3 +163,97 @@ def test_what_is_no_rule_is_refused_when_the_adapter_is_made(config: Any) -> Non
         patch.setattr(SwapLora, "method", lambda self, sites, parameters: strange)
         with pytest.raises(ConfigError, match=r"swap: .*Stranger.* is no rule"):
             adapted(config)
+
+
+@pytest.mark.parametrize("name", ["increlora", "IncreLora"])
+def test_a_name_that_is_taken_is_refused_and_leaves_our_methods_alone(name: str) -> None:
+    methods, configs = dict(METHODS), dict(CONFIGS)
+    with pytest.raises(ConfigError, match="choose another name"):
+        register_method(name, SwapLora)
+    assert methods == METHODS and configs == CONFIGS
+
+
+def test_growth_refuses_statistics_of_another_rule() -> None:
+    adapter = adapted(IncreLoraConfig)
+    optimizer = optimizer_of(adapter)
+    delta = adapter.base_model.model.up.handles["default"].blocks["up"]
+    delta.statistics[0] = torch.zeros(5)
+    with pytest.raises(CheckpointError, match="up: 5 statistics were loaded, 2 are needed"):
+        steps(adapter, optimizer, 0, 1)
+
+
+def test_a_rule_beside_one_that_is_done_keeps_its_statistics_in_files(tmp_path: Path) -> None:
+    options = {"r": 2, "warmup_steps": 1, "interval_steps": 2, "settle_steps": 4, "total_steps": STEPS}
+    with pytest.MonkeyPatch.context() as patch:
+        alone = AdaLora.method
+        patch.setattr(AdaLora, "method", lambda self, *totals: with_counter(alone(self, *totals)))
+        adapter = adapted(AdaLoraConfig, **options)
+        steps(adapter, optimizer_of(adapter), 0, STEPS)
+        adapter.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(seeded(Mlp).double(), tmp_path, is_trainable=True)
+        statistics = [delta.statistics for delta in loaded.base_model.model.up.handles["default"].blocks.values()]
+    assert [float(counted) for _, counted in statistics] == [STEPS] * 3
+    assert not any(averages.any() for averages, _ in statistics)  # those of AdaLoRA were left out
+
+
+def test_a_rule_that_wants_what_nobody_shows_is_refused(config: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Swapper, "wants", frozenset({"outputs"}))
+        with pytest.raises(ConfigError, match=r"wants \['outputs'\]: backward passes show gradients and inputs"):
+            adapted(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SwapLora, "method", lambda self, *totals: replace(IncreLora.method(self, *totals), rules=(3,)))
+        with pytest.raises(ConfigError, match="3 is no rule: it needs `check` and `bind`"):
+            adapted(config)
+
+
+def test_a_rule_that_fails_leaves_a_config_that_says_what_there_is(config: Any) -> None:
+    adapter = adapted(config)
+    optimizer = optimizer_of(adapter)
+    with pytest.MonkeyPatch.context() as patch:
+        act = Swapper.after_step
+
+        def failing(self: Swapper, step: int) -> list[Change]:
+            if act(self, step):
+                raise RuntimeError("boom")
+            return []
+
+        patch.setattr(Swapper, "after_step", failing)
+        with pytest.raises(RuntimeError, match="boom"):
+            steps(adapter, optimizer, 0, STEPS)
+    assert ranks(adapter) == [0, 1, 2] == list(adapter.peft_config["default"].ranks.values())
+
+
+def with_counter(method: Method) -> Method:
+    return replace(method, rules=(*method.rules, Count()))
+
+
+@dataclass(frozen=True)
+class Count:
+    """Counts steps, and is never done."""
+
+    def check(self, holdings: Sequence[Holding], budget: Budget) -> None:
+        pass
+
+    def bind(self, deltas: Any, budget: Budget, slot: int) -> "Counter":
+        return Counter(deltas, slot)
+
+
+class Counter(Runner):
+    """Runner of `Count`."""
+
+    def __init__(self, deltas: Any, slot: int) -> None:
+        super().__init__(deltas, slot)
+        self.reserve_statistics([1] * len(self.deltas))
+
+    @property
+    def done(self) -> bool:
+        return False
+
+    def start(self, run: Run, first: int) -> None:
+        pass
+
+    def after_step(self, step: int) -> list[Change]:
+        for values in self.statistics():
+            values += 1
+        return []

@@ -19,7 +19,7 @@ from ..ops.parallel import ZeroGate, in_process_group
 from ..seeding import generator_of
 from .base import Delta, Status, check_shape
 from .inputs import VECTORS, Inputs
-from .state import STATE, ModuleState, unpack, without_idle_statistics
+from .state import STATE, ModuleState, unpack, without_statistics
 
 Init = Callable[[tuple[int, int], torch.Generator, int], Tensor]
 
@@ -45,7 +45,7 @@ class BlockDelta(Delta):
     Attributes:
         kept: of each rank, whether it counts, where ranks are pruned; else empty.   settled: this will not change.
         closed: of each rank, whether it is left out of the forward pass; empty: none is. Its e is zero for good.
-        statistics: what each rule has to remember, flat; only while training.
+        statistics: what each rule has to remember, while training.   idle_slots: those that files leave out.
     """
 
     letters: tuple[str, ...] = ()
@@ -76,6 +76,7 @@ class BlockDelta(Delta):
         self.settled = False
         self.closed: list[bool] = []
         self.statistics: list[Tensor] = []
+        self.idle_slots: frozenset[int] = frozenset()
         for size in sizes:
             self._append_block(size, dtype or torch.get_default_dtype())
 
@@ -226,7 +227,7 @@ class BlockDelta(Delta):
             for letter in self.letters:
                 kept.pop(f"lora_{letter}{i}", None)
         if STATE in kept:
-            kept[STATE] = without_idle_statistics(kept[STATE])
+            kept[STATE] = without_statistics(kept[STATE], self.idle_slots)
         return kept
 
     def check(self, found: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ is not even computed any more. float64 holds float32 statistics without loss.
 Formats 1 and 2, of earlier versions, are read: they had the averages of growth at a fixed place, and one rule at most.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -94,8 +94,8 @@ def unpack(state: Tensor) -> ModuleState:
     growth = [] if version == STATE_FORMAT else [reader.take(2)]  # sensitivity, uncertainty
     count = reader.left // 3 if version == 1 else reader.one()
     status, born, reserved = (reader.whole(count) for _ in range(3))
-    if count == 0:
-        raise damaged("no blocks")
+    if count == 0 or not set(status) <= {0, 1, 2, 3}:
+        raise damaged(f"states of blocks {status}")
     if version == 1:
         reader.end()
         return ModuleState(step, status, born, reserved, statistics=[values for values in growth if values.any()])
@@ -114,13 +114,11 @@ def damaged(what: str) -> CheckpointError:
     return CheckpointError(f"{STATE} ({what}): the adapter file is damaged; restore it from a copy")
 
 
-def without_idle_statistics(state: Tensor) -> Tensor:
-    """The vector as it is worth writing to a file: statistics only while they can still change something."""
+def without_statistics(state: Tensor, slots: Container[int]) -> Tensor:
+    """The vector without what the rules at these places remember, which cannot change anything any more."""
     found = unpack(state)
-    if found.settled:
-        found.statistics = [values[:0] for values in found.statistics]
-        return found.pack()
-    return state
+    found.statistics = [values[:0] if i in slots else values for i, values in enumerate(found.statistics)]
+    return found.pack()
 
 
 def vector(values: Sequence[float]) -> Tensor:

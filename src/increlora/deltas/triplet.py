@@ -36,19 +36,15 @@ class TripletDelta(BlockDelta):
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """A, e and B of what is computed."""
         if self.closed:
-            return self._open_ranks()
+            A, E, B = map(whole, self.block(0).values())
+            index = self._open_index(A.device)
+            return A.index_select(0, index), E.index_select(0, index), B.index_select(1, index)
         live = self.live
         blocks = [self.block(i) for i in live]
         e = [b["E"].detach() if self.status[i] == Status.RESERVE else b["E"] for i, b in zip(live, blocks, strict=True)]
         if len(blocks) == 1:
             return blocks[0]["A"], e[0], blocks[0]["B"]
         return torch.cat([b["A"] for b in blocks]), torch.cat(e), torch.cat([b["B"] for b in blocks], dim=1)
-
-    def _open_ranks(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A, e and B of the ranks that are computed; none may be left."""
-        A, E, B = map(whole, self.block(0).values())
-        index = self._open_index(A.device)
-        return A.index_select(0, index), E.index_select(0, index), B.index_select(1, index)
 
     def _open_index(self, device: torch.device) -> Tensor:
         """Kept, as copying it to the device at every use would wait for it; a compiled graph has it as a constant."""

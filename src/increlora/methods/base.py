@@ -14,6 +14,7 @@ from ..decide.penalties import PenaltyForm
 from ..decide.schedules import Run
 from ..deltas import BlockDelta, Delta, Inputs, Patches, Status, Stored, Tokens, Vectors
 from ..deltas.inputs import VECTORS
+from ..errors import ConfigError
 from ..rules import Rule
 
 Value = TypeVar("Value", int, float)
@@ -85,6 +86,8 @@ class Method:
     def check(self, holdings: Sequence[Holding]) -> None:
         """Raise BudgetError if the budget cannot be met from a fresh start with these holdings."""
         for rule in self.rules:
+            if not (hasattr(rule, "check") and hasattr(rule, "bind")):
+                raise ConfigError(f"{self.name}: {rule!r} is no rule: it needs `check` and `bind`, see `rules.Rule`")
             rule.check(holdings, self.budget)
 
 

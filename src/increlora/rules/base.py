@@ -31,12 +31,8 @@ Deltas = Mapping[str, BlockDelta]
 
 @dataclass(frozen=True)
 class Change:
-    """What a rule did to a module.
-
-    Attributes:
-        module: index.   ranks: new rank − old.   importance: of the module, or None.
-        kind: of the event; None: a birth if ranks > 0, else a retirement.
-    """
+    """What a rule did to a module (its index): new rank − old, importance, kind of event; None: a birth if `ranks` > 0,
+    else a retirement."""
 
     module: int
     ranks: int
@@ -106,6 +102,7 @@ class Runner:
     """
 
     wants: frozenset[Sight] = frozenset()
+    forgets = False  # are its statistics of no use any more once it is done?
 
     def __init__(self, deltas: Deltas, slot: int) -> None:
         self.names, self.deltas, self.slot = list(deltas), list(deltas.values()), slot

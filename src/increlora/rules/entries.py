@@ -51,6 +51,7 @@ class Entries:
 class EntryPruner(Runner):
     """Runner of `Entries`, for one-block deltas."""
 
+    forgets = True
     wants: frozenset[Sight] = frozenset({"inputs"})
 
     def __init__(self, rule: Entries, deltas: Deltas, slot: int) -> None:

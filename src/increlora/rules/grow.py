@@ -24,6 +24,7 @@ from ..decide.selection import spent
 from ..deltas import BlockDelta, Status
 from ..ops.parallel import full, mean_over_processes
 from .base import Change, Deltas, Expected, Forecast, Runner, Sight, Step, dtype_of, finished, holding_of
+from .kept import check_statistics
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Grower(Runner):
         return Forecast(tuple(events), tuple(holdings))
 
     def start(self, run: Run, first: int) -> None:
+        check_statistics(self, [2] * len(self.deltas))
         self.schedule = None if self.done else self.rule.schedule(run, self.holdings(), first)
         self.run = run
         self._lay_out(next(self.deltas[0].parameters()).device)

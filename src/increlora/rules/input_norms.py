@@ -19,8 +19,7 @@ from .base import dtype_of
 
 
 class InputNorms:
-    """Sums of squares since the last step, and N. Whether a module was used is counted on the device too, since in a
-    process group only the sum over all processes tells."""
+    """Sums of squares since the last step, and N. Modules in use are counted on the device: only all processes know."""
 
     def __init__(self, deltas: Sequence[BlockDelta], slot: int, *, beta: float) -> None:
         self.deltas, self.slot, self.beta = deltas, slot, beta

@@ -52,6 +52,8 @@ class Keep:
 class Keeper(Runner):
     """Runner of `Keep`, for one-block deltas with parameters A, E and B."""
 
+    forgets = True
+
     def __init__(self, rule: Keep, deltas: Deltas, budget: Budget, slot: int) -> None:
         super().__init__(deltas, slot)
         self.rule, self.ranks = rule, KeptRanks(budget, self.deltas)

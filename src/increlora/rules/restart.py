@@ -8,26 +8,15 @@ No rank changes, and neither does the function.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from ..decide.allocation import Holding
 from ..decide.budget import Budget
 from ..decide.schedules import RestartSteps, Run
 from .base import Change, Deltas, Forecast, Runner, Step
-
-
-class Restartable(Protocol):
-    """A delta that can begin a round."""
-
-    born: list[int]
-
-    def restart(self) -> nn.Parameter:
-        """Put aside what was learnt; returns the parameter that is zero now."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -48,12 +37,12 @@ class Restart:
 
 
 class Restarter(Runner):
-    """Runner of `Restart`, for deltas that are `Restartable`."""
+    """Runner of `Restart`, for deltas with a `restart()` that returns the parameter which is zero then."""
 
     def __init__(self, rule: Restart, deltas: Deltas, slot: int) -> None:
         super().__init__(deltas, slot)
         self.rule = rule
-        self.rounds = [cast(Restartable, delta) for delta in self.deltas]
+        self.rounds: list[Any] = self.deltas
         self.schedule: RestartSteps | None = None
         self.optimizer: Optimizer | None = None  # during a step
         self.next = 0

@@ -66,6 +66,8 @@ class Shrink:
 class Shrinker(Runner):
     """Runner of `Shrink`, for one-block deltas with gates e."""
 
+    forgets = True
+
     def __init__(self, rule: Shrink, deltas: Deltas, budget: Budget, slot: int) -> None:
         super().__init__(deltas, slot)
         self.rule, self.ranks = rule, KeptRanks(rule.target(budget), self.deltas)
@@ -220,7 +222,7 @@ class Shrinker(Runner):
 
 
 def decoupled_decay(group: Mapping[str, Any]) -> float:
-    """Share of a parameter that torch's optimizer takes by decoupled weight decay in one step."""
+    """Share of a parameter that decoupled weight decay takes in one step."""
     if not (group.get("weight_decay") and group.get("decoupled_weight_decay")):
         return 0.0
     return float(group["lr"]) * float(group["weight_decay"])

@@ -60,15 +60,11 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
     ctx.watcher = inputs[2]
 
 
-def _output_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return see_gradients(grad, ctx.saved_tensors[0], ctx.watcher), None, None
-
-
-def _input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return see_inputs(grad, ctx.saved_tensors[0], ctx.watcher), None, None
-
-
 for operation in (tap_output, see_gradients, tap_input, see_inputs):
     operation.register_fake(_like_the_first)
-tap_output.register_autograd(_output_backward, setup_context=_keep)
-tap_input.register_autograd(_input_backward, setup_context=_keep)
+tap_output.register_autograd(
+    lambda ctx, grad: (see_gradients(grad, *ctx.saved_tensors, ctx.watcher), None, None), setup_context=_keep
+)
+tap_input.register_autograd(
+    lambda ctx, grad: (see_inputs(grad, *ctx.saved_tensors, ctx.watcher), None, None), setup_context=_keep
+)

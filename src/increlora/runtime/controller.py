@@ -206,14 +206,8 @@ class Controller:
         if self.births is not None:
             self.births.apply()
         before = self.ranks if self.recording else {}
-        changes = [change for rule in self.rules for change in rule.after_step(self.step)]
-        for change in changes:
-            kind: Kind = change.kind or ("birth" if change.ranks > 0 else "retirement")
-            name, rank = self.names[change.module], self.deltas[change.module].rank
-            self.events.append(Event(self.step, kind, name, change.ranks, rank, change.importance))
-        if changes:
-            self.health.read()
-            self.on_change()
+        for rule in self.rules:
+            self._act(rule)
         if self.recording:
             self.records.append(record(self, before))
         self._clear()
@@ -228,6 +222,25 @@ class Controller:
         self.sees_inputs = "inputs" in wants
         self.sees_gradients = "gradients" in wants or not self.driven
         self.may_see_gradients = any("gradients" in rule.may_want for rule in self.rules) or not self.driven
+        idle = frozenset(rule.slot for rule in self.rules if rule.forgets and rule.done)
+        if idle != self.deltas[0].idle_slots:
+            for delta in self.deltas:
+                delta.idle_slots = idle
+
+    def _act(self, rule: Runner) -> None:
+        """Have a rule act, and log what it changed."""
+        try:
+            changes = rule.after_step(self.step)
+        except BaseException:
+            self.on_change()  # whatever it has done already
+            raise
+        for change in changes:
+            kind: Kind = change.kind or ("birth" if change.ranks > 0 else "retirement")
+            name, rank = self.names[change.module], self.deltas[change.module].rank
+            self.events.append(Event(self.step, kind, name, change.ranks, rank, change.importance))
+        if changes:
+            self.on_change()
+            self.health.read()
 
     def forget_fake_step(self, optimizer: Optimizer) -> None:
         """torch's checkpoint loader steps once with zero gradients everywhere to invent optimizer states: tensors that
@@ -249,4 +262,6 @@ def bound(rule: Rule, deltas: Mapping[str, BlockDelta], method: Method, slot: in
     runner = rule.bind(deltas, method.budget, slot) if hasattr(rule, "bind") else None
     if not isinstance(runner, Runner):
         raise ConfigError(f"{method.name}: {rule!r} is no rule: its `bind` must return a `rules.Runner`")
+    if unknown := set(runner.wants) - {"gradients", "inputs"}:
+        raise ConfigError(f"{method.name}: {rule!r} wants {sorted(unknown)}: backward passes show gradients and inputs")
     return runner

@@ -135,7 +135,7 @@ class Watcher:
 
 
 class Orphan:
-    """Observer of a copied or unpickled module: it has no controller, and training it would be LoRA in disguise."""
+    """Observer of a copied or unpickled module, which has no controller: training it is an error."""
 
     def __init__(self, step: int) -> None:
         self.step = step

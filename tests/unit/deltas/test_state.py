@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from increlora.deltas.state import ModuleState, unpack, without_idle_statistics
+from increlora.deltas.state import ModuleState, unpack, without_statistics
 from increlora.errors import CheckpointError
 
 NAN = float("nan")
@@ -34,10 +34,10 @@ def test_what_is_packed_comes_back(state: ModuleState) -> None:
     assert packed.dtype == torch.float64 and same(unpack(packed), state)
 
 
-def test_a_file_leaves_out_what_cannot_change_anything_any_more() -> None:
-    kept, left_out = (unpack(without_idle_statistics(state.pack())) for state in STATES[1:3])
-    assert kept.statistics[0].tolist() == [0.25, 1e-9] and [len(v) for v in left_out.statistics] == [0]
-    assert left_out.kept == STATES[2].kept and left_out.settled
+def test_a_file_leaves_out_what_rules_need_no_more() -> None:
+    left = unpack(without_statistics(STATES[3].pack(), {1}))
+    assert [values.tolist() for values in left.statistics] == [[], [], [4, 5]] and left.kept == STATES[3].kept
+    assert torch.equal(without_statistics(STATES[2].pack(), set()), STATES[2].pack())
 
 
 def test_formats_of_earlier_versions_are_read() -> None:
@@ -54,7 +54,8 @@ def test_formats_of_earlier_versions_are_read() -> None:
 @pytest.mark.parametrize("damage", [
     vector(), vector(3), vector(3, 1), vector(3, 1, 0, 0, 0, 0), vector(3, 0.5, 1, 2, -1, -1, 0, 0, 0),
     vector(3, NAN, 1, 2, -1, -1, 0, 0, 0), vector(3, 1, 1, 2, -1, -1, 0, 0, 1, 5, 0.5), vector(3, 1, -1, 0, 0, 0),
-    vector(3, 1, 1, 2, -1, -1, 0, 0, 0, 9), vector(1, 1, 0, 0, 2, -1), vector(1, 1, 0, 0), vector(2, 5, 0, 0, 1, 2, -1),
+    vector(3, 1, 1, 2, -1, -1, 0, 0, 0, 9),
+    vector(3, 1, 1, 9, -1, -1, 0, 0, 0), vector(1, 1, 0, 0, 2, -1), vector(1, 1, 0, 0), vector(2, 5, 0, 0, 1, 2, -1),
     vector(3, 1e300, 1, 2, -1, -1, 0, 0, 0)[:-2], vector(3, float("inf"), 1, 2, -1, -1, 0, 0, 0),
 ])  # fmt: skip
 def test_damage_is_refused(damage: Tensor) -> None:

@@ -55,6 +55,11 @@ class MethodConfig(LoraConfig):
 
     def settings(self) -> Any:
         """The method's own frozen settings, or those of its published code."""
+        if not isinstance(self.published, dict) or (self.published and len(self.published) < len(self.switches)):
+            raise ConfigError(
+                f"published={self.published!r}: {type(self).__name__}.paper fills it, with every switch of "
+                f"the published code: use that, or leave it out"
+            )
         for name in self.published:
             if name not in self.switches:
                 raise ConfigError(f"published: {name!r} is no switch of {type(self).__name__}.paper: leave it out")

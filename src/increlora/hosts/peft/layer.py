@@ -181,9 +181,9 @@ def chosen_adapter(model: nn.Module, adapter_name: str | None) -> str:
             wanted = [adapter_name] if adapter_name else module.active_adapters
             if name := next((name for name in wanted if name in module.lora_delta), None):
                 return name
-    known = sorted(adapters_of(model))
-    wanted = f" named {adapter_name!r}" if adapter_name else ""
-    raise ConfigError(f"no increlora adapter{wanted} in this model; it has {known or 'none'}")
+    known = sorted(adapters_of(model)) or "none"
+    called = f" named {adapter_name!r}" if adapter_name else ""
+    raise ConfigError(f"no increlora adapter{called} in this model; it has {known}")
 
 
 def handle_of(model: nn.Module, adapter_name: str | None = None) -> Handle:

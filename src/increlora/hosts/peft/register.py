@@ -64,13 +64,17 @@ def register_method(name: str, settings_cls: type[Settings]) -> Any:
 
     Args: settings_cls: a frozen dataclass derived from `Settings`, with a field `r` and the LoRA options it supports.
     Returns: its config class, `<settings_cls>Config`.
-    Raises: ConfigError if the name is taken, or the settings are no such class."""
-    if name in METHODS:
+    Raises: ConfigError if a name is taken or cannot be one, or the settings are no such class."""
+    if not name.isidentifier():
+        raise ConfigError(f"{name!r} cannot name a method: give a word of letters, digits and underscores")
+    if name in METHODS or type_name(name) in CONFIGS:  # names that differ only in case have one peft type
         raise ConfigError(f"there is a method {name!r} already: choose another name")
     if not (isinstance(settings_cls, type) and issubclass(settings_cls, Settings) and is_dataclass(settings_cls)):
         raise ConfigError(
             f"{name}: {settings_cls!r} is no settings class: derive a frozen dataclass from `methods.Settings`"
         )
+    if any(f"{settings_cls.__name__}Config" == known.__name__ for known in CONFIGS.values()):
+        raise ConfigError(f"{settings_cls.__name__}: another method has a class of this name: rename yours")
     config_cls = derive(name, settings_cls)
     METHODS[name], CONFIGS[type_name(name)] = settings_cls, config_cls
     register_methods()
