@@ -64,7 +64,10 @@ def test_the_published_code_has_no_other_switches() -> None:
     with pytest.raises(ConfigError, match="published: 'reserve' is no switch of PlainLoraConfig"):
         PlainLoraConfig(published={"reserve": "none"})
     with pytest.raises(ConfigError, match="reserve='all': give one of trained, frozen, none"):
-        IncreLoraConfig(published={"reserve": "all"})
+        IncreLoraConfig(published=IncreLoraConfig.paper(3).published | {"reserve": "all"})
+    for incomplete in ({"reserve": "none"}, ["reserve"], None):
+        with pytest.raises(ConfigError, match="IncreLoraConfig.paper fills it, with every switch"):
+            IncreLoraConfig(published=incomplete)
 
 
 def test_plain_lora_refuses_a_rank_below_one() -> None:

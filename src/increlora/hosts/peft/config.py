@@ -55,14 +55,14 @@ class MethodConfig(LoraConfig):
 
     def settings(self) -> Any:
         """The method's own frozen settings, or those of its published code."""
+        for name in self.published if isinstance(self.published, dict) else ():
+            if name not in self.switches:
+                raise ConfigError(f"published: {name!r} is no switch of {type(self).__name__}.paper: leave it out")
         if not isinstance(self.published, dict) or (self.published and len(self.published) < len(self.switches)):
             raise ConfigError(
                 f"published={self.published!r}: {type(self).__name__}.paper fills it, with every switch of "
                 f"the published code: use that, or leave it out"
             )
-        for name in self.published:
-            if name not in self.switches:
-                raise ConfigError(f"published: {name!r} is no switch of {type(self).__name__}.paper: leave it out")
         make = self.paper_cls if self.published else self.settings_cls
         return make(**{f.name: getattr(self, f.name) for f in fields(self.settings_cls)}, **self.published)
 
