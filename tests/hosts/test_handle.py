@@ -73,3 +73,16 @@ def test_two_models_with_one_config_save_their_own_ranks(tmp_path: Path) -> None
     loaded = PeftModel.from_pretrained(seeded(Mlp).double(), tmp_path / "trained")
     x = torch.randn(2, 8, dtype=torch.float64)
     assert torch.equal(loaded(x), trained.eval()(x))
+
+
+def test_a_file_saved_by_an_inference_model_resumes_as_the_first_one(tmp_path: Path) -> None:
+    trained = adapted(IncreLoraConfig.paper(3, **PAPER))
+    steps(trained, optimizer_of(trained), 0, 5)
+    trained.save_pretrained(tmp_path / "first")
+    PeftModel.from_pretrained(seeded(Mlp).double(), tmp_path / "first").save_pretrained(tmp_path / "second")
+    loaded = [
+        handle_of(PeftModel.from_pretrained(seeded(Mlp).double(), tmp_path / name, is_trainable=True)).blocks.values()
+        for name in ("first", "second")
+    ]
+    for one, other in zip(*loaded, strict=True):
+        assert one.statistics[0].all() and torch.equal(one.get_extra_state(), other.get_extra_state())

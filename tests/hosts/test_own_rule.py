@@ -207,6 +207,15 @@ def test_a_rule_that_wants_what_nobody_shows_is_refused(config: Any) -> None:
             adapted(config)
 
 
+def test_two_rules_that_prune_are_refused() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        alone = AdaLora.method
+        twice = lambda self, *totals: replace(found := alone(self, *totals), rules=found.rules * 2)  # noqa: E731
+        patch.setattr(AdaLora, "method", twice)
+        with pytest.raises(ConfigError, match="adalora: one rule at most may prune"):
+            adapted(AdaLoraConfig, r=2, warmup_steps=1, interval_steps=2, settle_steps=4, total_steps=STEPS)
+
+
 def test_a_rule_that_fails_leaves_a_config_that_says_what_there_is(config: Any) -> None:
     adapter = adapted(config)
     optimizer = optimizer_of(adapter)

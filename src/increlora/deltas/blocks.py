@@ -23,6 +23,8 @@ from .state import STATE, ModuleState, unpack, without_statistics
 
 Init = Callable[[tuple[int, int], torch.Generator, int], Tensor]
 
+FEW = 8  # statistics of a module that are kept where nobody trains; averages of every entry are not
+
 
 class Derived(NamedTuple):
     """What follows from the `state` of the blocks: which are computed, the active rank, names of frozen parameters."""
@@ -290,6 +292,8 @@ class BlockDelta(Delta):
         for slot, own in enumerate(self.statistics):  # there are some while somebody trains here
             given = found.statistics[slot] if slot < len(found.statistics) else own[:0]
             self.statistics[slot] = given.to(own, copy=True) if len(given) else torch.zeros_like(own)
+        if not self.statistics and 0 < max(map(len, found.statistics), default=0) <= FEW:
+            self.statistics = [values.clone() for values in found.statistics]  # for who trains on, or saves it again
         self.steps = found.step
         if self.observer is not None:
             self.observer.loaded(found.step)

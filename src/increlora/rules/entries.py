@@ -67,8 +67,6 @@ class EntryPruner(Runner):
     def done(self) -> bool:
         return all(delta.settled for delta in self.deltas)
 
-    # -- one run -------------------------------------------------------------------------------------------------
-
     def forecast(self, holdings: Sequence[Holding], run: Run, first: int = 0) -> Forecast:
         self.rule.schedule(run)
         return Forecast((), tuple(holdings))
@@ -92,8 +90,6 @@ class EntryPruner(Runner):
         last = self.steps is not None and step + 1 >= self.steps  # what comes now may be a new run
         wanted = last or (not over and (step + 1) % self.rule.interval == 0)
         self.wants = frozenset({"inputs"}) if wanted else frozenset()
-
-    # -- one step ------------------------------------------------------------------------------------------------
 
     def see_inputs(self, module: int, x: Tensor) -> None:
         self.norms.collect(module, x)

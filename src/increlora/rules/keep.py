@@ -69,8 +69,6 @@ class Keeper(Runner):
     def done(self) -> bool:
         return self.ranks.settled
 
-    # -- one run -------------------------------------------------------------------------------------------------
-
     def forecast(self, holdings: Sequence[Holding], run: Run, first: int = 0) -> Forecast:
         if self.done:
             return Forecast((), tuple(holdings))
@@ -96,8 +94,6 @@ class Keeper(Runner):
             self.parameters += parameters
             self.sensitivity += views[: len(parameters)]
             self.uncertainty += views[len(parameters) :]
-
-    # -- one step ------------------------------------------------------------------------------------------------
 
     def before_step(self, step: Step) -> None:
         if self.rule.observe == "before_step":

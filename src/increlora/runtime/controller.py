@@ -63,6 +63,8 @@ class Controller:
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._former: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.rules: list[Runner] = [bound(rule, deltas, method, slot) for slot, rule in enumerate(method.rules)]
+        if sum(rule.forgets for rule in self.rules) > 1:  # both would take `settled` of a module for theirs
+            raise ConfigError(f"{method.name}: one rule at most may prune: leave out one of {method.rules}")
         self.watchers = [Watcher(self, i) for i in range(len(self.names))]
         for delta, watcher in zip(self.deltas, self.watchers, strict=True):
             delta.observer = watcher
