@@ -20,7 +20,7 @@ from increlora import errors
 from increlora.hosts.peft.config import CONFIGS
 from increlora.hosts.peft.options import INSTEAD, SHARED, settings_doc, switches_doc
 from increlora.workbench.cli.app import app
-from increlora.workbench.cli.methods import CAPABILITIES, SIGNS, footnoted, versions
+from increlora.workbench.cli.methods import CAPABILITIES, SIGNS, footnoted
 from increlora.workbench.cli.options import described
 
 DOCS = Path(__file__).resolve().parents[1]
@@ -112,7 +112,8 @@ def capabilities() -> str:
     found, reasons = footnoted(data["capabilities"])
     rows = [[name, *(capability(*cell) for cell in row.values())] for name, row in found.items()]
     foot = [f"{number}. {reason}" for reason, number in reasons.items()]
-    return "\n".join([table(["", *next(iter(found.values()))], rows), "", *foot, "", f"With {versions(data)}."])
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    return "\n".join([table(["", *next(iter(found.values()))], rows), "", *foot, "", f"With {versions}."])
 
 
 def capability(verdict: str, number: str) -> str:

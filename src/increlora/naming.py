@@ -2,8 +2,9 @@
 
 import difflib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import NamedTuple
 
 
@@ -64,15 +65,9 @@ def parts(name: str) -> tuple[str, str, str]:
 
 def short(names: Iterable[str], dot: str = ".") -> list[str]:
     """The shortest suffix of each name, in whole components, that distinguishes it from the others."""
-    split = [name.split(dot) for name in names]
-
-    def shortest(name: list[str]) -> str:
-        for count in range(1, len(name)):
-            if sum(other[-count:] == name[-count:] for other in split) == 1:
-                return dot.join(name[-count:])
-        return dot.join(name)
-
-    return [shortest(name) for name in split]
+    suffixes = [[dot.join(name.split(dot)[-n:]) for n in range(1, name.count(dot) + 2)] for name in names]
+    times = Counter(chain.from_iterable(suffixes))
+    return [next((s for s in longer if times[s] == 1), longer[-1]) for longer in suffixes]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

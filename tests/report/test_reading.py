@@ -72,7 +72,7 @@ def test_cells_hold_one_rank_per_module_at_every_step(folder):
 
 
 def test_growth_is_the_mean_over_the_modules_of_a_type(folder):
-    rows = {(row["type"], row["step"]): row["rank"] for row in growth(read(folder))}
+    rows = {(row["type"], row["step"]): row["value"] for row in growth(read(folder))}
     assert rows["value", 0] == 1 and rows["value", 9] == pytest.approx((1 + 3 + 3) / 3, abs=1e-3)
     assert rows["query", STEPS] == 1
 
@@ -88,9 +88,9 @@ def test_curves(folder):
 
 def test_scores_births_and_spectra(folder):
     run = read(folder)
-    lines, grants = ([row for row in scores(run) if ("ranks" in row) == granted] for granted in (False, True))
+    lines, grants = ([row for row in scores(run) if ("granted" in row) == granted] for granted in (False, True))
     assert len(lines) == len(modules()) and max(step for row in lines for step in row["step"]) == spent_at(run)
-    assert [(row["step"], row["ranks"], row["rank"]) for row in grants] == [([9], 2, 3)] * 2 + [([17], 2, 3)] * 2
+    assert [(row["step"], row["granted"], row["rank"]) for row in grants] == [([9], 2, 3)] * 2 + [([17], 2, 3)] * 2
     assert {row["born"] for row in birth_rates(run)} == set(EVENTS)
     assert {(row["since"], row["until"]) for row in spectra(run)} == {(10, 20), (20, 40), (40, STEPS + 1)}
 
@@ -118,7 +118,7 @@ def test_an_unfinished_run_shows_its_steps(tmp_path, status, word):
     assert len(run.notes) == 1 and word in run.notes[0]
     found = facts(run)
     assert (found["before"], found["after"], found["best"]) == (0.5, 0.75, None)
-    assert found["peak"] == 32 * 17 and found["ranks"] == 17
+    assert found["parameters_peak"] == 32 * 17 and found["ranks_used"] == 17
 
 
 def test_a_failed_run_says_why(tmp_path):

@@ -11,7 +11,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -49,11 +49,8 @@ def methods(
     else:
         console = Console(highlight=False, markup=False)
         show(console, data["capabilities"])
-        console.print(f"Probed with {versions(data)}.")
-
-
-def versions(data: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+        versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+        console.print(f"Probed with {versions}.")
 
 
 def footnoted(table: Capabilities) -> tuple[dict[str, dict[str, tuple[str, str]]], dict[str, str]]:

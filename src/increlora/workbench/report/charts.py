@@ -9,7 +9,7 @@ from typing import Any
 
 import altair as alt
 
-from .reading import Row, Run
+from .reading import Row
 
 Chart = Any  # altair's chart classes share no useful base
 
@@ -28,8 +28,8 @@ class Figure:
     name: str
     title: str
     caption: str
-    rows: Callable[[Any], Sequence[Any]]
-    plot: Callable[[Any, Sequence[Any]], Chart]
+    rows: Callable[[Any], list[Any]]
+    plot: Callable[[Any, list[Any]], Chart]
 
     def draw(self, what: Any) -> Chart | None:
         """None where there is nothing to draw."""
@@ -37,18 +37,15 @@ class Figure:
         return self.plot(what, rows) if rows else None
 
 
-def chart(rows: Sequence[Row], **properties: Any) -> Chart:
-    return alt.Chart(alt.Data(values=list(rows)), **properties)
-
-
-def steps(run: Run) -> Any:
-    scale = alt.Scale(domain=[0, max(1, run.steps)], nice=False)
+def curve(rows: list[Row], first: int, last: int, title: str, *, zero: bool = False, **look: Any) -> Chart:
+    """A line over training steps; `look`: width and height of the panel, and how the line is drawn."""
+    scale = alt.Scale(domain=[first, max(first + 1, last)], nice=False)
     axis = alt.Axis(grid=False, tickMinStep=1, tickCount=10, labelOverlap=True)
-    return alt.X("step:Q", title="training step", scale=scale, axis=axis)
-
-
-def value(title: str, *, zero: bool = False) -> Any:
-    return alt.Y("value:Q", title=title, scale=alt.Scale(zero=zero), axis=alt.Axis(tickCount=5))
+    panel = alt.Chart(alt.Data(values=rows), width=look.pop("width", WIDTH), height=look.pop("height"))
+    return panel.mark_line(**look).encode(
+        alt.X("step:Q", title="training step", scale=scale, axis=axis),
+        alt.Y("value:Q", title=title, scale=alt.Scale(zero=zero), axis=alt.Axis(tickCount=5)),
+    )
 
 
 def slider(name: str, start: int, stop: int) -> Any:
@@ -65,16 +62,16 @@ def rule(what: str, *, color: str = FAINT, dash: Sequence[int] = (4, 4), **place
 
 def themed(figure: Chart, *, ink: str, background: str) -> Chart:
     """The chart in our style; in a page the ink is the text colour of wherever it stands."""
-    text = {"labelColor": ink, "titleColor": ink, "titleFontWeight": "normal", "labelFontSize": 11, "titleFontSize": 12,
-            "labelLimit": 220}  # fmt: skip
-    lines = {"domainColor": ink, "domainOpacity": 0.35, "tickColor": ink, "tickOpacity": 0.35, "gridColor": ink,
-             "gridOpacity": 0.1}  # fmt: skip
+    lines = {"domainColor": ink, "tickColor": ink, "gridColor": ink}
+    faint = {"domainOpacity": 0.35, "tickOpacity": 0.35, "gridOpacity": 0.1}
+    text = {"labelColor": ink, "titleColor": ink, "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal"}
+    text |= {"labelLimit": 220}  # in pixels: longer ones end in an ellipsis
     return figure.configure(
         background=background,
         font=FONT,
-        axis=lines | text,
+        axis=lines | faint | text,
         legend=text | {"symbolLimit": 40},
-        header=text | {"labelAnchor": "start", "labelFontSize": 12, "labelFontWeight": "bold"},
+        header=text | {"labelAnchor": "start", "labelFontWeight": "bold"},
         view={"stroke": None},
         mark={"color": CATEGORIES[0], "tooltip": True},
         line={"strokeWidth": 2},

@@ -12,23 +12,23 @@ from typing import Any
 import altair as alt
 
 from . import tables
-from .charts import CATEGORIES, FAINT, WIDTH, Chart, Figure, chart, rule, slider, steps, value
+from .charts import CATEGORIES, FAINT, WIDTH, Chart, Figure, curve, rule, slider
 from .reading import Row, Run
 
 FEW_TICKS = alt.Axis(grid=False, tickCount=5, tickMinStep=1)
 
 
-def rank_map(run: Run, rows: Sequence[Row]) -> Chart:
+def rank_map(run: Run, rows: list[Row]) -> Chart:
     """Each cell is a module, its number the rank: move the slider to see it grow, and look for rows and columns that
     stay dark."""
     where, most = tables.grid_of(run), max(row["rank"] for row in rows)
     cell = max(16, min(56, 600 // len(where.layers)))
-    width, height = cell * len(where.layers), 30 * len(where.types)
-    shown = chart(rows).transform_filter("datum.since <= step && step < datum.until")
-    layers, types = (alt.Scale(domain=names, padding=0.06) for names in (where.layers, where.types))
+    width, height = alt.Step(cell), alt.Step(30)
+    shown = alt.Chart(alt.Data(values=rows)).transform_filter("datum.since <= step && step < datum.until")
     angle = -90 if any("." in layer for layer in where.layers) else 0  # "decoder.block.3" is long
-    layer = alt.X("layer:O", title="layer", scale=layers, axis=alt.Axis(labelAngle=angle))
-    kind = alt.Y("type:N", title=None, scale=types, axis=alt.Axis(ticks=False, domain=False))
+    layer = alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=angle)).scale(domain=where.layers, padding=0.06)
+    plain = alt.Axis(ticks=False, domain=False)
+    kind = alt.Y("type:N", title=None, axis=plain).scale(domain=where.types, padding=0.06)
     color = alt.Color("rank:Q", scale=alt.Scale(scheme="viridis", domain=[0, most]), legend=None)
     tooltip = ["layer:N", "type:N", "rank:Q", alt.Tooltip("since:Q", title="since step")]
     ink = alt.condition(f"datum.rank > {0.62 * most}", alt.value("black"), alt.value("white"))  # by brightness
@@ -44,42 +44,40 @@ def rank_map(run: Run, rows: Sequence[Row]) -> Chart:
     ).add_params(slider("step", 0, run.steps))  # fmt: skip
 
 
-def growth(run: Run, rows: Sequence[Row]) -> Chart:
+def growth(run: Run, rows: list[Row]) -> Chart:
     """A module type whose line leaves the others behind is where training asked for capacity. At a dashed line the
     budget was spent."""
-    lines = chart(rows, width=WIDTH - 140, height=220).mark_line(interpolate="step-after")
-    rank = alt.Y("rank:Q", title="mean rank per module")
-    return mark_spent(lines.encode(steps(run), rank, alt.Color("type:N", title=None, sort=None)), run)
+    lines = curve(rows, 0, run.steps, "mean rank per module", width=WIDTH - 140, height=220, interpolate="step-after")
+    return mark_spent(lines.encode(color=alt.Color("type:N", title=None, sort=None)), run)
 
 
-def learning(run: Run, names: Sequence[str]) -> Chart:
+def learning(run: Run, names: list[str]) -> Chart:
     """The faint line is the loss of each step, the strong one the mean around it (a dotted one what ignoring the input
     reaches): see what growth changed, and whether the metric was still moving at the end. At a dashed line the budget
     was spent."""
     panels = []
     for name, color in zip(names, cycle(CATEGORIES)):
-        rows, encodings = tables.column(run, name), [steps(run), value("training loss" if name == "loss" else name)]
+        rows = tables.column(run, name)
         if name == "loss":
-            raw = chart(rows, width=WIDTH, height=180).mark_line(opacity=0.3, strokeWidth=1)
-            mean = chart(tables.smoothed(rows)).mark_line()
-            tooltip = ["step:Q", alt.Tooltip("value:Q", title="mean loss around it", format=".4")]
-            panel = raw.encode(*encodings) + mean.encode(*encodings, tooltip=tooltip)
+            raw = curve(rows, 0, run.steps, "training loss", height=180, opacity=0.3, strokeWidth=1)
+            mean = curve(tables.smoothed(rows), 0, run.steps, "training loss", height=180)
+            tooltip = alt.Tooltip("value:Q", title="mean loss around it", format=".4")
+            panel = raw + mean.encode(tooltip=["step:Q", tooltip])
         else:
-            line = chart(rows, width=WIDTH, height=120).mark_line(point=True)
-            panel = line.encode(*encodings, color=alt.value(color))
+            panel = curve(rows, 0, run.steps, name, height=120, point=True).encode(color=alt.value(color))
         if (baseline := run.number("metrics", "baseline", name)) is not None:
             panel += rule(f"without the input: {baseline:.4g}", y=baseline, color=color, dash=(2, 3))
         panels.append(mark_spent(panel, run))
     return alt.vconcat(*panels, spacing=14)
 
 
-def budget(run: Run, rows: Sequence[Row]) -> Chart:
+def budget(run: Run, rows: list[Row]) -> Chart:
     """The area under a curve is what the run trained: below the dashed line, less than a fixed rank."""
     panels = []
     for name, title in {"ranks": "active ranks", "parameters": "live adapter parameters"}.items():
-        area = chart(tables.stairs(run, name), width=(WIDTH - 80) // 2, height=160)
-        panel = area.mark_area(interpolate="step-after", line=True, fillOpacity=0.25)
-        panel = panel.encode(steps(run), value(title, zero=True))
+        size = {"width": (WIDTH - 80) // 2, "height": 160}
+        panel = curve(tables.stairs(run, name), 0, run.steps, title, zero=True, **size)
+        panel = panel.mark_area(interpolate="step-after", line=True, fillOpacity=0.25)
         if (target := run.number("budget", f"{name}_target")) is not None:
             panel += rule(f"budget: {target:,.0f}", y=target, color=CATEGORIES[3])
         panels.append(panel)
@@ -92,25 +90,32 @@ def mark_spent(figure: Chart, run: Run) -> Chart:
     return figure if step is None else figure + rule(f"budget spent at step {step}", x=step)
 
 
+def newborns(run: Run, rows: list[Row]) -> Chart:
+    """One line per birth: the share of the learning rate that its tensors got; where it reaches 1 they learn at full
+    speed."""
+    steps, point = [row["step"] for row in rows], alt.OverlayMarkDef(size=14)
+    lines = curve(rows, min(steps), max(steps), "learning-rate factor", width=WIDTH - 80, height=150, point=point)
+    color = alt.Color("born:Q", legend=alt.Legend(title="born after step", tickMinStep=1))
+    tooltip = ["born:Q", "step:Q", alt.Tooltip("value:Q", title="factor", format=".3")]
+    return lines.encode(color=color, detail="born:N", tooltip=tooltip)
+
+
 # -- a panel per module type, a colour per layer -----------------------------------------------------------------------
 
 
-def scores(run: Run, rows: Sequence[Row]) -> Chart:
+def scores(run: Run, rows: list[Row]) -> Chart:
     """A line is the importance of one module, a dot a grant of ranks: grants should sit on the highest lines of their
     step."""
     last = max(step for row in rows for step in row["step"])
     step = alt.X("step:Q", title="training step", scale=alt.Scale(domain=[0, max(1, last)], nice=False), axis=FEW_TICKS)
     base = panel(run, step, powers(rows, "importance", "importance"))
-    line = base.transform_filter("!datum.ranks").mark_line(strokeWidth=1.5, clip=True).encode(detail="layer:O")
-    dot = base.transform_filter("datum.ranks").mark_circle(size=55, opacity=1)
-    dot = dot.encode(
-        tooltip=["type:N", "layer:N", "step:Q", alt.Tooltip("ranks:Q", title="ranks granted"),
-                 alt.Tooltip("rank:Q", title="rank since"), alt.Tooltip("importance:Q", format=".3")]
-    )  # fmt: skip
-    return facets(alt.layer(line, dot).transform_flatten(["step", "importance"]), rows)
+    line = base.transform_filter("!datum.granted").mark_line(strokeWidth=1.5, clip=True).encode(detail="layer:O")
+    dot = base.transform_filter("datum.granted").mark_circle(size=55, opacity=1)
+    tooltip = ["type:N", "layer:N", "step:Q", "granted:Q", "rank:Q", alt.Tooltip("importance:Q", format=".3")]
+    return facets(alt.layer(line, dot.encode(tooltip=tooltip)).transform_flatten(["step", "importance"]), rows)
 
 
-def spectra(run: Run, rows: Sequence[Row]) -> Chart:
+def spectra(run: Run, rows: list[Row]) -> Chart:
     """Singular values of each ΔW, largest first: a line that falls off steeply uses few of its ranks, a flat one might
     use more."""
     now = slider("at", min(row["since"] for row in rows), max(row["since"] for row in rows))
@@ -131,7 +136,7 @@ def panel(run: Run, *encodings: Any) -> Chart:
     return alt.Chart(width=(WIDTH - 120) // min(3, len(where.types)), height=130).encode(*encodings, color)
 
 
-def powers(rows: Sequence[Row], name: str, title: str) -> Any:
+def powers(rows: list[Row], name: str, title: str) -> Any:
     """A logarithmic axis over all values of a column of lists, and a little more."""
     values = [value for row in rows for value in row[name]]
     scale = alt.Scale(type="log", domain=[min(values) / 1.2, max(values) * 1.2], nice=False)
@@ -139,27 +144,10 @@ def powers(rows: Sequence[Row], name: str, title: str) -> Any:
     return alt.Y(f"{name}:Q", title=title, scale=scale, axis=axis)
 
 
-def facets(figure: Chart, rows: Sequence[Row]) -> Chart:
+def facets(figure: Chart, rows: list[Row]) -> Chart:
     """The chart of these rows for every module type, in their order."""
     facet = alt.Facet("type:N", title=None, sort=None)
-    return figure.facet(facet, data=alt.Data(values=list(rows)), columns=3, spacing=18)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def newborns(run: Run, rows: Sequence[Row]) -> Chart:
-    """One line per birth: the share of the learning rate that its tensors got; where it reaches 1 they learn at full
-    speed."""
-    lines = chart(rows, width=WIDTH - 80, height=150).mark_line(strokeWidth=1.8, point=alt.OverlayMarkDef(size=14))
-    scale, axis = alt.Scale(zero=False, nice=False), alt.Axis(grid=False, tickMinStep=1)
-    return lines.encode(
-        alt.X("step:Q", title="training step", scale=scale, axis=axis),
-        alt.Y("factor:Q", title="learning-rate factor", axis=alt.Axis(tickCount=4)),
-        alt.Color("born:Q", legend=alt.Legend(title="born after step", tickMinStep=1)),
-        detail="born:N",
-        tooltip=["born:Q", "step:Q", alt.Tooltip("factor:Q", format=".3")],
-    )
+    return figure.facet(facet, data=alt.Data(values=rows), columns=3, spacing=18)
 
 
 FIGURES = [
@@ -179,9 +167,9 @@ FIGURES = [
 def compared(runs: Sequence[Run]) -> list[Figure]:
     """Figures of several runs, a colour per run: loss, the main metric of each task, and the budget."""
 
-    def figure(name: str, title: str, caption: str, rows: Callable[[Run], list[Row]], **mark: Any) -> Figure:
+    def figure(name: str, title: str, caption: str, rows: Callable[[Run], list[Row]], **look: Any) -> Figure:
         found = [row | {"run": run.label} for run in runs for row in rows(run)]
-        return Figure(name, title, caption, lambda runs: found, partial(curves, title=title, **mark))
+        return Figure(name, title, caption, lambda runs: found, partial(curves, title=title, **look))
 
     metrics = dict.fromkeys(run.metric_names[0] for run in runs if run.metric_names)
     return [
@@ -197,8 +185,6 @@ def compared(runs: Sequence[Run]) -> list[Figure]:
     ]  # fmt: skip
 
 
-def curves(runs: Sequence[Run], rows: Sequence[Row], *, title: str, zero: bool = False, **mark: Any) -> Chart:
-    lines = chart(rows, width=WIDTH - 140, height=200).mark_line(**mark)
-    step = alt.X("step:Q", title="training step", axis=alt.Axis(grid=False, tickMinStep=1))
-    color = alt.Color("run:N", title=None, scale=alt.Scale(domain=[run.label for run in runs]))
-    return lines.encode(step, value(title, zero=zero), color)
+def curves(runs: Sequence[Run], rows: list[Row], *, title: str, **look: Any) -> Chart:
+    lines = curve(rows, 0, max(run.steps for run in runs), title, width=WIDTH - 140, height=200, **look)
+    return lines.encode(color=alt.Color("run:N", title=None, scale=alt.Scale(domain=[run.label for run in runs])))

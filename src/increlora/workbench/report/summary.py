@@ -24,43 +24,41 @@ def seconds(value: float | None) -> str:
     return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
 
 
-FACTS = {
-    "before": ("metric", "before"), "after": ("metric", "after"), "best": ("metric", "best"),
-    "baseline": ("metric", "baseline"), "ranks": ("budget", "ranks_used"), "target": ("budget", "ranks_target"),
-    "parameters": ("budget", "parameters_used"), "average": ("budget", "parameters_average"),
-    "peak": ("budget", "parameters_peak"), "seconds": ("seconds", "train"), "memory": ("peak_memory_bytes",),
-}  # fmt: skip
+STATE = {  # numbers of run.json
+    "metric": ("before", "after", "best", "baseline"),
+    "budget": ("ranks_used", "ranks_target", "parameters_used", "parameters_average", "parameters_peak"),
+    "seconds": ("train",),
+}
 
 
 def facts(run: Run) -> Mapping[str, float | None]:
-    """The numbers of a run, None where unknown: of a finished one from run.json, of others as far as the rows go."""
-    state = {name: run.number(*path) for name, path in FACTS.items()}
+    """The numbers of a run by their name in run.json, None where unknown; before it has finished, what its rows say."""
+    state = {name: run.number(part, name) for part, names in STATE.items() for name in names}
     values = run.column(run.get("metric", "name"))
     ranks, live, time = (run.column(name) for name in ("ranks", "parameters", "seconds"))
     rows = {
         "before": values[0] if values and run.metrics[0]["step"] == 0 else None,
         "after": values[-1] if values else None,
-        "ranks": ranks[-1] if ranks else None,
-        "parameters": live[-1] if live else None,
-        "average": sum(live) / len(live) if live else None,
-        "peak": max(live, default=None),
-        "seconds": max(time, default=0 if run.metrics else None),
+        "ranks_used": ranks[-1] if ranks else None,
+        "parameters_used": live[-1] if live else None,
+        "parameters_average": sum(live) / len(live) if live else None,
+        "parameters_peak": max(live, default=None),
+        "train": max(time, default=0 if run.metrics else None),
     }
     better, other = (state, rows) if run.get("status") == "finished" else (rows, state)
-    return {name: better.get(name) if better.get(name) is not None else other.get(name) for name in FACTS}
+    return {name: better.get(name) if better.get(name) is not None else other.get(name) for name in state}
 
 
 def tiles(run: Run) -> list[tuple[str, str, str]]:
     """The figures to see first: (name, value, more)."""
     said, ranks = line(run), [end for _, _, end in module_rows(run)]
     spread = f"{min(ranks)} to {max(ranks)} per module, {len(ranks)} modules" if ranks else ""
-    device = str(run.get("environment", "device") or "")
     return [
         (said["metric"], f"{said['before']} → {said['after']}", judged(run)),
         ("active ranks", said["ranks"], spread),
         ("adapter parameters", said["parameters"], f"{said['on average']} on average, {said['at peak']} at peak"),
         ("time of training", said["time"], f"{run.steps} steps"),
-        ("memory at peak", said["memory"], device),
+        ("memory at peak", said["memory"], str(run.get("environment", "device") or "")),
     ]
 
 
@@ -91,16 +89,17 @@ SETTINGS = ("method", "task", "seed", "status", "metric")
 
 def line(run: Run) -> Mapping[str, str]:
     """A run in words, as in a table of several."""
-    found = facts(run)
+    found, peak = facts(run), run.number("peak_memory_bytes")
+    ranks, target = found["ranks_used"], found["ranks_target"]
     named = {name: run.get(name) for name in SETTINGS} | {"metric": run.get("metric", "name") or None}
     return {
         "run": run.label,
         **{name: NONE if value is None else str(value) for name, value in named.items()},
         **{name: metric(found[name]) for name in ("before", "after", "best")},
-        "ranks": shown(found["ranks"]) + ("" if found["target"] is None else f" of {shown(found['target'])}"),
-        "parameters": shown(found["parameters"]),
-        "on average": shown(found["average"]),
-        "at peak": shown(found["peak"]),
-        "time": seconds(found["seconds"]),
-        "memory": shown(found["memory"] and found["memory"] / 2**20, "{:,.0f} MiB"),
+        "ranks": shown(ranks) + ("" if target is None else f" of {target:,.0f}"),
+        "parameters": shown(found["parameters_used"]),
+        "on average": shown(found["parameters_average"]),
+        "at peak": shown(found["parameters_peak"]),
+        "time": seconds(found["train"]),
+        "memory": NONE if peak is None else f"{peak / 2**20:,.0f} MiB",
     }

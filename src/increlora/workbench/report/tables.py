@@ -2,16 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 from ...naming import Grid, grid
 from .reading import Row, Run, numbers
 
 POINTS = 600  # of a curve: more than a screen shows
 VALUES = 20_000  # of the figures with a curve per module
-Item = TypeVar("Item")
 
 
 def grid_of(run: Run) -> Grid:
@@ -42,7 +42,7 @@ def changes_by_events(run: Run) -> dict[str, list[tuple[int, int]]]:
 
 def changes_only(values: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
     """The first value and those that differ from the one before."""
-    return [pair for i, pair in enumerate(values) if i == 0 or pair[1] != values[i - 1][1]]
+    return [next(same) for _, same in groupby(values, key=itemgetter(1))]
 
 
 def rank_cells(run: Run) -> list[Row]:
@@ -56,14 +56,14 @@ def rank_cells(run: Run) -> list[Row]:
 
 
 def growth(run: Run) -> list[Row]:
-    """Mean rank per module type at every step where one changed, and at the end: {"step", "type", "rank"}."""
+    """Mean rank per module type at every step where one changed, and at the end: {"step", "type", "value"}."""
     by_type, rows = defaultdict(list), []
     for cell in rank_cells(run):
         by_type[cell["type"]].append(cell)
     for kind, cells in by_type.items():
         for step in sorted({cell["since"] for cell in cells} | {run.steps}):
             rank = fmean(cell["rank"] for cell in cells if cell["since"] <= step < cell["until"])
-            rows.append({"step": step, "type": kind, "rank": round(rank, 3)})
+            rows.append({"step": step, "type": kind, "value": round(rank, 3)})
     return rows
 
 
@@ -90,7 +90,7 @@ def stairs(run: Run, name: str) -> list[Row]:
     return [{"step": s, "value": v} for s, v in changes_only(rows) + rows[-1:]]
 
 
-def thin(items: Sequence[Item], most: int) -> list[Item]:
+def thin(items: Sequence[Any], most: int) -> list[Any]:
     """At most so many of them, evenly spaced, the last included."""
     if len(items) <= most:
         return list(items)
@@ -99,7 +99,7 @@ def thin(items: Sequence[Item], most: int) -> list[Item]:
 
 def scores(run: Run) -> list[Row]:
     """A row per module, {"layer", "type", "step": […], "importance": […]}, until the budget was spent; and one per
-    grant of ranks, of the same columns and "ranks", "rank"."""
+    grant of ranks, of the same columns and "granted", "rank"."""
     end, cells = spent_at(run) or run.steps, grid_of(run).cells
     rows = [row for row in run.trace if row["step"] <= end]
     found = []
@@ -111,19 +111,19 @@ def scores(run: Run) -> list[Row]:
     for event in run.events:
         if event["kind"] == "birth" and event["module"] in cells and event["importance"]:
             grant = {"step": [event["step"]], "importance": [event["importance"]]}
-            found.append(cells[event["module"]]._asdict() | {"ranks": event["ranks"], "rank": event["rank"]} | grant)
+            found.append(cells[event["module"]]._asdict() | {"granted": event["ranks"], "rank": event["rank"]} | grant)
     return found
 
 
 def birth_rates(run: Run) -> list[Row]:
-    """{"born", "step", "factor"}: learning-rate factor of the tensors born after step `born`, until none changes."""
+    """{"born", "step", "value"}: learning-rate factor of the tensors born after step `born`, until none changes."""
     rows = [
-        {"born": born, "step": row["step"], "factor": factor}
+        {"born": born, "step": row["step"], "value": factor}
         for row in run.trace
         for born, factor in row["lr_factor"].items()
     ]
-    last = {row["born"]: row["factor"] for row in rows}
-    settled = max((row["step"] for row in rows if row["factor"] != last[row["born"]]), default=0)
+    last = {row["born"]: row["value"] for row in rows}
+    settled = max((row["step"] for row in rows if row["value"] != last[row["born"]]), default=0)
     return [row for row in rows if row["step"] <= settled + max(2, settled // 10)]
 
 

@@ -4,7 +4,6 @@ import base64
 import functools
 import hashlib
 from collections.abc import Sequence
-from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,9 @@ def write_report(runs: Sequence[Run], out: Path, *, command: str) -> None:
     shown: list[tuple[str, Sequence[Figure], Any]] = [("all", together, runs)]
     shown += [(f"run{i}", FIGURES, run) for i, run in enumerate(runs)]
     charts = {f"{key}-{figure.name}": figure.draw(what) for key, figures, what in shown for figure in figures}
-    own = resources.files(__package__)
-    scripts = [vega(), own.joinpath("page.js").read_text(encoding="utf-8")]
-    environment = Environment(
-        loader=PackageLoader(str(__package__), "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+    loader = PackageLoader(str(__package__), ".")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    scripts = [vega(), loader.get_source(environment, "page.js")[0]]
     page = environment.get_template("page.html").render(
         runs=runs,
         title=f"{len(runs)} runs" if together else runs[0].label,
