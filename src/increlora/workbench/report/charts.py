@@ -16,7 +16,8 @@ Chart = Any  # altair's chart classes share no useful base
 WIDTH = 760  # of a figure with one panel
 CATEGORIES = ["#3b8fd6", "#e08f00", "#13a073", "#d9603b", "#b678c4", "#8a9a2e", "#5f6bd0", "#9a8f86"]
 FAINT = "#8d939a"
-SEQUENCE = ["#4a6fe3", "#1fa187", "#d9900a"]  # of lines: unlike viridis, legible on white and on black to its ends
+# Of lines, from first to last: unlike viridis, legible on white and on black to its ends.
+SEQUENCE = ["#8a4be0", "#3f7fe0", "#12a08c", "#c2960f", "#e5682e"]
 FONT = "system-ui, sans-serif"  # Vega measures text to place it: no `inherit`
 
 
@@ -56,7 +57,7 @@ def slider(name: str, start: int, stop: int) -> Any:
 
 def rule(what: str, *, color: str = FAINT, dash: Sequence[int] = (4, 4), **place: Any) -> Chart:
     """A dashed line across a panel, at its `x` or `y`; `what` is shown under the pointer."""
-    mark = alt.Chart().mark_rule(strokeDash=list(dash), color=color, size=1.5)
+    mark = alt.Chart().mark_rule(strokeDash=list(dash), color=color, size=2)
     return mark.encode(tooltip=alt.value(what), **{axis: alt.datum(value) for axis, value in place.items()})
 
 
@@ -71,7 +72,7 @@ def themed(figure: Chart, *, ink: str, background: str) -> Chart:
         font=FONT,
         axis=lines | faint | text,
         legend=text | {"symbolLimit": 40},
-        header=text | {"labelAnchor": "start", "labelFontWeight": "bold"},
+        header=text | {"labelAnchor": "start", "labelFontSize": 12, "labelFontWeight": "bold"},
         view={"stroke": None},
         mark={"color": CATEGORIES[0], "tooltip": True},
         line={"strokeWidth": 2},

@@ -47,7 +47,8 @@ def rank_map(run: Run, rows: list[Row]) -> Chart:
 def growth(run: Run, rows: list[Row]) -> Chart:
     """A module type whose line leaves the others behind is where training asked for capacity. At a dashed line the
     budget was spent."""
-    lines = curve(rows, 0, run.steps, "mean rank per module", width=WIDTH - 140, height=220, interpolate="step-after")
+    look = {"width": WIDTH - 140, "height": 220, "interpolate": "step-after"}
+    lines = curve(rows, 0, run.steps, "mean rank per module", zero=True, **look)
     return mark_spent(lines.encode(color=alt.Color("type:N", title=None, sort=None)), run)
 
 
@@ -93,8 +94,8 @@ def mark_spent(figure: Chart, run: Run) -> Chart:
 def newborns(run: Run, rows: list[Row]) -> Chart:
     """One line per birth: the share of the learning rate that its tensors got; where it reaches 1 they learn at full
     speed."""
-    steps, point = [row["step"] for row in rows], alt.OverlayMarkDef(size=14)
-    lines = curve(rows, min(steps), max(steps), "learning-rate factor", width=WIDTH - 80, height=150, point=point)
+    steps, look = [row["step"] for row in rows], {"width": WIDTH - 80, "height": 150, "point": {"size": 14}}
+    lines = curve(rows, min(steps), max(steps), "learning-rate factor", zero=True, **look)
     color = alt.Color("born:Q", legend=alt.Legend(title="born after step", tickMinStep=1))
     tooltip = ["born:Q", "step:Q", alt.Tooltip("value:Q", title="factor", format=".3")]
     return lines.encode(color=color, detail="born:N", tooltip=tooltip)
@@ -123,7 +124,7 @@ def spectra(run: Run, rows: list[Row]) -> Chart:
     index = alt.X("index:Q", title="component", scale=alt.Scale(domain=[1, max(2, most)]), axis=FEW_TICKS)
     shown = panel(run, index, powers(rows, "sigma", "singular value"))
     shown = shown.transform_filter("datum.since <= at && at < datum.until").transform_flatten(["index", "sigma"])
-    lines = shown.mark_line(strokeWidth=1.5, point=alt.OverlayMarkDef(size=16))
+    lines = shown.mark_line(strokeWidth=1.5, point={"size": 16})
     tooltip = ["type:N", "layer:N", "index:Q", alt.Tooltip("sigma:Q", format=".3")]
     return facets(lines.encode(tooltip=tooltip), rows).add_params(now)
 
@@ -146,8 +147,9 @@ def powers(rows: list[Row], name: str, title: str) -> Any:
 
 def facets(figure: Chart, rows: list[Row]) -> Chart:
     """The chart of these rows for every module type, in their order."""
-    facet = alt.Facet("type:N", title=None, sort=None)
-    return figure.facet(facet, data=alt.Data(values=rows), columns=3, spacing=18)
+    facet = alt.Facet("type:N", title=None, sort=alt.EncodingSortField("place", op="min"))
+    data = alt.Data(values=[row | {"place": i} for i, row in enumerate(rows)])
+    return figure.facet(facet, data=data, columns=3, spacing=18)
 
 
 FIGURES = [
