@@ -76,8 +76,7 @@ def budget(run: Run, rows: list[Row]) -> Chart:
     """The area under a curve is what the run trained: below the dashed line, less than a fixed rank."""
     panels = []
     for name, title in {"ranks": "active ranks", "parameters": "live adapter parameters"}.items():
-        size = {"width": (WIDTH - 80) // 2, "height": 160}
-        panel = curve(tables.stairs(run, name), 0, run.steps, title, zero=True, **size)
+        panel = curve(tables.stairs(run, name), 0, run.steps, title, zero=True, width=(WIDTH - 80) // 2, height=160)
         panel = panel.mark_area(interpolate="step-after", line=True, fillOpacity=0.25)
         if (target := run.number("budget", f"{name}_target")) is not None:
             panel += rule(f"budget: {target:,.0f}", y=target, color=CATEGORIES[3])
@@ -152,18 +151,16 @@ def facets(figure: Chart, rows: list[Row]) -> Chart:
     return figure.facet(facet, data=data, columns=3, spacing=18)
 
 
-FIGURES = [
-    Figure(draw.__name__, title, cleandoc(draw.__doc__ or ""), rows, draw)
-    for title, rows, draw in [
-        ("Where the rank went", tables.rank_cells, rank_map),
-        ("When it grew", tables.growth, growth),
-        ("Did it help", lambda run: [name for name in ("loss", *run.metric_names) if run.column(name)], learning),
-        ("What it cost", partial(tables.stairs, name="ranks"), budget),
-        ("Why there", tables.scores, scores),
-        ("How newborn ranks started", tables.birth_rates, newborns),
-        ("What the ranks do", tables.spectra, spectra),
-    ]
+DRAWN: list[tuple[str, Any, Any]] = [  # title, from the run to the rows, from both to the chart
+    ("Where the rank went", tables.rank_cells, rank_map),
+    ("When it grew", tables.growth, growth),
+    ("Did it help", lambda run: [name for name in ("loss", *run.metric_names) if run.column(name)], learning),
+    ("What it cost", partial(tables.stairs, name="ranks"), budget),
+    ("Why there", tables.scores, scores),
+    ("How newborn ranks started", tables.birth_rates, newborns),
+    ("What the ranks do", tables.spectra, spectra),
 ]
+FIGURES = [Figure(draw.__name__, title, cleandoc(draw.__doc__ or ""), rows, draw) for title, rows, draw in DRAWN]
 
 
 def compared(runs: Sequence[Run]) -> list[Figure]:

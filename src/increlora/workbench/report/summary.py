@@ -54,7 +54,7 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     said, ranks = line(run), [end for _, _, end in module_rows(run)]
     spread = f"{min(ranks)} to {max(ranks)} per module, {len(ranks)} modules" if ranks else ""
     return [
-        (said["metric"], f"{said['before']} → {said['after']}", judged(run)),
+        (str(run.get("metric", "name") or "metric"), f"{said['before']} → {said['after']}", judged(run)),
         ("active ranks", said["ranks"], spread),
         ("adapter parameters", said["parameters"], f"{said['on average']} on average, {said['at peak']} at peak"),
         ("time of training", said["time"], f"{run.steps} steps"),

@@ -6,14 +6,13 @@ import hashlib
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...files import write_text
-from .charts import Figure, themed
+from .charts import themed
 from .figures import FIGURES, compared
 from .reading import Run
 from .summary import comparison_table, module_rows, tiles
@@ -27,8 +26,7 @@ def write_report(runs: Sequence[Run], out: Path, *, command: str) -> None:
 
     Jinja escapes every value; scripts are admitted by their hash alone."""
     together = compared(runs) if len(runs) > 1 else []
-    shown: list[tuple[str, Sequence[Figure], Any]] = [("all", together, runs)]
-    shown += [(f"run{i}", FIGURES, run) for i, run in enumerate(runs)]
+    shown = [("all", together, runs), *((f"run{i}", FIGURES, run) for i, run in enumerate(runs))]
     charts = {f"{key}-{figure.name}": figure.draw(what) for key, figures, what in shown for figure in figures}
     loader = PackageLoader(str(__package__), ".")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
