@@ -20,7 +20,7 @@ from increlora import errors
 from increlora.hosts.peft.config import CONFIGS
 from increlora.hosts.peft.options import INSTEAD, SHARED, settings_doc, switches_doc
 from increlora.workbench.cli.app import app
-from increlora.workbench.cli.methods import CAPABILITIES, SIGNS, Outcome, footnotes, table_of, told, versions
+from increlora.workbench.cli.methods import CAPABILITIES, SIGNS, footnoted
 from increlora.workbench.cli.options import described
 
 DOCS = Path(__file__).resolve().parents[1]
@@ -109,17 +109,15 @@ def refused_options() -> str:
 def capabilities() -> str:
     """The table as the command prints it."""
     data = json.loads(CAPABILITIES.read_text())
-    found = table_of(data)
-    notes = footnotes(found)
-    methods = list(next(iter(found.values())))
-    rows = [[name, *(capability(m, row[m], notes) for m in methods)] for name, row in found.items()]
-    foot = [f"{number}. {reason}" for reason, number in notes.items()]
-    return "\n".join([table(["", *methods], rows), "", *foot, "", f"With {versions(data)}."])
+    found, reasons = footnoted(data["capabilities"])
+    rows = [[name, *(capability(*cell) for cell in row.values())] for name, row in found.items()]
+    foot = [f"{number}. {reason}" for reason, number in reasons.items()]
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    return "\n".join([table(["", *next(iter(found.values()))], rows), "", *foot, "", f"With {versions}."])
 
 
-def capability(method: str, outcome: Outcome, notes: Mapping[str, int]) -> str:
-    number = notes.get(told(method, outcome))
-    return SIGNS[outcome.verdict][0] + (f" <sup>{number}</sup>" if number else "")
+def capability(verdict: str, number: str) -> str:
+    return SIGNS[verdict][0] + (f" <sup>{number}</sup>" if number else "")
 
 
 def probe_meanings() -> str:

@@ -1,23 +1,60 @@
-"""Module names: the layer and module type of a module, and the known name closest to an unknown one."""
+"""Module names: modules as a table of layers and module types, and the known name closest to an unknown one."""
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import NamedTuple
 
 
-def place(name: str) -> tuple[str, str]:
-    """(layer, module type) of a module: "h.layer.3.attention.query" → ("3", "attention.query")."""
-    _, layer, kind = parts(name)
-    return layer, kind
+class Cell(NamedTuple):
+    layer: str
+    type: str
 
 
-def places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """`place` of each name; if there are several stacks of layers, the layer includes its stack: "decoder.block.3"."""
+class Grid(NamedTuple):
+    """Modules as a table: the cell of each by its name, and the layers and types in their order."""
+
+    cells: dict[str, Cell]
+    layers: list[str]
+    types: list[str]
+
+
+def grid(names: Iterable[str]) -> Grid:
+    """The table of these modules; no two share a cell.
+
+    Layers are ordered by number, stack by stack; if there are several stacks, a layer includes its stack:
+    "decoder.block.3". Modules outside layers come last, in layer "–". Types are named as shortly as is unambiguous.
+    """
     found = {name: parts(name) for name in names}
-    several = len({stack for stack, layer, _ in found.values() if stack}) > 1
-    return {
-        name: (f"{stack}.{layer}" if several and stack else layer, kind) for name, (stack, layer, kind) in found.items()
-    }
+    stacks = list(dict.fromkeys(stack for stack, _, _ in found.values() if stack))
+    kinds = list(dict.fromkeys(kind for _, _, kind in found.values()))
+    types = dict(zip(kinds, short(kinds), strict=True))
+    cells, order = {}, {}
+    for name, (stack, number, kind) in found.items():
+        layer = f"{stack}.{number}" if stack and len(stacks) > 1 else number
+        cells[name] = Cell(layer, types[kind])
+        order[layer] = (stacks.index(stack), int(number)) if stack else (len(stacks), 0)
+    return Grid(cells, sorted(order, key=order.__getitem__), list(types.values()))
+
+
+def rank_rows(ranks: Mapping[str, int]) -> tuple[list[str], dict[str, list[list[int]]]]:
+    """(types, {layer: the ranks of each type}); numbered modules of a layer (experts) share a type: "experts.*.up"."""
+    found = defaultdict(list)
+    for name, rank in ranks.items():
+        _, _, kind = parts(name)
+        found[name.removesuffix(kind) + re.sub(r"(?<![^.])\d+(?![^.])", "*", kind)].append(rank)
+    cells, layers, types = grid(found)
+    by_cell = {cell: found[name] for name, cell in cells.items()}
+    return types, {layer: [by_cell.get(Cell(layer, kind), []) for kind in types] for layer in layers}
+
+
+def span(ranks: list[int]) -> str:
+    """A cell of `rank_rows` as text."""
+    if not ranks:
+        return "·"
+    return str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
 
 
 def parts(name: str) -> tuple[str, str, str]:
@@ -26,17 +63,11 @@ def parts(name: str) -> tuple[str, str, str]:
     return (found[1], found[2], found[3]) if found else ("", "–", name)
 
 
-def short(names: Iterable[str]) -> list[str]:
+def short(names: Iterable[str], dot: str = ".") -> list[str]:
     """The shortest suffix of each name, in whole components, that distinguishes it from the others."""
-    split = [name.split(".") for name in names]
-
-    def shortest(name: list[str]) -> str:
-        for count in range(1, len(name)):
-            if sum(other[-count:] == name[-count:] for other in split) == 1:
-                return ".".join(name[-count:])
-        return ".".join(name)
-
-    return [shortest(name) for name in split]
+    suffixes = [[dot.join(name.split(dot)[-n:]) for n in range(1, name.count(dot) + 2)] for name in names]
+    times = Counter(chain.from_iterable(suffixes))
+    return [next((s for s in longer if times[s] == 1), longer[-1]) for longer in suffixes]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

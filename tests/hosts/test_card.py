@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 
 from increlora import IncreLoraConfig, PlainLoraConfig, rank_summary
 from increlora.hosts.peft.card import BEGIN, COLUMNS, END, ROWS, escaped, rank_table, with_section
-from increlora.naming import places
+from increlora.naming import grid
 from tests.hosts.bases import build_llama, build_mlp, inputs_for, logits
 from tests.hosts.tiny import grow, growing
 
@@ -147,7 +147,8 @@ def test_layers_come_in_their_order():
 
 def test_two_stacks_of_layers_are_told_apart():
     ranks = {"encoder.block.0.q": 1, "decoder.block.0.q": 2, "lm_head": 3}
-    assert list(places(ranks).values()) == [("encoder.block.0", "q"), ("decoder.block.0", "q"), ("–", "lm_head")]
+    assert list(grid(ranks).cells.values()) == [("encoder.block.0", "q"), ("decoder.block.0", "q"), ("–", "lm_head")]
+    assert grid(reversed(ranks)).layers == ["decoder.block.0", "encoder.block.0", "–"]
     assert table(rank_table(ranks))[1:3] == [["decoder.block.0", "2", "·"], ["encoder.block.0", "1", "·"]]
 
 

@@ -8,10 +8,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from increlora.workbench.cli.methods import Table
-
 from . import adapters, bases, loading, processes, running, weights
-from .outcome import outcome_of
+from .outcome import Outcome, Table, outcome_of
 from .subjects import Subject, subject_of
 
 PROBES: dict[str, Callable[[Subject], str | None]] = {
@@ -58,6 +56,12 @@ def as_data(table: Table) -> dict[str, Any]:
     cells = {name: {method: asdict(cell) for method, cell in row.items()} for name, row in table.items()}
     versions = {name: version(name).partition("+")[0] for name in PACKAGES}
     return {"versions": versions, "meanings": MEANINGS, "capabilities": cells}
+
+
+def table_of(data: dict[str, Any]) -> Table:
+    """The table again."""
+    cells = data["capabilities"]
+    return {name: {method: Outcome(**cell) for method, cell in row.items()} for name, row in cells.items()}
 
 
 def not_yes_or_no(table: Table) -> Iterator[tuple[str, str]]:

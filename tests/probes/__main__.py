@@ -25,7 +25,7 @@ if options.write and options.method:
 
 with Console(stderr=True).status("probing") as status:
     table = probe_methods(options.method or list(METHODS), report=lambda text: status.update(f"probing {text}"))
-show(Console(highlight=False, markup=False), table)
+show(Console(highlight=False, markup=False), as_data(table)["capabilities"])
 incomplete = [(*cell, table[cell[0]][cell[1]].verdict) for cell in not_yes_or_no(table)]
 if options.write:
     if incomplete:

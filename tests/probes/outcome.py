@@ -1,4 +1,4 @@
-"""What a probe finds out: an `Outcome`, as `increlora methods` shows it.
+"""What a probe finds out: an `Outcome`, a cell of the table that `increlora methods` shows.
 
 A probe is a function of a subject. It returns (a note, if there is something to add) where the library does what is
 asked and the numbers agree; it lets an error of ours through where the library refuses; everything else is broken.
@@ -8,13 +8,24 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from increlora.errors import IncreLoraError
-from increlora.workbench.cli.methods import Outcome
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """As `increlora.workbench.cli.methods` explains it."""
+
+    verdict: Literal["yes", "no", "not probed", "broken"]
+    reason: str = ""
+
+
+Table = dict[str, dict[str, Outcome]]  # capability → method → outcome
 
 
 class NotProbed(Exception):

@@ -10,8 +10,8 @@ import pytest
 
 from increlora.registry import METHODS
 from increlora.workbench.cli import methods as command
-from increlora.workbench.cli.methods import Outcome, table_of
 from tests import probes
+from tests.probes.outcome import Outcome
 from tests.probes.processes import PROBES as DISTRIBUTED
 
 
@@ -57,7 +57,7 @@ def test_a_complete_table_is_written_and_reads_back(
     assert call(monkeypatch) == 0 and not written.exists()
     assert call(monkeypatch, "--write") == 0
     data = json.loads(written.read_text())
-    table = table_of(data)
+    table = probes.table_of(data)
     assert table["resume"]["sora"] == Outcome("no", "sora cannot: use lora") and probes.as_data(table) == data
     assert set(data["versions"]) == {"torch", "peft", "transformers"}
     assert all(list(row) == list(METHODS) for row in table.values())

@@ -20,10 +20,10 @@ from increlora.export import lora as export
 from increlora.hosts.peft import checkpoint, handle, model
 from increlora.hosts.peft.layer import AdapterLayer
 from increlora.registry import METHODS
-from increlora.workbench.cli.methods import CAPABILITIES, Outcome, Table, table_of
+from increlora.workbench.cli.methods import CAPABILITIES
 from tests import probes
-from tests.probes import processes, sabotage, weights
-from tests.probes.outcome import Disagreement, NotProbed, check, different, outcome_of, same
+from tests.probes import processes, sabotage, table_of, weights
+from tests.probes.outcome import Disagreement, NotProbed, Outcome, Table, check, different, outcome_of, same
 from tests.probes.subjects import check_driven, subject_of, train
 
 ROOT = Path(__file__).parents[2]

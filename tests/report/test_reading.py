@@ -5,30 +5,27 @@ import json
 import pytest
 
 from increlora.errors import RunFolderError
+from increlora.naming import grid
 from increlora.workbench.report import read_runs
 from increlora.workbench.report.figures import FIGURES
 from increlora.workbench.report.reading import labels
 from increlora.workbench.report.summary import (
     comparison_table,
+    facts,
     judged,
-    live,
-    measured,
     metric,
     module_rows,
     seconds,
     tiles,
-    used,
 )
 from increlora.workbench.report.tables import (
     birth_rates,
     changes_by_events,
     column,
-    grants,
-    grid,
     growth,
-    importances,
     rank_cells,
     rank_changes,
+    scores,
     smoothed,
     spectra,
     spent_at,
@@ -75,7 +72,7 @@ def test_cells_hold_one_rank_per_module_at_every_step(folder):
 
 
 def test_growth_is_the_mean_over_the_modules_of_a_type(folder):
-    rows = {(row["type"], row["step"]): row["rank"] for row in growth(read(folder))}
+    rows = {(row["type"], row["step"]): row["value"] for row in growth(read(folder))}
     assert rows["value", 0] == 1 and rows["value", 9] == pytest.approx((1 + 3 + 3) / 3, abs=1e-3)
     assert rows["query", STEPS] == 1
 
@@ -91,8 +88,9 @@ def test_curves(folder):
 
 def test_scores_births_and_spectra(folder):
     run = read(folder)
-    assert max(step for row in importances(run) for step in row["step"]) == spent_at(run)
-    assert [row["step"] for row in grants(run)] == [[9]] * 2 + [[17]] * 2
+    lines, grants = ([row for row in scores(run) if ("granted" in row) == granted] for granted in (False, True))
+    assert len(lines) == len(modules()) and max(step for row in lines for step in row["step"]) == spent_at(run)
+    assert [(row["step"], row["granted"], row["rank"]) for row in grants] == [([9], 2, 3)] * 2 + [([17], 2, 3)] * 2
     assert {row["born"] for row in birth_rates(run)} == set(EVENTS)
     assert {(row["since"], row["until"]) for row in spectra(run)} == {(10, 20), (20, 40), (40, STEPS + 1)}
 
@@ -118,8 +116,9 @@ def test_an_unfinished_run_shows_its_steps(tmp_path, status, word):
     unknown = {"name": "accuracy", "before": None, "after": None, "best": None}
     run = read(write_run(tmp_path / "run", status=status, metric=unknown, budget={"ranks_target": 17}))
     assert len(run.notes) == 1 and word in run.notes[0]
-    assert measured(run) == {"before": 0.5, "after": 0.75, "best": None}
-    assert live(run)["peak"] == 32 * 17 and used(run, "ranks") == 17
+    found = facts(run)
+    assert (found["before"], found["after"], found["best"]) == (0.5, 0.75, None)
+    assert found["parameters_peak"] == 32 * 17 and found["ranks_used"] == 17
 
 
 def test_a_failed_run_says_why(tmp_path):
@@ -186,7 +185,7 @@ def test_a_folder_with_nothing_but_a_state(tmp_path):
         (run.path / f"{name}.jsonl").unlink()
     run = read(run.path)
     assert {f.name for f in FIGURES if f.draw(run) is not None} == {"rank_map", "growth"}
-    assert tiles(run)[0]["value"] == "0.500 → 0.750"
+    assert tiles(run)[0][1] == "0.500 → 0.750"
 
 
 @pytest.mark.parametrize("content", ['{"format": "increlora-run/1", "sta', "[" * 100_000])
@@ -195,7 +194,7 @@ def test_a_damaged_state_shows_the_steps(folder, content):
     run = read(folder)
     assert "run.json is damaged" in run.notes[0]
     assert len(rank_cells(run)) == 13 and len(column(run, "loss")) == STEPS
-    assert tiles(run)[1]["value"] == "17"
+    assert tiles(run)[1][1] == "17"
 
 
 @pytest.mark.parametrize("value", [None, 3, "text", [], {}, {"name": 3}, float("nan"), 10**400])

@@ -8,9 +8,10 @@ All arithmetic is exact, so every process and machine gets the same ranks.
 import heapq
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import groupby
 
 from ..errors import BudgetError
-from ..naming import parts
+from ..naming import grid
 from .budget import Budget
 
 MIDDLE = Fraction(1, 2)
@@ -24,19 +25,11 @@ def depths(names: Sequence[str], *, restart: bool) -> list[Fraction]:
     runs from 0 to 1; otherwise all stacks together do, in the order in which they appear. Modules outside numbered
     layers, and a single layer, are in the middle.
     """
-    stacks: dict[str, set[int]] = {}
-    places = []
-    for stack, layer, _ in map(parts, names):
-        places.append((stack, int(layer)) if stack else None)
-        if stack:
-            stacks.setdefault(stack, set()).add(int(layer))
-    ramps = [[(stack, layer) for layer in sorted(layers)] for stack, layers in stacks.items()]
-    if not restart:
-        ramps = [[place for ramp in ramps for place in ramp]]
-    found = {
-        place: Fraction(i, len(ramp) - 1) if len(ramp) > 1 else MIDDLE for ramp in ramps for i, place in enumerate(ramp)
-    }
-    return [MIDDLE if place is None else found[place] for place in places]
+    cells, order, _ = grid(names)
+    layers = [layer for layer in order if layer != "–"]
+    ramps = [list(ramp) for _, ramp in groupby(layers, lambda layer: layer.rpartition(".")[0])] if restart else [layers]
+    found = {layer: Fraction(i, len(ramp) - 1) for ramp in ramps for i, layer in enumerate(ramp) if len(ramp) > 1}
+    return [found.get(cells[name].layer, MIDDLE) for name in names]
 
 
 def first_of(mean: Fraction, first: float | None) -> Fraction:

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import increlora.workbench.cli
 from increlora import IncreLoraConfig
 from increlora.errors import NonFiniteError
-from increlora.naming import place, short
+from increlora.naming import parts, short
 from increlora.workbench.cli.app import app
 from increlora.workbench.cli.build import target_modules
 from increlora.workbench.cli.display import rank_map
@@ -500,8 +500,8 @@ def test_without_the_extra_one_sentence_says_how_to_get_it(monkeypatch, capsys):
 
 
 def test_the_rank_map_tells_layers_and_module_types_apart():
-    assert place("bert.encoder.layer.3.attention.self.query") == ("3", "attention.self.query")
-    assert place("lm_head") == ("–", "lm_head")
+    assert parts("bert.encoder.layer.3.attention.self.query") == ("bert.encoder.layer", "3", "attention.self.query")
+    assert parts("lm_head") == ("", "–", "lm_head")
     assert short(["attention.self.query", "attention.output.dense", "output.dense"]) == [
         "query",
         "attention.output.dense",
@@ -517,6 +517,11 @@ def test_more_rank_is_lighter():
     table = rank_map({"h.0.q": 0, "h.0.v": 5, "h.0.k": 10})
     shades = [next(iter(column.cells)).style for column in table.columns[1:]]
     assert shades == ["white on grey11", "white on grey42", "black on grey78"]
+
+
+def test_experts_share_a_column_of_the_rank_map():
+    table = rank_map({f"h.0.experts.{i}.up": rank for i, rank in enumerate((1, 4, 2))} | {"h.1.experts.0.up": 3})
+    assert [str(cell).strip() for cell in table.columns[1].cells] == ["1–4", "3"]
 
 
 def test_target_modules_are_names_a_shorthand_or_an_expression(model):

@@ -13,19 +13,19 @@ from typing import Any
 from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ...naming import natural, places, short
+from ...naming import natural, rank_rows, span
 
 BEGIN, END = "<!-- increlora: begin (rewritten by save_pretrained) -->", "<!-- increlora: end -->"
 TAGS = {"increlora", "lora"}
 COLUMNS = 16  # module types that fit beside each other; with more of them modules are listed
 ROWS = 40  # modules in such a list
 
-SECTION = """{begin}
+SECTION = f"""{BEGIN}
 ## Ranks, and how to load this adapter
 
-Trained with `{config}` of increlora. {modules} modules hold {ranks} and {parameters}; a module has {span}.
+Trained with `{{config}}` of increlora. {{modules}} modules hold {{ranks}} and {{parameters}}; a module has {{span}}.
 
-{table}
+{{table}}
 
 To load it, `base` being the base model (increlora makes its methods known to peft when it is imported):
 
@@ -46,7 +46,7 @@ increlora export path/to/this/folder lora
 ```python
 model = PeftModel.from_pretrained(base, "lora")
 ```
-{end}"""
+{END}"""
 
 
 def update_card(folder: Path, config: Any) -> None:
@@ -65,8 +65,6 @@ def update_card(folder: Path, config: Any) -> None:
     ranks = list(config.ranks.values())
     budget = {unit: f" (budget {amount:,})" for unit, amount in config.budget.items() if amount is not None}
     section = SECTION.format(
-        begin=BEGIN,
-        end=END,
         config=type(config).__name__,
         ranks=f"{sum(ranks):,} ranks{budget.get('ranks', '')}",
         parameters=f"{config.parameters:,} parameters{budget.get('parameters', '')}",
@@ -90,13 +88,9 @@ def with_section(text: str, section: str) -> str:
 def rank_table(ranks: Mapping[str, int]) -> str:
     """Ranks by layer and module type; numbered modules of a layer (experts) share a column and show their range. With
     too many types for columns: the modules with the most ranks, and a line for the rest."""
-    cells: dict[tuple[str, str], list[int]] = {}
-    for name, (layer, kind) in places(sorted(ranks, key=natural)).items():
-        cells.setdefault((layer, re.sub(r"(?<![^.])\d+(?![^.])", "*", kind)), []).append(ranks[name])
-    layers, kinds = (list(dict.fromkeys(part)) for part in zip(*cells, strict=True))
-    head = ["layer", *short(kinds)]
-    rows = [[layer, *(span(cells.get((layer, kind), [])) for kind in kinds)] for layer in layers]
-    if len(kinds) > COLUMNS:
+    types, cells = rank_rows({name: ranks[name] for name in sorted(ranks, key=natural)})
+    head, rows = ["layer", *types], [[layer, *map(span, row)] for layer, row in cells.items()]
+    if len(types) > COLUMNS:
         head, ordered = ["module", "rank"], sorted(ranks.items(), key=lambda item: (-item[1], natural(item[0])))
         rows = [[name, str(rank)] for name, rank in ordered[:ROWS]]
         if rest := [rank for _, rank in ordered[ROWS:]]:
@@ -104,12 +98,6 @@ def rank_table(ranks: Mapping[str, int]) -> str:
     lines = [[escaped(cell) for cell in row] for row in (head, *rows)]
     lines.insert(1, ["---", *["---:"] * (len(head) - 1)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def span(ranks: list[int]) -> str:
-    if not ranks:
-        return "·"
-    return str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
 
 
 def escaped(text: str) -> str:

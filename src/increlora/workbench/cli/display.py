@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ...naming import places, short
+from ...naming import rank_rows, span
 
 LINES = 10  # of progress, where there is no terminal
 SHADES = ("grey11", "grey19", "grey30", "grey42", "grey54", "grey66", "grey78")  # the more rank, the lighter
@@ -93,22 +93,19 @@ def of(target: int | None) -> str:
 
 def rank_map(ranks: Mapping[str, int]) -> Table:
     """Final ranks as a table layer × module type, shaded by rank; `·` where there is no such module."""
-    cells = {where: ranks[name] for name, where in places(ranks).items()}
-    layers = list(dict.fromkeys(layer for layer, _ in cells))
-    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    types, rows = rank_rows(ranks)
     most = max(ranks.values(), default=0)
     table = Table(title="rank per layer and module", title_justify="left")
-    table.add_column("layer", justify="right")
-    for label in short(kinds):
+    for label in ("layer", *types):
         table.add_column(label.replace(".", "\n."), justify="right")
-    for layer in layers:
-        table.add_row(layer, *(shaded(cells.get((layer, kind)), most) for kind in kinds))
+    for layer, cells in rows.items():
+        table.add_row(layer, *(shaded(cell, most) for cell in cells))
     return table
 
 
-def shaded(rank: int | None, most: int) -> Text:
-    if rank is None:
+def shaded(ranks: list[int], most: int) -> Text:
+    if not ranks:
         return Text("·")
-    shade = rank * (len(SHADES) - 1) // max(1, most)
+    shade = max(ranks) * (len(SHADES) - 1) // max(1, most)
     ink = "white" if shade < len(SHADES) / 2 else "black"
-    return Text(f" {rank} ", style=f"{ink} on {SHADES[shade]}")
+    return Text(f" {span(ranks)} ", style=f"{ink} on {SHADES[shade]}")

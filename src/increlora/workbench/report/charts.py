@@ -1,4 +1,4 @@
-"""What the figures share: sizes, colours, axes, sliders.
+"""What the figures share: sizes, colours, sliders, dashed lines, and our style.
 
 Names from outside occur as data values only, never as field names or in expressions.
 """
@@ -9,45 +9,44 @@ from typing import Any
 
 import altair as alt
 
-from . import tables
-from .reading import Row, Run
+from .reading import Row
 
 Chart = Any  # altair's chart classes share no useful base
 
 WIDTH = 760  # of a figure with one panel
 CATEGORIES = ["#3b8fd6", "#e08f00", "#13a073", "#d9603b", "#b678c4", "#8a9a2e", "#5f6bd0", "#9a8f86"]
-ACCENT, FAINT = CATEGORIES[0], "#8d939a"
-SEQUENCE = ["#4a6fe3", "#1fa187", "#d9900a"]  # of lines: unlike viridis, legible on white and on black to its ends
-LABEL = 220  # longest label in pixels; longer ones end in an ellipsis
+FAINT = "#8d939a"
+# Of lines, from first to last: unlike viridis, legible on white and on black to its ends.
+SEQUENCE = ["#8a4be0", "#3f7fe0", "#12a08c", "#c2960f", "#e5682e"]
+FONT = "system-ui, sans-serif"  # Vega measures text to place it: no `inherit`
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure: its file name, title, one sentence on what to look at, how to draw one run or several (None: nothing
-    to draw), and whether a dashed line marks in it where the budget was spent."""
+    """A figure of one run or several: its file name, its title, one sentence on what to look at, the rows that it is
+    made from, and how to draw them."""
 
     name: str
     title: str
     caption: str
-    draw: Callable[[Any], Chart | None]
-    marked: bool = False
+    rows: Callable[[Any], list[Any]]
+    plot: Callable[[Any, list[Any]], Chart]
+
+    def draw(self, what: Any) -> Chart | None:
+        """None where there is nothing to draw."""
+        rows = self.rows(what)
+        return self.plot(what, rows) if rows else None
 
 
-def chart(rows: Sequence[Row], **properties: Any) -> Chart:
-    return alt.Chart(alt.Data(values=list(rows)), **properties)
-
-
-def steps(run: Run) -> Any:
-    scale = alt.Scale(domain=[0, max(1, run.steps)], nice=False)
+def curve(rows: list[Row], first: int, last: int, title: str, *, zero: bool = False, **look: Any) -> Chart:
+    """A line over training steps; `look`: width and height of the panel, and how the line is drawn."""
+    scale = alt.Scale(domain=[first, max(first + 1, last)], nice=False)
     axis = alt.Axis(grid=False, tickMinStep=1, tickCount=10, labelOverlap=True)
-    return alt.X("step:Q", title="training step", scale=scale, axis=axis)
-
-
-def categories(field: str, names: Sequence[str], title: str | None) -> Any:
-    """A colour per name, with the names in a legend."""
-    colors = [CATEGORIES[i % len(CATEGORIES)] for i in range(len(names))]
-    legend = alt.Legend(title=title, labelLimit=LABEL, symbolLimit=40)
-    return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(names), range=colors), legend=legend)
+    panel = alt.Chart(alt.Data(values=rows), width=look.pop("width", WIDTH), height=look.pop("height"))
+    return panel.mark_line(**look).encode(
+        alt.X("step:Q", title="training step", scale=scale, axis=axis),
+        alt.Y("value:Q", title=title, scale=alt.Scale(zero=zero), axis=alt.Axis(tickCount=5)),
+    )
 
 
 def slider(name: str, start: int, stop: int) -> Any:
@@ -56,20 +55,27 @@ def slider(name: str, start: int, stop: int) -> Any:
     return alt.param(name=name, value=stop, bind=bind)
 
 
-def mark_spent(figure: Chart, run: Run) -> Chart:
-    """The figure with a rule where the budget was spent."""
-    step = tables.spent_at(run)
-    if step is None:
-        return figure
-    rule = chart([{"step": step, "what": f"budget spent at step {step}"}]).mark_rule(
-        strokeDash=[4, 4], color=FAINT, size=1.5
+def rule(what: str, *, color: str = FAINT, dash: Sequence[int] = (4, 4), **place: Any) -> Chart:
+    """A dashed line across a panel, at its `x` or `y`; `what` is shown under the pointer."""
+    mark = alt.Chart().mark_rule(strokeDash=list(dash), color=color, size=2)
+    return mark.encode(tooltip=alt.value(what), **{axis: alt.datum(value) for axis, value in place.items()})
+
+
+def themed(figure: Chart, *, ink: str, background: str) -> Chart:
+    """The chart in our style; in a page the ink is the text colour of wherever it stands."""
+    lines = {"domainColor": ink, "tickColor": ink, "gridColor": ink}
+    faint = {"domainOpacity": 0.35, "tickOpacity": 0.35, "gridOpacity": 0.1}
+    text = {"labelColor": ink, "titleColor": ink, "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal"}
+    text |= {"labelLimit": 220}  # in pixels: longer ones end in an ellipsis
+    return figure.configure(
+        background=background,
+        font=FONT,
+        axis=lines | faint | text,
+        legend=text | {"symbolLimit": 40},
+        header=text | {"labelAnchor": "start", "labelFontSize": 12, "labelFontWeight": "bold"},
+        view={"stroke": None},
+        mark={"color": CATEGORIES[0], "tooltip": True},
+        line={"strokeWidth": 2},
+        point={"size": 45},
+        range={"category": CATEGORIES, "ordinal": {"scheme": SEQUENCE}, "ramp": {"scheme": SEQUENCE}},
     )
-    return figure + rule.encode(x=steps(run), tooltip=alt.Tooltip("what:N", title=" "))
-
-
-def shades(count: int) -> list[str]:
-    """So many colours along SEQUENCE."""
-    anchors = [[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in SEQUENCE]
-    places = [2 * i / max(1, count - 1) for i in range(count)]
-    pairs = [(anchors[min(1, int(x))], anchors[min(1, int(x)) + 1], x - min(1, int(x))) for x in places]
-    return ["#" + "".join(f"{round(a + (b - a) * t):02x}" for a, b in zip(u, v, strict=True)) for u, v, t in pairs]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RunFolderError
+from ...naming import short
 from ..runs import check_format
 
 Row = dict[str, Any]
@@ -43,10 +44,10 @@ class Run:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
-    def number(self, *keys: str, otherwise: float | None = None) -> float | None:
-        """The same if it is a finite number, else `otherwise`."""
+    def number(self, *keys: str) -> float | None:
+        """The same if it is a finite number."""
         value = self.get(*keys)
-        return value if is_number(value) else otherwise
+        return value if is_number(value) else None
 
     def column(self, name: Any) -> list[Any]:
         """The values of a column of metrics.jsonl; none if `name` is none of its names."""
@@ -94,12 +95,9 @@ def read_run(path: Path, label: str) -> Run:
 
 def labels(paths: Sequence[Path]) -> list[str]:
     """Folder names with as many parents as make them different; the same folder twice gets a number."""
-    parts = [path.resolve().parts for path in paths]
-    count = 1
-    while count < max(map(len, parts)) and len({p[-count:] for p in parts}) < len(set(parts)):
-        count += 1
-    names = ["/".join(p[-count:]) for p in parts]
-    return [n if names.count(n) == 1 else f"{n} ({names[: i + 1].count(n)})" for i, n in enumerate(names)]
+    whole = [path.resolve().as_posix() for path in paths]
+    label = dict(zip(dict.fromkeys(whole), short(dict.fromkeys(whole), "/"), strict=True))
+    return [label[p] + (f" ({whole[: i + 1].count(p)})" if whole.count(p) > 1 else "") for i, p in enumerate(whole)]
 
 
 def read_state(path: Path, notes: list[str]) -> Mapping[str, Any]:

@@ -4,81 +4,68 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import tables
-from .reading import Run, is_number
+from .reading import Run
 
 NONE = "–"
 
 
-def shown(value: Any, form: str = ",.0f") -> str:
-    return format(value, form) if is_number(value) else NONE
+def shown(value: float | None, form: str = "{:,.0f}") -> str:
+    return NONE if value is None else form.format(value)
 
 
-def metric(value: Any) -> str:
+def metric(value: float | None) -> str:
     """Three decimals, so that a column lines up; four figures where that would show too little or too much."""
-    return shown(value, ".3f" if is_number(value) and (value == 0 or 0.01 <= abs(value) < 1000) else ".4g")
-
-
-def of(used: float | None, target: float | None) -> str:
-    return shown(used) + ("" if target is None else f" of {shown(target)}")
+    return shown(value, "{:.3f}" if value == 0 or 0.01 <= abs(value or 0) < 1000 else "{:.4g}")
 
 
 def seconds(value: float | None) -> str:
-    if value is None:
-        return NONE
-    if value < 600:
-        return f"{value:.0f} s"
+    if value is None or value < 600:
+        return shown(value, "{:.0f} s")
     return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
 
 
-def memory(run: Run) -> str:
-    peak = run.number("peak_memory_bytes")
-    return NONE if peak is None else f"{peak / 2**20:,.0f} MiB"
+STATE = {  # numbers of run.json
+    "metric": ("before", "after", "best", "baseline"),
+    "budget": ("ranks_used", "ranks_target", "parameters_used", "parameters_average", "parameters_peak"),
+    "seconds": ("train",),
+}
 
 
-def measured(run: Run) -> dict[str, float | None]:
-    """The metric before, after and best."""
+def facts(run: Run) -> Mapping[str, float | None]:
+    """The numbers of a run by their name in run.json, None where unknown; before it has finished, what its rows say."""
+    state = {name: run.number(part, name) for part, names in STATE.items() for name in names}
     values = run.column(run.get("metric", "name"))
-    before = values[0] if values and run.metrics[0]["step"] == 0 else None
-    so_far = {"before": before, "after": values[-1] if values else None, "best": None}
-    return {key: run.number("metric", key, otherwise=value) for key, value in so_far.items()}
+    ranks, live, time = (run.column(name) for name in ("ranks", "parameters", "seconds"))
+    rows = {
+        "before": values[0] if values and run.metrics[0]["step"] == 0 else None,
+        "after": values[-1] if values else None,
+        "ranks_used": ranks[-1] if ranks else None,
+        "parameters_used": live[-1] if live else None,
+        "parameters_average": sum(live) / len(live) if live else None,
+        "parameters_peak": max(live, default=None),
+        "train": max(time, default=0 if run.metrics else None),
+    }
+    better, other = (state, rows) if run.get("status") == "finished" else (rows, state)
+    return {name: better.get(name) if better.get(name) is not None else other.get(name) for name in state}
 
 
-def live(run: Run) -> dict[str, float | None]:
-    """Adapter parameters at peak and on average."""
-    found = run.column("parameters")
-    so_far = {"peak": max(found, default=None), "average": sum(found) / len(found) if found else None}
-    return {key: run.number("budget", f"parameters_{key}", otherwise=value) for key, value in so_far.items()}
-
-
-def used(run: Run, name: str) -> float | None:
-    """Ranks or parameters at the last step."""
-    values = run.column(name)
-    return values[-1] if values and run.get("status") != "finished" else run.number("budget", f"{name}_used")
-
-
-def tiles(run: Run) -> list[Mapping[str, str]]:
-    """The figures to see first: {"name", "value", "more"}."""
-    found, parameters = measured(run), live(run)
-    time = run.number("seconds", "train", otherwise=max(run.column("seconds"), default=0 if run.metrics else None))
-    ranks = [end for _, _, end in module_rows(run)]
+def tiles(run: Run) -> list[tuple[str, str, str]]:
+    """The figures to see first: (name, value, more)."""
+    said, ranks = line(run), [end for _, _, end in module_rows(run)]
     spread = f"{min(ranks)} to {max(ranks)} per module, {len(ranks)} modules" if ranks else ""
     return [
-        {"name": str(run.get("metric", "name") or "metric"),
-         "value": f"{metric(found['before'])} → {metric(found['after'])}", "more": judged(run)},
-        {"name": "active ranks", "value": of(used(run, "ranks"), run.number("budget", "ranks_target")),
-         "more": spread},
-        {"name": "adapter parameters", "value": shown(used(run, "parameters")),
-         "more": f"{shown(parameters['average'])} on average, {shown(parameters['peak'])} at peak"},
-        {"name": "time of training", "value": seconds(time), "more": f"{run.steps} steps"},
-        {"name": "memory at peak", "value": memory(run), "more": str(run.get("environment", "device") or "")},
-    ]  # fmt: skip
+        (str(run.get("metric", "name") or "metric"), f"{said['before']} → {said['after']}", judged(run)),
+        ("active ranks", said["ranks"], spread),
+        ("adapter parameters", said["parameters"], f"{said['on average']} on average, {said['at peak']} at peak"),
+        ("time of training", said["time"], f"{run.steps} steps"),
+        ("memory at peak", said["memory"], str(run.get("environment", "device") or "")),
+    ]
 
 
 def judged(run: Run) -> str:
     """What the metric compares with."""
-    best, baseline = measured(run)["best"], run.number("metric", "baseline")
-    words = [f"best {metric(best)}"] if best is not None else []
-    words += [f"baseline {metric(baseline)}"] if baseline is not None else []
+    found = facts(run)
+    words = [f"{name} {metric(found[name])}" for name in ("best", "baseline") if found[name] is not None]
     words += ["lower is better"] if run.get("metric", "higher_is_better") is False else []
     return ", ".join(words)
 
@@ -101,16 +88,18 @@ SETTINGS = ("method", "task", "seed", "status", "metric")
 
 
 def line(run: Run) -> Mapping[str, str]:
-    """A run in a table of several."""
+    """A run in words, as in a table of several."""
+    found, peak = facts(run), run.number("peak_memory_bytes")
+    ranks, target = found["ranks_used"], found["ranks_target"]
+    named = {name: run.get(name) for name in SETTINGS} | {"metric": run.get("metric", "name") or None}
     return {
         "run": run.label,
-        **{name: NONE if run.get(name) is None else str(run.get(name)) for name in SETTINGS},
-        "metric": str(run.get("metric", "name") or NONE),
-        **{name: metric(value) for name, value in measured(run).items()},
-        "ranks": of(used(run, "ranks"), run.number("budget", "ranks_target")),
-        "parameters": shown(used(run, "parameters")),
-        "on average": shown(live(run)["average"]),
-        "at peak": shown(live(run)["peak"]),
-        "time": seconds(run.number("seconds", "train")),
-        "memory": memory(run),
+        **{name: NONE if value is None else str(value) for name, value in named.items()},
+        **{name: metric(found[name]) for name in ("before", "after", "best")},
+        "ranks": shown(ranks) + ("" if target is None else f" of {target:,.0f}"),
+        "parameters": shown(found["parameters_used"]),
+        "on average": shown(found["parameters_average"]),
+        "at peak": shown(found["parameters_peak"]),
+        "time": seconds(found["train"]),
+        "memory": NONE if peak is None else f"{peak / 2**20:,.0f} MiB",
     }
