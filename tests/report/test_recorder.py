@@ -21,9 +21,9 @@ SCHEDULE = {"warmup_steps": 4, "interval_steps": 3, "top_h": 3, "birth_warmup": 
 def run(folder, model, *, stop=20, resume=None):
     folder.mkdir(exist_ok=True)
     task = SimpleNamespace(metric="none", evaluate=lambda model, batch_size: {})
-    recorder = Recorder(RunFolder(folder), task, progress=None, evaluate_every=20, batch_size=1)
+    recorder = Recorder(RunFolder(folder), task, progress=None)
     callbacks = [recorder, StopAt(stop)]
-    options = {"max_steps": 20, "save_strategy": "steps", "save_steps": 7, "seed": 3}
+    options = {"max_steps": 20, "save_strategy": "steps", "save_steps": 7, "eval_steps": 20, "seed": 3}
     trainer_of(model, folder, callbacks=callbacks, **options).train(resume_from_checkpoint=resume)
     return model
 
@@ -91,8 +91,7 @@ def test_recording_changes_nothing(traced, tmp_path):
 def test_a_resumed_run_continues_its_files(traced, tmp_path):
     """As `increlora train --resume` does: rows after the checkpoint are cut off, then the run goes on."""
     run(tmp_path, adapted(**SCHEDULE), stop=9)
-    for name in ("trace.jsonl", "spectra.jsonl"):
-        RunFolder(tmp_path).keep_rows(name, before=7 + 1)
+    RunFolder(tmp_path).rewind(tmp_path / "checkpoint-7")
     run(tmp_path, adapted(**SCHEDULE), resume=str(tmp_path / "checkpoint-7"))
     for name in ("trace.jsonl", "spectra.jsonl"):
         assert rows(tmp_path, name) == rows(traced[0], name)

@@ -57,8 +57,7 @@ class IncreLoraPlugin(BasePlugin):
         config = config_of(cfg.adapter, given, cfg.increlora)
         if config_only:
             return None, config
-        dtype = cfg.peft_autocast_adapter_dtype
-        cast = {} if dtype is None else {"autocast_adapter_dtype": dtype}
+        cast = {"autocast_adapter_dtype": cfg.peft_autocast_adapter_dtype is not False}  # peft's default: True
         if cfg.lora_model_dir:
             loaded = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference, **cast)
             return loaded, loaded.peft_config[loaded.active_adapter]

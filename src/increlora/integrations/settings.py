@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import TaskType
-from torch import nn
 
 from increlora.errors import ConfigError
 from increlora.hosts.peft.config import CONFIGS, type_name
@@ -17,7 +16,7 @@ ADAPTERS = {
 }
 ENDINGS = {
     "ForSequenceClassification": TaskType.SEQ_CLS, "ForTokenClassification": TaskType.TOKEN_CLS,
-    "ForQuestionAnswering": TaskType.QUESTION_ANS,
+    "ForQuestionAnswering": TaskType.QUESTION_ANS, "Model": TaskType.FEATURE_EXTRACTION,
 }  # fmt: skip
 
 
@@ -36,12 +35,10 @@ def config_of(name: str, given: Mapping[str, Any], options: Mapping[str, Any] | 
     return ADAPTERS[name](**known | dict(options or {}))
 
 
-def task_type(model: nn.Module) -> TaskType | None:
+def task_type(model: Any) -> TaskType | None:
     """peft's name for the model's task, by the ending of its class's name and by whether it generates; None where there
     is none, as for masked language models."""
-    name = type(model).__name__
-    known = next((task for ending, task in ENDINGS.items() if name.endswith(ending)), None)
-    if known is None and hasattr(model, "prepare_inputs_for_generation"):
-        seq2seq = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        return TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM
-    return TaskType.FEATURE_EXTRACTION if known is None and name.endswith("Model") else known
+    known = next((task for ending, task in ENDINGS.items() if type(model).__name__.endswith(ending)), None)
+    if known in (None, TaskType.FEATURE_EXTRACTION) and hasattr(model, "prepare_inputs_for_generation"):
+        return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+    return known

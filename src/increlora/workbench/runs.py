@@ -8,7 +8,6 @@ goes on and are cut back to its checkpoint when it is resumed; a torn last line 
 
 import contextlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,10 +79,13 @@ class RunFolder:
                 return folder
         return None
 
-    def keep_rows(self, name: str, *, before: int) -> None:
-        """Cut a .jsonl file back to the rows with step < `before`."""
-        kept = [row for row in self.rows(name) if row["step"] < before]
-        write_text(self.path / name, "".join(map(json_line, kept)))
+    def rewind(self, checkpoint: Path | None) -> None:
+        """Cut the .jsonl files back to a checkpoint, or to the start."""
+        done = checkpoint_step(checkpoint) if checkpoint else 0
+        for name in ("metrics.jsonl", "trace.jsonl", "spectra.jsonl", "events.jsonl"):
+            last = done - (name == "events.jsonl")  # events name their step, from 0; the others count steps done
+            kept = [row for row in self.rows(name) if row["step"] <= last]
+            write_text(self.path / name, "".join(map(json_line, kept)))
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         write_text(self.path / "run.json", json.dumps(finite({"format": FORMAT, **state}), indent=2) + "\n")
@@ -95,10 +97,8 @@ class RunFolder:
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Rows of a .jsonl file, without a torn last line; none if it is not there."""
-        try:
-            text = (self.path / name).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return []
+        path = self.path / name
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
         return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
@@ -118,12 +118,8 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def finite(value: Any) -> Any:
-    """The value with None for NaN and infinities, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """The value as JSON has it: None for NaN and infinities, a sorted list for a set."""
+    return json.loads(json.dumps(value, default=sorted), parse_constant=lambda name: None)
 
 
 def json_line(row: Mapping[str, Any]) -> str:

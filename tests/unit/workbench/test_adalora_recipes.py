@@ -9,9 +9,7 @@ from typer.testing import CliRunner
 from increlora import AdaLoraConfig
 from increlora.decide.schedules import Run
 from increlora.workbench.cli.app import app
-from increlora.workbench.cli.recipes import read_recipe
-from increlora.workbench.cli.run import total_steps
-from increlora.workbench.cli.settings import TrainSettings
+from increlora.workbench.cli.settings import read_recipe
 from increlora.workbench.tasks.glue import GLUE
 
 RECIPES = sorted(Path(__file__).parents[3].glob("recipes/paper/adalora-*.toml"))
@@ -29,9 +27,9 @@ def test_every_task_has_both_budgets_of_the_papers_table() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_has_the_papers_schedule(path: Path) -> None:
-    settings = TrainSettings(**read_recipe(path))
+    settings = read_recipe(path)
     config, task = settings.peft_config(), settings.task.removeprefix("glue/")
-    steps = total_steps(settings, GLUE[task].train_size)
+    steps = settings.total_steps(GLUE[task].train_size)
     schedule = config.settings().method(72, 72).rules[0].schedule(Run(steps, 72), 72 * config.init_r, 72 * config.r)
     assert (steps, schedule.warmup, schedule.interval, schedule.settle, config.orthogonality) == PAPER[task]
     assert (config.r, config.init_r) in {(2, 4), (8, 12)}

@@ -23,7 +23,7 @@ from increlora import IncreLoraConfig
 from increlora.errors import NonFiniteError
 from increlora.naming import parts, short
 from increlora.workbench.cli.app import app
-from increlora.workbench.cli.build import target_modules
+from increlora.workbench.cli.build import set_head_dropout, target_modules
 from increlora.workbench.cli.display import rank_map
 from increlora.workbench.cli.recorder import Recorder
 from increlora.workbench.tasks import DEFAULT_BACKBONE, load_classifier
@@ -532,3 +532,10 @@ def test_target_modules_are_names_a_shorthand_or_an_expression(model):
     assert target_modules("self.query", bert) == ["self.query"]
     for text in ("all-linear", r".*\.(query|key)"):
         assert target_modules(text, bert) == text
+
+
+def test_head_dropout_leaves_the_trunk_alone(model):
+    bert, _ = load_classifier(str(model), 2, 0)
+    set_head_dropout(bert, 0.3)
+    shares = {name: module.p for name, module in bert.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert shares.pop("dropout") == 0.3 and set(shares.values()) == {0.1}

@@ -22,9 +22,7 @@ from increlora.workbench.cli.app import app
 from increlora.workbench.cli.build import target_modules
 from increlora.workbench.cli.options import flags, from_flags, option
 from increlora.workbench.cli.plan import kinds
-from increlora.workbench.cli.recipes import read_recipe
-from increlora.workbench.cli.run import total_steps
-from increlora.workbench.cli.settings import FLAGS, TrainSettings, parse_options, refuse_changes, resolve
+from increlora.workbench.cli.settings import FLAGS, TrainSettings, parse_options, read_recipe, refuse_changes, resolve
 from increlora.workbench.tasks import sketch
 from increlora.workbench.tasks.glue import GLUE
 
@@ -67,7 +65,7 @@ def test_settings_survive_the_config_file(tmp_path):
     pairs = ["score_window=none", "capacity_pattern={'a.b' = 4}", "score=signed", "lora_alpha=16"]
     settings = resolve({"r": 4, "lr": 2e-5, "target_modules": "query,value"}, pairs)
     text = settings.toml(Path("o"))
-    again = TrainSettings(**read_recipe(recipe(tmp_path, text)))
+    again = read_recipe(recipe(tmp_path, text))
     assert again.peft_config() == settings.peft_config() and again.toml(Path("o")) == text
     assert (again.lr, again.r, again.target_modules) == (2e-5, 4, "query,value")
     words = shlex.split(text.partition("\n")[0])
@@ -92,7 +90,7 @@ def test_switches_of_the_published_code_survive_the_config_file(tmp_path):
         4, target_modules="all-linear", reserve="frozen", selection="exact", score_accumulation="last", top_h=None
     )
     text = settings.toml(Path("o"))
-    again = TrainSettings(**read_recipe(recipe(tmp_path, text)))
+    again = read_recipe(recipe(tmp_path, text))
     assert again.peft_config() == settings.peft_config() and again.toml(Path("o")) == text
     assert "--preset paper" in text and "--set reserve=frozen" in text and "finish" not in text.partition("\n")[0]
     refuse_changes(again, {}, ["reserve=frozen", "finish=keep"], Path("o"))
@@ -102,7 +100,7 @@ def test_switches_of_the_published_code_survive_the_config_file(tmp_path):
 
 def test_a_config_file_that_says_of_every_switch_that_it_is_off_is_the_method_itself(tmp_path):
     said = 'reserve = "none"\nselection = "exact"\nscaling = "constant"\nscale_epsilon = 0.0\ngrow_by = 2\n'
-    settings = TrainSettings(**read_recipe(recipe(tmp_path, "[options]\n" + said)))
+    settings = read_recipe(recipe(tmp_path, "[options]\n" + said))
     assert settings.options == {"grow_by": 2} and settings.peft_config().published == {}
 
 
@@ -116,7 +114,7 @@ def test_a_preset_is_resolved_in_the_file_and_stays_short_in_the_command(tmp_pat
     options = tomllib.loads(text)["options"]
     assert options["scaling"] == "active_rank" and options["orthogonality"] == 0.1
     assert "--preset paper --set top_h=3" in text.partition("\n")[0]
-    again = TrainSettings(**read_recipe(recipe(tmp_path, text)))
+    again = read_recipe(recipe(tmp_path, text))
     assert again.peft_config() == settings.peft_config()
 
 
@@ -245,7 +243,7 @@ def test_every_published_setting_has_a_recipe():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_paper_recipe_loads_and_names_itself(path):
-    settings = TrainSettings(**read_recipe(path))
+    settings = read_recipe(path)
     assert path.read_text().startswith(f"# increlora train --config recipes/paper/{path.name}")
     model = dict.fromkeys(("lorta", "melora"), "FacebookAI/roberta-base").get(
         settings.method, "microsoft/deberta-v3-base"
@@ -272,12 +270,12 @@ def test_the_forecast_of_every_recipe_agrees_with_the_published_scripts(deberta)
     shapes = {name: (module.in_features, module.out_features) for name, module in modules.items()}
     totals = len(shapes), sum(map(sum, shapes.values()))
     for path in (path for path in RECIPES if path.stem.startswith("increlora-")):
-        settings = TrainSettings(**read_recipe(path))
+        settings = read_recipe(path)
         method = settings.peft_config().settings().method(*totals)
         made = {site: method.make_delta(Site("x", *site, *totals)) for site in set(shapes.values())}
         deltas = {name: made[site] for name, site in shapes.items()}  # one delta for all modules of a shape
         [rule] = [rule.bind(deltas, method.budget, slot) for slot, rule in enumerate(method.rules)]
-        steps = total_steps(settings, GLUE[settings.task.removeprefix("glue/")].train_size)
+        steps = settings.total_steps(GLUE[settings.task.removeprefix("glue/")].train_size)
         found = rule.forecast(rule.holdings(), Run(steps, len(deltas))).events
         events, last, ranks = PUBLISHED[path.stem.removeprefix("increlora-")]
         assert (len(found), found[-1].step, found[-1].ranks) == (events, last, ranks), path.stem

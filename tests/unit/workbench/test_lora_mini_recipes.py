@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from increlora.workbench.cli.app import app
-from increlora.workbench.cli.recipes import read_recipe
-from increlora.workbench.cli.settings import TrainSettings
+from increlora.workbench.cli.settings import read_recipe
 from tests.unit.workbench.test_adalora_recipes import plan
 
 FOLDER = Path(__file__).parents[3] / "recipes"
@@ -22,11 +21,12 @@ def test_the_recipe_says_that_its_settings_are_ours_and_trains_as_meloras_does()
     assert text.startswith(f"# increlora train --config recipes/reconstruction/{RECIPE.name}")
     head = text.partition("method = ")[0]
     assert "OUR settings" in head and "could not be read" in head and not list(FOLDER.glob("paper/lora_mini*"))
-    table, other = read_recipe(RECIPE), read_recipe(FOLDER / "paper" / "melora-rte-r8.toml")
-    assert {k: v for k, v in table.items() if k not in OWN} == {k: v for k, v in other.items() if k not in OWN}
+    settings, other = read_recipe(RECIPE), read_recipe(FOLDER / "paper" / "melora-rte-r8.toml")
+    same = vars(settings).keys() - OWN
+    assert {k: getattr(settings, k) for k in same} == {k: getattr(other, k) for k in same}
     for option in ("lora_alpha", "lora_dropout"):
-        assert table["options"][option] == other["options"][option]
-    config = TrainSettings(**table).peft_config()
+        assert settings.options[option] == other.options[option]
+    config = settings.peft_config()
     assert (config.r, config.inner_in, config.inner_out) == (8, 38, 38)
 
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from increlora.workbench.cli.recipes import read_recipe
-from increlora.workbench.cli.settings import TrainSettings
+from increlora.workbench.cli.settings import read_recipe
 from increlora.workbench.tasks.glue import GLUE
 from tests.unit.workbench.test_adalora_recipes import plan
 
@@ -23,7 +22,7 @@ def test_every_task_of_the_harness_has_its_recipe() -> None:
 
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_a_recipe_has_the_settings_of_the_harness(task: str) -> None:
-    settings = TrainSettings(**read_recipe(RECIPES[f"lorta-{task}-r8"]))
+    settings = read_recipe(RECIPES[f"lorta-{task}-r8"])
     assert (settings.epochs, settings.lr, settings.batch_size, settings.max_length) == (*PUBLISHED[task], 64, 512)
     assert (settings.lr_warmup, settings.weight_decay, settings.max_grad_norm, settings.seed) == (0.06, 0.0, 1000, 42)
     config = settings.peft_config()

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from increlora.workbench.cli.recipes import read_recipe
-from increlora.workbench.cli.settings import TrainSettings
+from increlora.workbench.cli.settings import read_recipe
 from increlora.workbench.tasks.glue import GLUE
 from tests.unit.workbench.test_adalora_recipes import plan
 
@@ -25,7 +24,7 @@ def test_every_task_of_the_script_has_its_recipe() -> None:
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_a_recipe_has_the_settings_of_the_script(task: str) -> None:
     """The decay is what its optimizer really has (trap 3: the script names 0.1, and never hands it on)."""
-    settings = TrainSettings(**read_recipe(RECIPES[f"melora-{task}-r8"]))
+    settings = read_recipe(RECIPES[f"melora-{task}-r8"])
     assert (settings.epochs, settings.batch_size, settings.max_length, settings.lr) == PUBLISHED[task]
     assert (settings.lr_warmup, settings.weight_decay, settings.seed) == (0.06, 0.01, 42)
     assert settings.target_modules == "query,value"

@@ -7,9 +7,7 @@ from typer.testing import CliRunner
 
 from increlora.decide.schedules import Run
 from increlora.workbench.cli.app import app
-from increlora.workbench.cli.recipes import read_recipe
-from increlora.workbench.cli.run import total_steps
-from increlora.workbench.cli.settings import TrainSettings
+from increlora.workbench.cli.settings import read_recipe
 from increlora.workbench.tasks.glue import GLUE
 
 FOLDER = Path(__file__).parents[3] / "recipes"
@@ -28,12 +26,12 @@ def test_a_recipe_says_what_it_is_and_trains_as_adaloras_does(path: Path) -> Non
     assert text.startswith(f"# increlora train --config recipes/reconstruction/{path.name}")
     head = text.partition("method = ")[0]
     assert "reconstruction" in head and "second-hand" in head and "OUR settings" in head
-    table, other = read_recipe(path), read_recipe(FOLDER / "paper" / f"adalora-{task}-r8.toml")
-    assert {k: v for k, v in table.items() if k not in OWN} == {k: v for k, v in other.items() if k not in OWN}
+    settings, other = read_recipe(path), read_recipe(FOLDER / "paper" / f"adalora-{task}-r8.toml")
+    same = vars(settings).keys() - OWN
+    assert {k: getattr(settings, k) for k in same} == {k: getattr(other, k) for k in same}
     for option in ("lora_alpha", "lora_dropout"):
-        assert table["options"][option] == other["options"][option]
-    settings = TrainSettings(**table)
-    steps = total_steps(settings, GLUE[task].train_size)
+        assert settings.options[option] == other.options[option]
+    steps = settings.total_steps(GLUE[task].train_size)
     schedule = settings.peft_config().settings().method(72, 72).rules[0].schedule(Run(steps, 72))
     assert (schedule.first, schedule.last) == (39, steps // 40 * 40 - 1)
     assert settings.peft_config().first_r == 4.0

@@ -142,9 +142,13 @@ def test_rows_survive_a_torn_line_and_are_cut_back(folder):
     with (folder.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     assert [row["step"] for row in folder.rows("metrics.jsonl")] == [0, 1, 2, 3]
-    folder.keep_rows("metrics.jsonl", before=2)
+    folder.append("events.jsonl", {"step": 0})
+    folder.append("events.jsonl", {"step": 1})
+    folder.rewind(folder.path / "checkpoints" / "checkpoint-1")
     assert (folder.path / "metrics.jsonl").read_text() == '{"step": 0, "loss": null}\n{"step": 1, "loss": null}\n'
-    assert folder.rows("events.jsonl") == []
+    assert folder.rows("events.jsonl") == [{"step": 0}]  # that of the first step, which is done
+    folder.rewind(None)
+    assert folder.rows("metrics.jsonl") == [{"step": 0, "loss": None}] and folder.rows("events.jsonl") == []
 
 
 def test_the_latest_complete_checkpoint_counts(folder):

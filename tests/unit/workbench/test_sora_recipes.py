@@ -6,9 +6,7 @@ import pytest
 
 from increlora.decide.projections import published_shrink
 from increlora.decide.schedules import Run
-from increlora.workbench.cli.recipes import read_recipe
-from increlora.workbench.cli.run import total_steps
-from increlora.workbench.cli.settings import TrainSettings
+from increlora.workbench.cli.settings import read_recipe
 from increlora.workbench.tasks.glue import GLUE
 from tests.unit.workbench.test_adalora_recipes import cells, plan
 
@@ -20,9 +18,9 @@ RECIPES = {path.stem: path for path in Path(__file__).parents[3].glob("recipes/p
     ("sora-rte-r8", 10_920, {0: 0.0, 3899: 0.0, 3900: 7e-4 / 6, 5069: 7e-4 / 6, 5070: 7e-4 / 3, 10_919: 7e-4}),
 ])  # fmt: skip
 def test_a_recipe_has_the_published_thresholds(name: str, steps: int, thresholds: dict[int, float]) -> None:
-    settings = TrainSettings(**read_recipe(RECIPES[name]))
+    settings = read_recipe(RECIPES[name])
     rule = settings.peft_config().settings().method(72, 165_888).rules[0]
-    assert total_steps(settings, GLUE[settings.task.removeprefix("glue/")].train_size) == steps
+    assert settings.total_steps(GLUE[settings.task.removeprefix("glue/")].train_size) == steps
     levels = rule.thresholds(Run(steps, 72))
     assert {step: levels.at(step) for step in thresholds} == pytest.approx(thresholds)
     assert rule.shrink is published_shrink and rule.close_after is None

@@ -1,6 +1,5 @@
 """Commands, and errors as one sentence: exit code 2, no traceback."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -20,28 +19,22 @@ USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # click's, of which newer rele
 class OneSentence(TyperGroup):
     """A group whose expected errors are one sentence on stderr."""
 
-    def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            code = super().main(args, *more, **kwargs | {"standalone_mode": False})
-        except USAGE_ERROR as error:
-            code = complain(unknown_option(error) or error.format_message())
-        except (IncreLoraError, NoMatchingPeftModuleError, OSError) as error:
-            code = complain(str(error))
-        if standalone_mode:
-            raise SystemExit(code)
-        return code
+            code = super().main(*args, **kwargs | {"standalone_mode": False})
+        except (USAGE_ERROR, IncreLoraError, NoMatchingPeftModuleError, OSError) as error:
+            code = 2
+            if message := sentence(error):  # without a command typer has printed the help
+                typer.echo(f"error: {' '.join(message.split())}", err=True)
+        raise SystemExit(code)
 
 
-def complain(message: str) -> int:
-    if message:  # without a command typer has printed the help
-        typer.echo(f"error: {' '.join(message.split())}", err=True)
-    return 2
-
-
-def unknown_option(error: Any) -> str | None:
-    """The sentence for an option that does not exist, naming the nearest one that does."""
-    if not hasattr(error, "possibilities") or error.ctx is None:
-        return None
+def sentence(error: Any) -> str:
+    """What an error says; of an option that does not exist, the nearest one that does."""
+    if not isinstance(error, USAGE_ERROR):
+        return str(error)
+    if not hasattr(error, "possibilities"):
+        return str(error.format_message())
     parameters = error.ctx.command.get_params(error.ctx)  # --help among them
     known = [name for parameter in parameters for name in parameter.opts if name.startswith("--")]
     return f"no option {error.option_name}; did you mean {nearest(error.option_name, known)}?"

@@ -9,8 +9,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import ConfigError
-from ...rules import Forecast
-from ...runtime import controllers_of
 from ..tasks import Task, find_task, load_model, load_task
 from .settings import TrainSettings
 
@@ -23,7 +21,6 @@ def build(settings: TrainSettings) -> tuple[Any, Task]:
 
 
 def adapted(settings: TrainSettings, model: nn.Module) -> Any:
-    """The model with the settings' adapter."""
     if settings.head_dropout is not None:
         set_head_dropout(model, settings.head_dropout)
     kind = find_task(settings.task).task_type  # SEQ_CLS: the head is trained, too
@@ -35,35 +32,20 @@ def adapted(settings: TrainSettings, model: nn.Module) -> Any:
         return get_peft_model(model, config)
 
 
-def forecast_run(model: nn.Module, steps: int) -> Forecast:
-    """What will happen to the ranks; nothing if they are fixed. Raises ScheduleError or BudgetError if a rule cannot do
-    its work in a run of so many steps."""
-    return next((controller.forecast(steps) for controller in controllers_of(model)), Forecast((), ()))
-
-
 def target_modules(chosen: str | None, model: nn.Module) -> str | list[str]:
     """What `--target-modules` means; by default every linear map of the trunk but a pooler's."""
     if chosen is not None:
         return chosen.split(",") if re.fullmatch(r"[\w.]+(,[\w.]+)*", chosen) else chosen
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and name.startswith(f"{model.base_model_prefix}.")
-        and "pooler" not in name.split(".")
-    ]
+    trunk = f"{model.base_model_prefix}."
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return [name for name in linear if name.startswith(trunk) and "pooler" not in name.split(".")]
 
 
 def set_head_dropout(model: nn.Module, share: float) -> None:
     """Set the dropout layers outside the trunk and its pooler. Raises ConfigError if there is none."""
-    found = [
-        module
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith("Dropout") and not name.startswith(f"{model.base_model_prefix}.")
-    ]
+    trunk = f"{model.base_model_prefix}."
+    found = [m for name, m in model.named_modules() if isinstance(m, nn.Dropout) and not name.startswith(trunk)]
     if not found:
         raise ConfigError(f"--head-dropout {share}: {type(model).__name__} has no dropout before a head; leave it out")
-    for module in found:
-        for attribute in ("p", "drop_prob"):
-            if hasattr(module, attribute):
-                setattr(module, attribute, share)
+    for dropout in found:
+        dropout.p = share

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,55 +15,42 @@ LINES = 10  # of progress, where there is no terminal
 SHADES = ("grey11", "grey19", "grey30", "grey42", "grey54", "grey66", "grey78")  # the more rank, the lighter
 
 
-class Progression:
+class Progression(Progress):
     """Shows steps, loss and the live budget while used as a context."""
 
     def __init__(self, console: Console, *, total: int, done: int, budget: int | None) -> None:
-        self.console, self.total, self.budget = console, total, budget
-        self.metric = ""
-        self.bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[news]}"),
-            TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-        self.task = self.bar.add_task("training", total=total, completed=done, news="")
-
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[news]}")
+        super().__init__(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self.total, self.budget, self.metric = total, f"/{budget}" if budget else "", ""
+        self.task = self.add_task("training", total=total, completed=done, news="")
 
     def step(self, row: Mapping[str, Any], metric: str) -> None:
         """Show a row of metrics.jsonl."""
         if metric in row:
             self.metric = f"  {metric} {row[metric]:.3f}"
-        budget = f"/{self.budget}" if self.budget else ""
-        news = f"loss {row['loss']:.3f}  ranks {row['ranks']}{budget}{self.metric}"
+        news = f"loss {row['loss']:.3f}  ranks {row['ranks']}{self.budget}{self.metric}"
         if self.console.is_terminal:
-            self.bar.update(self.task, completed=row["step"], news=news)
+            self.update(self.task, completed=row["step"], news=news)
         elif row["step"] * LINES // self.total > (row["step"] - 1) * LINES // self.total:
             self.console.print(f"step {row['step']}/{self.total}  {news}", highlight=False, soft_wrap=True)
 
 
 def show_result(console: Console, state: Mapping[str, Any], path: Path) -> None:
     """Metric, time, memory and parameters of a finished run, where the rank went, and where the files are."""
-    metric, budget, memory = state["metric"], state["budget"], state["peak_memory_bytes"]
+    metric, budget = state["metric"], state["budget"]
     rows = []
     for name, after in sorted(state["metrics"]["after"].items(), key=lambda item: item[0] != metric["name"]):
         best = f" (best {number(metric['best'])})" if name == metric["name"] else ""
         known = state["metrics"]["baseline"].get(name)
         baseline = "" if known is None else f", baseline {number(known)}"
         rows.append((name, f"{number(state['metrics']['before'][name])} → {number(after)}{best}{baseline}"))
-    parameters = (
-        f"{budget['parameters_used']:,}{of(budget['parameters_target'])} at the end, "
-        f"{budget['parameters_average']:,.0f} on average, {budget['parameters_peak']:,} at peak"
-    )
+    at_end = f"{budget['parameters_used']:,}{of(budget['parameters_target'])} at the end"
+    meanwhile = f"{budget['parameters_average']:,.0f} on average, {budget['parameters_peak']:,} at peak"
     rows += [
         ("time", f"{state['seconds']['train']:.0f} s training, {state['seconds']['total']:.0f} s in all"),
-        ("memory", "not measured" if memory is None else f"{memory / 2**20:,.0f} MiB at peak"),
+        ("memory", f"{state['peak_memory_bytes'] / 2**20:,.0f} MiB at peak"),
         ("ranks", f"{budget['ranks_used']}" + of(budget["ranks_target"])),
-        ("parameters", parameters),
+        ("parameters", f"{at_end}, {meanwhile}"),
     ]
     console.print(grid(rows))
     console.print(rank_map(state["ranks"]))

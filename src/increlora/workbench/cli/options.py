@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import field, fields
 from inspect import Parameter
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -18,20 +18,14 @@ WORDS = {
     int: "an int", float: "a number", bool: "true or false", str: "a word", list: "a list of words",
     Mapping: "a table such as {query = 4}", NoneType: "none",
 }  # fmt: skip
+Valid = tuple[Callable[[Any], bool], str]  # a test of every value but None, and what to give when it fails
 
 
-def option(
-    default: Any, text: str, *, unset: str = "none", valid: tuple[Callable[[Any], bool], str] | None = None
-) -> Any:
+def option(default: Any, text: str, *, unset: str = "none", valid: Valid | None = None) -> Any:
     """A dataclass field that is also a flag and a TOML key.
 
-    Args:
-        text: what `--help` says about it.   unset: what a default of None stands for.
-        valid: a test of every value but None, and what to give when it fails."""
+    Args: text: what `--help` says about it.   unset: what a default of None stands for."""
     return field(default=default, metadata={"text": text, "unset": unset, "valid": valid})
-
-
-# -- the command line ------------------------------------------------------------------------------------------------
 
 
 def flag(name: str) -> str:
@@ -45,13 +39,12 @@ def flags(settings_cls: Any) -> Iterator[Parameter]:
         if "text" in declared.metadata:
             kinds = [kind for kind in members(hints[declared.name]) if kind is not NoneType]
             shown = typer.Option(
+                None,
                 help=declared.metadata["text"],
                 metavar="<" + "|".join(getattr(kind, "__name__", str(kind)) for kind in kinds) + ">",
                 show_default=declared.metadata["unset"] if declared.default is None else str(declared.default),
             )
-            yield Parameter(
-                declared.name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, shown]
-            )
+            yield Parameter(declared.name, Parameter.KEYWORD_ONLY, default=shown, annotation=str | None)
 
 
 def from_flags(settings_cls: Any, texts: Mapping[str, str | None]) -> dict[str, Any]:
@@ -77,15 +70,12 @@ def to_text(value: Any) -> str:
     return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
 
 
-# -- types -----------------------------------------------------------------------------------------------------------
-
-
-def checked(table: Mapping[str, Any], hints: Mapping[str, Any], owner: str) -> dict[str, Any]:
+def checked(table: Mapping[str, Any], hints: Mapping[str, Any], owner: str, given: str = "") -> dict[str, Any]:
     """The table with its values as `typed`. Raises ConfigError for an option that `owner` does not have."""
     for key in table:
         if key not in hints:
-            raise ConfigError(f"{key}: {owner} has no such option; did you mean {nearest(key, hints)!r}?")
-    return {key: typed(key, value, hints[key]) for key, value in table.items()}
+            raise ConfigError(f"{given}{key}: {owner} has no such option; did you mean {nearest(key, hints)!r}?")
+    return {key: typed(given + key, value, hints[key]) for key, value in table.items()}
 
 
 def typed(key: str, value: Any, hint: Any) -> Any:
@@ -98,19 +88,13 @@ def typed(key: str, value: Any, hint: Any) -> Any:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Is the value of this type? An int is a float, a bool is no int."""
-
-    def is_a(kind: Any) -> bool:
-        kind = get_origin(kind) or kind
-        if kind is Any or not isinstance(kind, type):  # not a type: one of the values of a Literal
-            return kind is Any or (type(value), value) == (type(kind), kind)
-        return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-
-    return any(map(is_a, members(hint)))
+    """Is the value, as TOML or a flag says it, of this type? An int is a float, too."""
+    own, kinds = type(value), [get_origin(kind) or kind for kind in members(hint)]
+    allowed = (Any, own, {int: float, dict: Mapping}.get(own, own))
+    return any(kind in allowed or (type(kind), kind) == (own, value) for kind in kinds)  # in a Literal: a value
 
 
 def described(hint: Any) -> str:
-    """A type in words."""
     return " or ".join(WORDS.get(get_origin(member) or member, repr(member)) for member in members(hint))
 
 

@@ -3,19 +3,19 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
 
+import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from ...deltas import BlockDelta
 from ...hosts.peft import rank_summary
-from ...rules import Expected
+from ...rules import Expected, Forecast
+from ...runtime import controllers_of
 from ..tasks import model_name, sketch, train_size
-from .build import adapted, forecast_run
+from .build import adapted
 from .display import grid, of
-from .run import total_steps
 from .settings import TrainSettings
 
 FLOAT_BYTES = 4
@@ -28,9 +28,10 @@ def show_plan(settings: TrainSettings, console: Console) -> None:
 
     Raises: what training would raise before its first step, as far as no weights are needed for it."""
     examples = train_size(settings.task, settings.model, settings.task_options())
-    steps = total_steps(settings, examples)
+    steps = settings.total_steps(examples)
     model = adapted(settings, sketch(settings.task, settings.model))
-    summary, forecast = rank_summary(model), forecast_run(model, steps)
+    summary = rank_summary(model)
+    forecast = next((controller.forecast(steps) for controller in controllers_of(model)), Forecast((), ()))
     events = [Expected(-1, 0, summary.active, summary.parameters), *forecast.events]
     if forecast.exact:
         ranks = f"{summary.active} at the start, {events[-1].ranks} at the end, {summary.capacity:,} possible"
@@ -58,13 +59,11 @@ def kinds(names: Sequence[str]) -> str:
 
 
 def parameters_forecast(events: Sequence[Expected], steps: int, budget: int | None) -> str:
-    """Adapter parameters: at the end, and their average over the steps."""
     first, last = events[0].parameters, events[-1].parameters
     if len(events) == 1:
         return f"{first:,} throughout"
-    begins = [*(event.step + 1 for event in events), steps]
-    spans = [later - earlier for earlier, later in pairwise(begins)]
-    average = sum(event.parameters * span for event, span in zip(events, spans, strict=True)) / steps
+    spans = np.diff([*(event.step + 1 for event in events), steps])
+    average = np.average([event.parameters for event in events], weights=spans)
     what = "growth is" if last > first else "cuts are"
     return f"about {last:,}{of(budget)} at the end, {average:,.0f} on average (if {what} even)"
 
@@ -91,9 +90,8 @@ def events_table(events: Sequence[Expected]) -> Table:
     grows = any(event.modules for event in events)
     shown = events if grows or count <= ROWS else [events[round(i * count / ROWS)] for i in range(ROWS + 1)]
     title = "growth events" if grows else "cuts" + (f" ({ROWS} of {count:,})" if len(shown) <= count else "")
-    table = Table(title=title, title_justify="left")
-    for column in ("step", *(["modules that grow"] if grows else []), "ranks", "parameters"):
-        table.add_column(column, justify="right")
+    headers = ("step", *(["modules that grow"] if grows else []), "ranks", "parameters")
+    table = Table(*(Column(header, justify="right") for header in headers), title=title, title_justify="left")
     for event in shown:
         step = "start" if event.step < 0 else f"{event.step:,}"
         grown = [str(event.modules or "")] if grows else []

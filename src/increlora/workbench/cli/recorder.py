@@ -1,5 +1,6 @@
 """The run's own Trainer callback: it measures, writes rows, and updates the display."""
 
+import json
 import math
 import time
 from collections.abc import Mapping
@@ -32,26 +33,19 @@ class Recorder(TrainerCallback):
 
     step: optimizer steps done.   ranks: active after the step.   parameters: live during the step, reserve included (in
     LoRA form, where the method has one).   seconds: of training so far, without evaluation.   The task's metrics, each
-    under its name, are there every `evaluate_every` steps and at the end; row 0 has nothing but those before training.
+    under its name, are there every `eval_steps` and at the end; row 0 has nothing but those before training.
     importance: None for methods that score nothing.   lr_factor: learning rate in the last step of tensors born after
     step `created` (see `runtime.records`).   σ: singular values of ΔW, largest first, as many as there are ranks in the
-    forward pass.
-    """
+    forward pass."""
 
-    def __init__(
-        self, folder: RunFolder, task: Task, progress: Progression, *, evaluate_every: int, batch_size: int
-    ) -> None:
-        self.folder, self.task, self.progress = folder, task, progress
-        self.evaluate_every, self.batch_size = evaluate_every, batch_size
-        self.before = max((row.get("seconds", 0.0) for row in folder.rows("metrics.jsonl")), default=0.0)
-        self.events = 0
-        first = {"trace.jsonl": -1, "spectra.jsonl": 0}
-        self.last = {name: max([step, *(row["step"] for row in folder.rows(name))]) for name, step in first.items()}
+    def __init__(self, folder: RunFolder, task: Task, progress: Progression) -> None:
+        self.folder, self.task, self.progress, self.events = folder, task, progress, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self._write("trace.jsonl", 0, model)
-        self.started = time.perf_counter() - self.before
+        if not self.folder.rows("trace.jsonl"):
+            self._append("trace.jsonl", 0, trace(model))
+        before = max((row.get("seconds", 0.0) for row in self.folder.rows("metrics.jsonl")), default=0.0)
+        self.started = time.perf_counter() - before
 
     def on_step_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         self.live = rank_summary(model).live_parameters
@@ -64,30 +58,25 @@ class Recorder(TrainerCallback):
         self.events += len(events)
         for event in events:
             self.folder.append("events.jsonl", asdict(event))
-        if events or step % math.ceil(state.max_steps / TRACES) == 0:
-            self._write("trace.jsonl", step, model)
-        if step % math.ceil(state.max_steps / SPECTRA) == 0:
-            self._write("spectra.jsonl", step, model)
-        if step % self.evaluate_every == 0 or step == state.max_steps:
-            self.row |= self.task.evaluate(model, batch_size=self.batch_size)
+        at_end = step == state.max_steps
+        if at_end or events or step % math.ceil(state.max_steps / TRACES) == 0:
+            self._append("trace.jsonl", step, trace(model))
+        if at_end or step % math.ceil(state.max_steps / SPECTRA) == 0:
+            self._append("spectra.jsonl", step, spectra(model))
+        if at_end or step % args.eval_steps == 0:
+            self.row |= self.task.evaluate(model, batch_size=args.per_device_eval_batch_size)
         self.started += time.perf_counter() - stopped  # seconds of training alone
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: Mapping[str, float], **kwargs: Any) -> None:
-        if "loss" not in logs:  # the Trainer's summary at the end
-            return
-        row = {"step": state.global_step, "loss": logs["loss"], "learning_rate": logs["learning_rate"], **self.row}
-        self.folder.append("metrics.jsonl", row)
-        self.progress.step(row, self.task.metric)
+        if "loss" in logs:  # not in the Trainer's summary at the end
+            row = {"step": state.global_step, "loss": logs["loss"], "learning_rate": logs["learning_rate"], **self.row}
+            self.folder.append("metrics.jsonl", row)
+            self.progress.step(row, self.task.metric)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        for name in self.last:
-            self._write(name, state.global_step, model)
-
-    def _write(self, name: str, step: int, model: nn.Module) -> None:
-        if step > self.last[name]:
-            content = trace(model) if name == "trace.jsonl" else {"modules": spectra(model)}
-            self.folder.append(name, {"step": step, **content})
-            self.last[name] = step
+    def _append(self, name: str, step: int, content: Any) -> None:
+        """Add a row with six digits of every number."""
+        short = json.loads(json.dumps(content), parse_float=lambda digits: float(f"{float(digits):.{DIGITS}g}"))
+        self.folder.append(name, {"step": step, **short})
 
 
 def trace(model: nn.Module) -> dict[str, Any]:
@@ -97,16 +86,12 @@ def trace(model: nn.Module) -> dict[str, Any]:
     for controller in controllers_of(model):
         modules |= snapshot(controller)
         factors |= birth_factors(controller)
-    return {
-        "modules": {name: {key: rounded(value) for key, value in module.items()} for name, module in modules.items()},
-        "lr_factor": {str(created): rounded(factor) for created, factor in factors.items()},
-    }
+    return {"modules": modules, "lr_factor": factors}
 
 
-def spectra(model: nn.Module) -> dict[str, list[Any]]:
-    """Singular values of every ΔW."""
+def spectra(model: nn.Module) -> dict[str, Any]:
     deltas = [module for module in model.modules() if isinstance(module, Delta)]
-    return {delta.name: list(map(rounded, singular_values(*delta.factors()).tolist())) for delta in deltas}
+    return {"modules": {delta.name: singular_values(*delta.factors()).tolist() for delta in deltas}}
 
 
 @torch.no_grad()
@@ -115,14 +100,8 @@ def singular_values(A: Tensor, B: Tensor) -> Tensor:
 
         A ᵀ = Q_A R_A    B = Q_B R_B        σ(B A) = σ(R_B R_Aᵀ)
 
-    NaN where ΔW is not finite. In float64: what is learnt by a newborn rank lies many orders below σ₁.
-    """
+    NaN where ΔW is not finite. In float64: what is learnt by a newborn rank lies many orders below σ₁."""
     _, right = torch.linalg.qr(A.double().mT, mode="r")
     _, left = torch.linalg.qr(B.double(), mode="r")
     inner = left @ right.mT
     return torch.linalg.svdvals(inner) if inner.isfinite().all() else inner.diagonal() * torch.nan
-
-
-def rounded(value: float | None) -> float | None:
-    """The value with six digits; None and ints as they are."""
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,14 +22,14 @@ from ..tasks import Task, model_name
 from .settings import TrainSettings
 
 PACKAGES = ("increlora", "torch", "peft", "transformers", "accelerate")
+SYSTEM = ("system", "release", "version", "machine", "processor")
 PEFT_STATUS = {"finished": "success", "failed": "failed", "interrupted": "canceled", "running": "running"}
 
 
 def initial_state(settings: TrainSettings, model: Any, task: Task, path: Path) -> dict[str, Any]:
     """run.json as the run begins: everything that is known, null for what is not."""
-    parameters = list(model.parameters())
-    peft_config = {k: sorted(v) if isinstance(v, set) else v for k, v in model.peft_config["default"].to_dict().items()}
-    base = model_name(settings.task, settings.model)
+    trained, total = model.get_nb_trainable_parameters()
+    base, here = model_name(settings.task, settings.model), environment()
     return {
         "status": "running",
         "error": "",
@@ -41,32 +42,29 @@ def initial_state(settings: TrainSettings, model: Any, task: Task, path: Path) -
         **measured(model, task, []),
         "seconds": {"train": None, "total": None},
         "peak_memory_bytes": None,
-        "environment": environment(),
+        "environment": here,
         "run_info": {
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "total_time": None,
             "experiment_name": f"{settings.method}/{path.name}",
             "peft_branch": None,
             "train_config": {"model_id": base, **asdict(settings)},
-            "peft_config": peft_config,
+            "peft_config": model.peft_config["default"].to_dict(),
             "error_msg": "",
         },
         "train_info": {
             "status": PEFT_STATUS["running"],
-            "train_time": None,
-            "file_size": None,
-            "accelerator_memory_max": None,
-            "accelerator_memory_reserved_avg": None,
-            "accelerator_memory_reserved_99th": None,
-            "num_trainable_params": sum(p.numel() for p in parameters if p.requires_grad),
-            "num_total_params": sum(p.numel() for p in parameters),
+            **dict.fromkeys(("train_time", "file_size", "accelerator_memory_max")),
+            **dict.fromkeys(("accelerator_memory_reserved_avg", "accelerator_memory_reserved_99th")),
+            "num_trainable_params": trained,
+            "num_total_params": total,
             "metrics": [],
         },
         "meta_info": {
             "model_info": {"name": base, "sha": None, "created_at": None},
             "dataset_info": {},
             "package_info": package_info(),
-            "system_info": system_info(),
+            "system_info": {name: getattr(platform, name)() for name in SYSTEM} | {"accelerator": here["device"]},
             "pytorch_info": torch.__config__.show(),
         },
     }
@@ -149,18 +147,9 @@ def package_info() -> dict[str, str | None]:
     return found
 
 
-def system_info() -> dict[str, str]:
-    names = ("system", "release", "version", "machine", "processor")
-    return {name: getattr(platform, name)() for name in names} | {"accelerator": environment()["device"]}
-
-
-def peak_memory_bytes() -> int | None:
-    """Most memory so far: of the accelerator if there is one, else of this process; None if unknown."""
+def peak_memory_bytes() -> int:
+    """Most memory so far: of the accelerator if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,31 +1,32 @@
 """What a training run is: its settings, and the command and file that say them."""
 
+import math
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from math import inf
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import tomli_w
 
-from ...errors import ConfigError, RunFolderError
+from ...errors import ConfigError, RunFolderError, TaskError
 from ...hosts.peft.config import CONFIGS, OURS, type_name
+from ...hosts.peft.old import DEFAULT_SWITCHES
+from ...hosts.peft.options import WRITTEN
 from ...naming import nearest
 from ...registry import METHODS
 from ..tasks import TASKS, TaskOptions
-from .options import checked, flag, from_text, option, to_text
+from .options import Valid, checked, flag, from_text, option, to_text
 
-SET_HERE = {
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode", *OURS
-}  # fmt: skip
-ABOVE_0 = (lambda value: 0 < value < inf), "a number above 0"
+SET_HERE = {"task_type", "base_model_name_or_path", "inference_mode", *WRITTEN, *OURS}
+ABOVE_0 = (lambda value: 0 < value < math.inf), "a number above 0"
 SHARE = (lambda value: 0 <= value < 1), "a number in [0, 1)"
 
 
-def at_least(least: int) -> tuple[Callable[[Any], bool], str]:
-    return (lambda value: least <= value < inf), f"at least {least}"
+def at_least(least: int) -> Valid:
+    return (lambda value: least <= value < math.inf), f"at least {least}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class TrainSettings:
         data = Path(self.data) if self.data else None
         return TaskOptions(data, self.max_length, self.max_train_samples, self.max_eval_samples, self.seed)
 
+    def total_steps(self, examples: int) -> int:
+        """Optimizer steps of a run over so many training examples."""
+        return math.ceil(self.epochs * math.ceil(examples / self.batch_size))
+
     def peft_config(self, target_modules: Any = "all-linear", **own: Any) -> Any:
         """The method's peft config. Raises ConfigError, whoever refuses a value."""
         make = config_class(self.method)
@@ -96,7 +101,7 @@ class TrainSettings:
 
     def command(self, out: Path) -> str:
         """The command that makes this run, naming what differs from the defaults."""
-        usual = self._usual_options()
+        usual = self.usual_options()
         words = ["increlora", "train"]
         for declared in fields(self)[:-1]:
             value = getattr(self, declared.name)
@@ -110,16 +115,13 @@ class TrainSettings:
     def toml(self, out: Path) -> str:
         """config.toml: every setting, the method's options included, under the command that makes the run.
 
-        TOML has no null: settings that are None are left out, options that are None against their default say "none".
-        """
-        usual, config = self._usual_options(), self.peft_config()
-        every = method_options(config) | dict(self.options)
-        options = {name: value for name, value in every.items() if value is not None or usual.get(name) is not None}
-        table = {declared.name: getattr(self, declared.name) for declared in fields(self)}
-        table["options"] = {name: "none" if value is None else value for name, value in options.items()}
-        return f"# {self.command(out)}\n" + tomli_w.dumps({k: v for k, v in table.items() if v is not None})
+        TOML has no null: what is None is left out, but options that are None against their default say "none"."""
+        usual, every = self.usual_options(), method_options(self.peft_config()) | dict(self.options)
+        options = {k: "none" if v is None else v for k, v in every.items() if v is not None or usual.get(k) is not None}
+        table = {k: v for k, v in vars(self).items() if v is not None} | {"options": options}
+        return f"# {self.command(out)}\n" + tomli_w.dumps(table)
 
-    def _usual_options(self) -> dict[str, Any]:
+    def usual_options(self) -> dict[str, Any]:
         """The method's own options as they are when none is given."""
         config_cls = config_class(self.method)
         return method_options(config_cls() if self.preset is None else getattr(config_cls, self.preset)(r=self.r))
@@ -145,22 +147,22 @@ def method_options(config: Any) -> dict[str, Any]:
 
 
 def option_types(method: str, preset: str | None) -> dict[str, Any]:
-    """Types of the options that `--set` and `[options]` take: those of the config class that have no flag, and with a
-    preset the switches of the published code."""
+    """Types of the options that `--set` and `[options]` take; with a preset also of the published code's switches."""
     config_cls = config_class(method)
     hints = get_type_hints(config_cls.settings_cls if preset is None else config_cls.paper_cls)
     own = [declared.name for declared in fields(config_cls)] + ([] if preset is None else config_cls.switches)
     return {name: hints.get(name, Any) for name in own if name not in SET_HERE | FLAGS.keys()}
 
 
-def check_options(method: str, options: Mapping[str, Any], preset: str | None = None) -> dict[str, Any]:
-    """The options with every value checked. Raises ConfigError at the first wrong name or value."""
+def check_options(method: str, options: Mapping[str, Any], preset: str | None, given: str = "") -> dict[str, Any]:
+    """The options with every value checked. Raises ConfigError, with the words before it, at the first wrong one."""
     for name, value in options.items():
         if name in FLAGS:
-            raise ConfigError(f"{name}={value}: use {flag(name)}")
+            raise ConfigError(f"{given}{name}={value}: use {flag(name)}")
         if preset is None and name in config_class(method).switches:
-            raise ConfigError(f"{name}={to_text(value)}: this only reproduces the published code: add --preset paper")
-    return checked(options, option_types(method, preset), method)
+            remedy = "this only reproduces the published code: add --preset paper"
+            raise ConfigError(f"{given}{name}={to_text(value)}: {remedy}")
+    return checked(options, option_types(method, preset), method, given)
 
 
 def parse_options(method: str, pairs: Iterable[str], preset: str | None = None) -> dict[str, Any]:
@@ -170,39 +172,56 @@ def parse_options(method: str, pairs: Iterable[str], preset: str | None = None) 
         if not equals:
             raise ConfigError(f"--set {key}: write it as key=value")
         options[key.strip()] = from_text(text, types.get(key.strip(), Any))
-    try:
-        return check_options(method, options, preset)
-    except ConfigError as error:
-        raise ConfigError(f"--set {error}") from None
+    return check_options(method, options, preset, "--set ")
 
 
 # -- settings of a new run, and of one that is resumed ---------------------------------------------------------------
 
 
-def resolve(
-    given: Mapping[str, Any], pairs: Iterable[str] = (), recipe: Mapping[str, Any] | None = None
-) -> TrainSettings:
-    """Settings from flags that were given, `--set key=value` pairs, and a recipe's table.
+def read_recipe(path: Path) -> TrainSettings:
+    """The settings of a recipe: a TOML file, such as the config.toml of a run; what it does not say has its default.
+
+    Earlier versions wrote into every config.toml that nothing is as published; that is left out.
+    Raises: ConfigError, TaskError naming file and line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); give a TOML file") from error
+    try:
+        recipe = {"method": TrainSettings.method, "options": {}, **checked(table, FLAGS, "increlora train")}
+        method, preset = recipe["method"], recipe.get("preset")
+        usual = DEFAULT_SWITCHES.get(method, {}) if preset is None else {}
+        said = {k: v for k, v in recipe["options"].items() if k not in usual or v != usual[k]}
+        return TrainSettings(**recipe | {"options": check_options(method, said, preset)})
+    except (ConfigError, TaskError) as error:
+        raise type(error)(f"{path}{line_of(str(error), text)}: {error}") from error
+
+
+def line_of(message: str, text: str) -> str:
+    """`, line 7`: that of the first key that the message names, as a key or a flag; nothing if it names none."""
+    keys = [line.partition("=")[0].strip(' \t"') for line in text.splitlines()]
+    named = [word.lstrip("-").replace("-", "_") for word in re.findall(r"[\w-]+", message)]
+    return next((f", line {keys.index(name) + 1}" for name in named if name in keys), "")
+
+
+def resolve(given: Mapping[str, Any], pairs: Iterable[str] = (), recipe: TrainSettings | None = None) -> TrainSettings:
+    """Settings from flags that were given, `--set key=value` pairs, and a recipe.
 
     What is given on the command line counts; the recipe's preset and method options are dropped with its method."""
-    table = {"method": TrainSettings.method, "options": {}, **(recipe or {})}
-    method = given.get("method", table["method"])
-    if method != table["method"]:
-        table |= {"options": {}, "preset": None}
-    chosen = table | dict(given)
-    own = parse_options(method, pairs, chosen.get("preset"))
-    return TrainSettings(**chosen | {"options": table["options"] | own})
+    recipe = recipe or TrainSettings()
+    method = given.get("method", recipe.method)
+    dropped: dict[str, Any] = {} if method == recipe.method else {"options": {}, "preset": None}
+    chosen = vars(recipe) | dropped | dict(given)
+    own = parse_options(method, pairs, chosen["preset"])
+    return TrainSettings(**chosen | {"options": {**chosen["options"], **own}})
 
 
 def refuse_changes(settings: TrainSettings, given: Mapping[str, Any], pairs: Iterable[str], out: Path) -> None:
     """A resumed run keeps its settings. Raises RunFolderError naming the one that was given another value."""
-    options = settings._usual_options() | dict(settings.options)
-    asked = [(flag(n), getattr(settings, n), v) for n, v in given.items()]
-    asked += [
-        (f"--set {n}", options.get(n), v) for n, v in parse_options(settings.method, pairs, settings.preset).items()
-    ]
-    for name, here, value in asked:
-        if value != here:
-            raise RunFolderError(
-                f"{out} runs with {name} {here}, not {value}: leave it out to resume, or start another run with --out"
-            )
+    here = vars(settings) | settings.usual_options() | dict(settings.options)
+    for name, value in (dict(given) | parse_options(settings.method, pairs, settings.preset)).items():
+        if value != here.get(name):
+            shown = flag(name) if name in FLAGS else f"--set {name}"
+            remedy = "leave it out to resume, or start another run with --out"
+            raise RunFolderError(f"{out} runs with {shown} {here.get(name)}, not {value}: {remedy}")

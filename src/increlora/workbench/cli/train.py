@@ -2,32 +2,25 @@
 
 from inspect import Signature, signature
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from ..runs import RunFolder
 from .options import flags, from_flags
-from .recipes import read_recipe
-from .settings import TrainSettings, refuse_changes, resolve
+from .settings import TrainSettings, read_recipe, refuse_changes, resolve
 
 
 def train(
     *,
-    config: Annotated[Path | None, typer.Option(help="A recipe (TOML); options given beside it override it.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Run folder.", show_default="runs/METHOD-TASK, or runs/RECIPE")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print modules, budget, events and memory; train nothing.")
-    ] = False,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; may be given again."),
-    ] = None,
+    config: Path | None = typer.Option(None, help="A recipe (TOML); options given beside it override it."),
+    out: Path | None = typer.Option(None, help="Run folder.", show_default="runs/METHOD-TASK, or runs/RECIPE"),
+    resume: bool = typer.Option(False, "--resume", help="Continue the interrupted run in --out."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run in --out."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print modules, budget, events and memory; train nothing."),
+    set_: list[str] | None = typer.Option(
+        None, "--set", metavar="KEY=VALUE", help="An option of the method; may be given again."
+    ),
     **texts: str | None,
 ) -> None:
     """Fine-tune a model with an adapter, and show where the rank went."""
@@ -37,7 +30,7 @@ def train(
     method, task = (given.get(name, getattr(TrainSettings, name)) for name in ("method", "task"))
     folder = RunFolder(out or Path("runs", config.stem if config else f"{method}-{task}".replace("/", "-")))
     if resume:
-        settings = TrainSettings(**read_recipe(folder.config()))
+        settings = read_recipe(folder.config())
         refuse_changes(settings, given, pairs, folder.path)
     else:
         settings = resolve(given, pairs, read_recipe(config) if config else None)

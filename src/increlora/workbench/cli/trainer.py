@@ -1,46 +1,53 @@
-"""The Hugging Face Trainer as this command uses it: batches that a resumed run draws again, and quiet."""
+"""Training by the Hugging Face Trainer, with batches that a resumed run draws again, and quiet."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainingArguments
+from rich.console import Console
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ...decide.schedules import Run, in_steps
 from ...errors import ConfigError
+from ...runtime import controllers_of
+from ..runs import RunFolder
+from ..tasks import Task
 from ..tasks.base import epoch_order, lengths
+from .display import Progression
+from .recorder import Recorder
 from .settings import TrainSettings
+
+CHECKPOINTS = 4  # per run
+EVALUATION_BATCHES = 2  # training batches in one batch of evaluation: without gradients twice the examples fit
 
 
 class SampledTrainer(Trainer):
     """The Trainer with batches of similar length, drawn from (seed, epoch) alone: a resumed epoch goes on as begun."""
 
     def get_train_dataloader(self) -> DataLoader:
-        sampler = EpochSampler(lengths(self.train_dataset), self.args.train_batch_size, self.args.seed)
-        loader = DataLoader(
-            self.train_dataset, self.args.train_batch_size, sampler=sampler, collate_fn=self.data_collator
-        )
-        return self.accelerator.prepare(loader)
+        examples, size = self.train_dataset, self.args.train_batch_size
+        sampler = EpochSampler(lengths(examples), size, self.args.seed)
+        return self.accelerator.prepare(DataLoader(examples, size, sampler=sampler, collate_fn=self.data_collator))
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler(LengthGroupedSampler):
     """Indices of one epoch, shuffled, similar lengths together; the epoch is told by `set_epoch`."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        order = epoch_order(self.seed, self.epoch)
-        return iter(LengthGroupedSampler(self.batch_size, lengths=self.lengths, generator=order))
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+        self.generator = epoch_order(self.seed, self.epoch)
+        return super().__iter__()
 
 
 def check_logger(name: str) -> None:
@@ -50,19 +57,26 @@ def check_logger(name: str) -> None:
         raise ConfigError(f"--report-to {name}: not known or not installed; choose one of {', '.join(known)}")
 
 
-def training_arguments(settings: TrainSettings, out: Path, *, total: int, save_every: int) -> TrainingArguments:
-    """Four decisions are ours: fp32, linear decay, a log row per step, and no more than two checkpoints."""
-    return TrainingArguments(
-        output_dir=str(out),
+def fit(
+    settings: TrainSettings, folder: RunFolder, model: Any, task: Task, console: Console, checkpoint: Path | None
+) -> None:
+    """Evaluate, train from the checkpoint or from the start, evaluate in between and at the end.
+
+    Four decisions are ours: fp32, linear decay, a log row per step, and no more than two checkpoints."""
+    total = settings.total_steps(len(task.train))
+    args = TrainingArguments(
+        output_dir=str(folder.path / "checkpoints"),
         max_steps=total,
         per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=EVALUATION_BATCHES * settings.batch_size,
+        eval_steps=math.ceil(total / settings.evaluations),
         learning_rate=settings.lr,
         lr_scheduler_type="linear",
         warmup_steps=in_steps(settings.lr_warmup, Run(total, 0), name="--lr-warmup"),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
-        save_steps=save_every,
+        save_steps=math.ceil(total / CHECKPOINTS),
         save_total_limit=2,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -72,3 +86,13 @@ def training_arguments(settings: TrainSettings, out: Path, *, total: int, save_e
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    trainer = SampledTrainer(model=model, args=args, train_dataset=task.train, data_collator=task.collate)
+    trainer.remove_callback(PrinterCallback)
+    rows = folder.rows("metrics.jsonl")
+    if not rows:
+        rows = [{"step": 0, **task.evaluate(model, batch_size=args.per_device_eval_batch_size)}]
+        folder.append("metrics.jsonl", rows[0])
+    budget = controllers_of(model)[0].method.budget.ranks if controllers_of(model) else None
+    with Progression(console, total=total, done=rows[-1]["step"], budget=budget) as progress:
+        trainer.add_callback(Recorder(folder, task, progress))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
