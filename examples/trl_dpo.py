@@ -12,11 +12,11 @@ from itertools import pairwise
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from small_llama import small_causal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from increlora import IncreLoraConfig, rank_summary
-from increlora.workbench.tasks import small_causal
 from increlora.workbench.tasks.stdlib_docs import load_pairs
 
 

@@ -9,11 +9,11 @@ import argparse
 
 import torch
 from datasets import Dataset
+from small_llama import small_causal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from increlora import IncreLoraConfig, rank_summary
-from increlora.workbench.tasks import small_causal
 from increlora.workbench.tasks.stdlib_docs import load_pairs
 
 

@@ -8,10 +8,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from increlora import rank_summary
 from increlora.workbench.tasks import stdlib_docs
@@ -35,6 +36,7 @@ def small_library(monkeypatch):
 
 def run(name, *words, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    monkeypatch.syspath_prepend(EXAMPLES)
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
@@ -82,6 +84,19 @@ def test_an_interrupted_run_goes_on(bert, tmp_path, monkeypatch, capsys):
     interrupted, continued = (line for line in capsys.readouterr().out.splitlines() if "active:" in line)
     budget = loaded(bert, tmp_path / f"checkpoint-{STEPS}").budget_ranks
     assert f"active: {budget} of {budget}" in continued and f"active: {budget} of" not in interrupted
+
+
+def test_the_small_model_is_the_same_each_time_and_reads_every_text(tmp_path):
+    example = runpy.run_path(str(EXAMPLES / "small_llama.py"))
+    before = torch.get_rng_state()
+    one, two = (example["small_causal"](tmp_path / folder) for folder in ("one", "two"))
+    assert torch.equal(torch.get_rng_state(), before)
+    weights = Path(one, "model.safetensors")
+    assert weights.read_bytes() == Path(two, "model.safetensors").read_bytes()
+    weights.write_bytes(b"trained")
+    assert example["small_causal"](one) == one and weights.read_bytes() == b"trained"
+    tokenizer = AutoTokenizer.from_pretrained(one)
+    assert tokenizer.decode(tokenizer("é → f(x)\n").input_ids) == "é → f(x)\n"
 
 
 def loaded_causal(out):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
+from examples.small_llama import byte_tokenizer
 from increlora import IncreLoraConfig, rank_summary
 from increlora.runtime import controllers_of
-from increlora.workbench.tasks.small import byte_tokenizer
 from tests.hosts.bases import LLAMA, seeded
 from tests.hosts.tiny import grow
 

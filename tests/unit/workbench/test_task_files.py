@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from increlora.errors import TaskError
-from increlora.workbench.tasks.files import Rows, held_out, read_rows, read_splits, split_files, text_columns
+from increlora.workbench.tasks.files import Rows, held_out, read_rows, read_splits, split_files
 
 ROWS = [{"text": f"row {i}", "n": i} for i in range(4)]
 
@@ -63,28 +63,28 @@ def test_shards_follow_one_another(tmp_path):
 def test_the_test_split_stands_in_for_validation_and_the_record_says_so(tmp_path):
     write(tmp_path, "train.parquet")
     write(tmp_path, "test.parquet", ROWS[:1])
-    splits = read_splits(tmp_path)
-    assert len(splits.validation.table) == 1
-    assert "validation on test.parquet (there is no validation file), sha256 " in splits.source
+    _, validation, source = read_splits(tmp_path)
+    assert len(validation.table) == 1
+    assert "validation on test.parquet (there is no validation file), sha256 " in source
     write(tmp_path, "valid.parquet", ROWS[:2])
-    splits = read_splits(tmp_path)
-    assert len(splits.validation.table) == 2 and "validation on valid.parquet, sha256 " in splits.source
+    _, validation, source = read_splits(tmp_path)
+    assert len(validation.table) == 2 and "validation on valid.parquet, sha256 " in source
 
 
 @pytest.mark.parametrize("as_folder", (True, False))
 def test_without_a_second_file_the_last_twentieth_is_held_out_and_the_record_says_so(tmp_path, as_folder):
     rows = [{"text": str(i)} for i in range(47)]
     path = write(tmp_path, "all.parquet", rows)
-    splits = read_splits(tmp_path if as_folder else path)
-    assert splits.validation is None and "all.parquet without its last twentieth" in splits.source
-    train, validation = splits.rows()
+    every, other, source = read_splits(tmp_path if as_folder else path)
+    assert other is None and "all.parquet without its last twentieth" in source
+    train, validation = every.parts()
     assert train.table.to_pylist() == rows[:45] and validation.table.to_pylist() == rows[45:]
 
 
 def test_a_file_beside_others_is_read_alone(tmp_path):
     path = write(tmp_path, "train.parquet")
     write(tmp_path, "validation.parquet")
-    assert read_splits(path).validation is None
+    assert read_splits(path)[1] is None
 
 
 def test_the_last_twentieth_is_one_row_at_least():
@@ -93,23 +93,34 @@ def test_the_last_twentieth_is_one_row_at_least():
 
 
 def test_the_record_knows_data_by_content_not_by_folder(tmp_path):
-    sources = [read_splits(write(tmp_path, name)).source for name in ("a/x.jsonl", "b/x.jsonl")]
-    changed = read_splits(write(tmp_path, "c/x.jsonl", ROWS[1:])).source
+    sources = [read_splits(write(tmp_path, name))[2] for name in ("a/x.jsonl", "b/x.jsonl")]
+    changed = read_splits(write(tmp_path, "c/x.jsonl", ROWS[1:]))[2]
     assert sources[0] == sources[1] != changed
 
 
 def test_a_sample_is_drawn_by_its_seed_in_order_of_the_rows():
     rows = Rows("x", pa.table({"n": range(100)}))
-    drawn = [rows.sample(30, seed).column("n") for seed in (0, 0, 1)]
+    drawn = [rows.sample(30, seed).table["n"].to_pylist() for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] == sorted(set(drawn[0])) and len(drawn[0]) == 30
     assert drawn[0] != drawn[2] and drawn[0] != list(range(30))
-    assert rows.sample(None, 0) is rows.sample(100, 0) is rows
+    assert rows.sample(None, 0) == rows.sample(100, 0) == rows
 
 
 def test_text_may_be_large_or_dictionary_encoded():
     words = pa.array(["a", "b", "a"])
-    columns = {"s": words, "large": words.cast(pa.large_string()), "d": words.dictionary_encode(), "n": [1, 2, 3]}
-    assert text_columns(pa.table(columns)) == ["s", "large", "d"]
+    for texts in (words, words.cast(pa.large_string()), words.dictionary_encode(), words.cast(pa.string_view())):
+        rows = Rows("x", pa.table({"t": texts}))
+        assert rows.first("t") == "a" and rows.text("t") == ["a", "b", "a"]
+
+
+def test_a_null_is_an_empty_text_where_nulls_may_be():
+    rows = Rows("x", pa.table({"t": [None, "a"], "none": pa.nulls(2), "n": [None, 7]}))
+    assert rows.text("t", nulls=True) == ["", "a"] and rows.text("none", nulls=True) == ["", ""]
+    assert (rows.first("t"), rows.first("none"), rows.first("n")) == ("a", None, 7)
+    with pytest.raises(TaskError, match="x: column 't' is null at row 0; remove or correct it"):
+        rows.text("t")
+    with pytest.raises(TaskError, match="x: column 'n' holds 7, not text, at row 1; remove or correct it"):
+        rows.text("n", nulls=True)
 
 
 @pytest.mark.parametrize(
@@ -117,11 +128,11 @@ def test_text_may_be_large_or_dictionary_encoded():
     (
         ("a.parquet", b"not parquet at all", "a.parquet cannot be read .*; restore or convert it"),
         ("a.parquet", b"", "a.parquet cannot be read"),
-        ("a.txt", b"caf\xe9", r"a.txt is not UTF-8 text \(byte 3\); convert it"),
-        ("a.json", b'{"text": "x"}', "a.json holds a JSON dict, not a list of rows"),
-        ("a.json", b"[1]", "a.json: row 0 is '1', not an object"),
+        ("a.txt", b"caf\xe9", r"a.txt cannot be read \(.*utf-8.* position 3: .*\); restore or convert it"),
+        ("a.json", b'"x"', "a.json cannot be read .*: row 0 is 'x', not an object with named columns"),
+        ("a.json", b"[1]", "a.json cannot be read .*: row 0 is '1', not an object"),
         ("a.json", b"[]", "a.json has no rows"),
-        ("a.jsonl", b'{"a": 1}\n\n{"a": \n', "a.jsonl, line 3: is not JSON"),
+        ("a.jsonl", b'{"a": 1}\n\n{"a": }\n', "a.jsonl cannot be read .*: line 3 column 7"),
         ("a.jsonl", b'{"a": 1}\n{"a": "x"}', "a.jsonl cannot be read"),
         ("a.jsonl", b"\n", "a.jsonl has no rows"),
     ),
@@ -143,7 +154,7 @@ def test_a_folder_without_training_data_says_what_it_holds(tmp_path):
 
 def test_one_row_cannot_be_shared_out(tmp_path):
     with pytest.raises(TaskError, match="a.json has one row only"):
-        read_splits(write(tmp_path, "a.json", ROWS[:1])).rows()
+        read_splits(write(tmp_path, "a.json", ROWS[:1]))[0].parts()
 
 
 def test_shards_whose_columns_clash_are_refused(tmp_path):

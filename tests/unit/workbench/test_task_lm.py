@@ -10,8 +10,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from increlora.errors import TaskError
 from increlora.workbench.tasks import lm as lm_module
 from increlora.workbench.tasks import load_causal, load_task
-from increlora.workbench.tasks.causal import causal_loss, right_padding
-from increlora.workbench.tasks.lm import PIECE, tokens
+from increlora.workbench.tasks.lm import PIECE, causal_loss, right_padding, tokens
 
 WORDS = "one two three four five six seven eight nine ten"
 

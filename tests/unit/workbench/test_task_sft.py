@@ -138,7 +138,7 @@ def test_limits_count_rows_that_the_seed_draws_for_training_only(load):
         ([{"text": "x"}] * 2, r"has the columns text; sft reads prompt \+ response or .* \+ answer: rename two"),
         ([{"prompt": "one", "response": "two six"}] * 3, "of 3 rows, 0 lack .* 3 do not fit into 2 .*--max-length"),
         ([{"prompt": "one", "response": ""}] * 3, "of 3 rows, 3 lack prompt or response and 0 do not fit"),
-        ([{"prompt": 1, "response": "two"}] * 3, "column 'prompt' holds int64, not text"),
+        ([{"prompt": 1, "response": "two"}] * 3, "column 'prompt' holds 1, not text, at row 0"),
     ),
 )  # fmt: skip
 def test_rows_that_are_no_pairs_are_refused(load, rows, message):

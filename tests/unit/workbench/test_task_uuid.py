@@ -3,8 +3,8 @@
 import importlib.util
 import json
 import math
+from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,28 +20,23 @@ from increlora.export.merged import export_merged
 from increlora.workbench.cli.app import app
 from increlora.workbench.cli.recorder import Recorder
 from increlora.workbench.tasks import TASKS, find_task, load_model, load_task, sketch
-from increlora.workbench.tasks.causal import IGNORED
+from increlora.workbench.tasks.lm import IGNORED
 from increlora.workbench.tasks.uuids import (
-    BASE,
     IDS,
     PROMPT_LENGTH,
     UUID_LENGTH,
     VOCABULARY,
-    BaseSettings,
     constant_guess,
     digits_right,
     draw_pairs,
     examples,
-    fingerprint,
-    load_uuid_base,
-    pretrained,
     recall,
     texts,
-    uuid_decoder,
+    uuid_base,
 )
 
 ADAPTER = "adapter_model.safetensors"
-TINY = BaseSettings(width=16, hidden=24, layers=1, heads=2, steps=3, batch=4)
+FEW = 2  # steps of pretraining, where what the base knows does not matter
 OF_SEED_42 = [
     ("bdd640fb-0667-4ad1-9c80-317fa3b1799d", "23b8c1e9-3924-46de-beb1-3b9046685257"),
     ("bd9c66b3-ad3c-4d6d-9a3d-1fa7bc8960a9", "972a8469-1641-4f82-8b9d-2434e465e150"),
@@ -49,11 +44,10 @@ OF_SEED_42 = [
 
 
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    """Both tasks on a net that is made in no time."""
-    net, outline = (lambda seed: load_uuid_base(TINY, tmp_path / "cache")), partial(uuid_decoder, TINY)
+def quick(monkeypatch):
+    """Both tasks on a base that is made in no time."""
     for name in ("uuid", "uuid/value"):
-        monkeypatch.setitem(TASKS, name, replace(TASKS[name], net=net, outline=outline))
+        monkeypatch.setitem(TASKS, name, replace(TASKS[name], net=lambda seed: deepcopy(uuid_base(FEW))))
 
 
 # ----------------------------------------------------------------------------------------------------------- the pairs
@@ -142,7 +136,7 @@ def test_recall_decodes_every_value_from_its_key_in_batches():
 
 
 def test_recall_equals_decoding_without_a_cache():
-    pairs, model = draw_pairs(3, 5), pretrained(TINY).eval()
+    pairs, model = draw_pairs(3, 5), uuid_base(FEW)
     batch = collate(examples(pairs))
     rows = batch["input_ids"][:, :PROMPT_LENGTH]
     with torch.no_grad():
@@ -158,17 +152,28 @@ def test_recall_equals_decoding_without_a_cache():
 def test_the_base_is_reproducible_and_leaves_the_random_state():
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    one, two = pretrained(TINY).state_dict(), pretrained(TINY).state_dict()
+    one = uuid_base(FEW)
+    uuid_base.cache_clear()
+    two = uuid_base(FEW)
     assert torch.equal(torch.get_rng_state(), before)
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    assert fingerprint(one) == fingerprint(two) != fingerprint(pretrained(replace(TINY, seed=1)).state_dict())
+    weights = one.state_dict(), two.state_dict()
+    assert one is not two and weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_base_is_made_once_and_every_model_is_a_copy_of_it(quick):
+    (one, tokenizer), (two, _) = load_model("uuid", None, 0), load_model("uuid/value", None, 1)
+    assert tokenizer is None and not one.training and uuid_base(FEW) is uuid_base(FEW)
+    with torch.no_grad():
+        one.lm_head.weight.zero_()
+    assert torch.equal(two.lm_head.weight, uuid_base(FEW).lm_head.weight) and two.lm_head.weight.any()
+    assert all(p.requires_grad and p.grad is None for p in two.parameters())
 
 
 @pytest.mark.slow
 def test_pretraining_learns_the_format_and_no_pair():
     """The loss comes down to what the format leaves open: 60 free digits of 16 and two of 4 among 73 characters."""
-    settings = replace(BASE, width=32, hidden=64, steps=220, batch=8, lr=1e-2)
-    model, batch = pretrained(settings), collate(examples(draw_pairs(64, 0)))
+    model, batch = uuid_base(100), collate(examples(draw_pairs(64, 0)))
     with torch.no_grad():
         loss = float(model(**batch).loss)
         said = texts(model(**batch).logits[:, :-1].argmax(-1))[0]
@@ -176,39 +181,6 @@ def test_pretraining_learns_the_format_and_no_pair():
     assert left_open - 0.02 < loss < left_open + 0.05
     assert {said[i] for i in (8, 13, 18, 23, 45, 50, 55, 60)} == {"-"}
     assert said[36] == ":" and said[14] == said[51] == "4"
-
-
-def test_the_base_is_kept_under_a_name_of_its_settings(tmp_path, monkeypatch):
-    made = load_uuid_base(TINY, tmp_path)
-    files = list(tmp_path.iterdir())
-    assert [file.name for file in files] == [f"{TINY.digest()}.safetensors"] and not made.training
-    monkeypatch.setattr("increlora.workbench.tasks.uuids.pretrained", lambda settings: pytest.fail("made twice"))
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    again = load_uuid_base(TINY, tmp_path)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(value, made.state_dict()[name]) for name, value in again.state_dict().items())
-    assert len({replace(TINY, **change).digest() for change in ({}, {"seed": 1}, {"steps": 4}, {"lr": 1e-3})}) == 4
-
-
-def flip(content):
-    return content[:-9] + bytes([content[-9] ^ 64]) + content[-8:]
-
-
-@pytest.mark.parametrize("damage", (lambda c: c[:-100], lambda c: b"", lambda c: b"nonsense" * 9, flip))
-def test_a_damaged_base_is_made_anew(tmp_path, damage):
-    wanted = fingerprint(load_uuid_base(TINY, tmp_path).state_dict())
-    (file,) = tmp_path.iterdir()
-    whole = file.read_bytes()
-    file.write_bytes(damage(whole))
-    assert fingerprint(load_uuid_base(TINY, tmp_path).state_dict()) == wanted
-    assert file.read_bytes() == whole and len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_place_that_cannot_be_written_is_no_obstacle(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="cannot be written .* the base is made anew in each run"):
-        assert load_uuid_base(TINY, tmp_path / "file" / "cache").lm_head.weight.shape == (20, 16)
 
 
 def test_the_default_net_has_the_size_the_task_was_chosen_for():
@@ -233,16 +205,16 @@ def state(out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "method"), (("uuid", "lora"), ("uuid/value", "increlora")))
-def test_the_command_line_trains_exports_and_reports(tiny, tmp_path, task, method):
+def test_the_command_line_trains_exports_and_reports(quick, tmp_path, task, method):
     words = ["train", "--task", task, "--method", method, "--r", 2, "--max-train-samples", 12, "--batch-size", 4]
     words += ["--epochs", 4, "--evaluations", 2, "--out", tmp_path / "run"]
     words += ["--set", "interval_steps=1"] if method == "increlora" else []
-    assert "7: 1 × self_attn.q_proj" in call(*words, "--dry-run") and not (tmp_path / "run").exists()
+    assert "14: 2 × self_attn.q_proj" in call(*words, "--dry-run") and not (tmp_path / "run").exists()
     call(*words)
     found = state(tmp_path / "run")
     assert found["status"] == "finished" and found["metric"]["name"] == "accuracy"
     assert found["metric"]["baseline"] == load_task(task, None, max_train_samples=12).baseline["accuracy"]
-    assert len(found["ranks"]) == 7 and not any("lm_head" in name for name in found["ranks"])
+    assert len(found["ranks"]) == 14 and not any("lm_head" in name for name in found["ranks"])
     call("export", tmp_path / "run", tmp_path / "plain")
     call("report", tmp_path / "run")
     base, _ = load_model(task, None, 0)
@@ -253,7 +225,7 @@ def test_the_command_line_trains_exports_and_reports(tiny, tmp_path, task, metho
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_resumes_bitwise(tiny, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_bitwise(quick, tmp_path, monkeypatch):
     words = "train --task uuid --method lora --r 2 --max-train-samples 12 --batch-size 4 --epochs 4 --lr 0.05".split()
     call(*words, "--out", tmp_path / "straight")
     step = Recorder.on_step_end
@@ -271,14 +243,14 @@ def test_an_interrupted_run_resumes_bitwise(tiny, tmp_path, monkeypatch):
     assert straight.keys() == resumed.keys() and all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
-def test_a_rank_in_every_linear_map_of_the_trunk_by_all_linear(tiny):
+def test_a_rank_in_every_linear_map_of_the_trunk_by_all_linear(quick):
     config = PlainLoraConfig(r=2, target_modules="all-linear")
     model = get_peft_model(load_model("uuid", None, 0)[0], config)
-    assert sum(".lora_A" in name for name, _ in model.named_parameters()) == 7
+    assert sum(".lora_A" in name for name, _ in model.named_parameters()) == 14
 
 
 @pytest.mark.slow
-def test_the_study_prints_a_row_per_rate(tiny, tmp_path, capsys, monkeypatch):
+def test_the_study_prints_a_row_per_rate(quick, tmp_path, capsys, monkeypatch):
     folder = Path(__file__).parents[3] / "benchmarks"
     monkeypatch.syspath_prepend(folder)
     spec = importlib.util.spec_from_file_location("memorisation_study", folder / "memorisation.py")
@@ -294,4 +266,4 @@ def test_the_study_prints_a_row_per_rate(tiny, tmp_path, capsys, monkeypatch):
     assert len(parameters) == 2  # equal for both methods
     assert floor.startswith("Best constant guess: ")
     run = state(tmp_path / "uuid-2-lora-r1-1e-3-0")
-    assert run["budget"]["ranks_used"] == 7 and run["run_info"]["train_config"]["batch_size"] == 1
+    assert run["budget"]["ranks_used"] == 14 and run["run_info"]["train_config"]["batch_size"] == 1

@@ -1,7 +1,6 @@
 """Training by the Hugging Face Trainer, with batches that a resumed run draws again, and quiet."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,13 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ...decide.schedules import Run, in_steps
 from ...errors import ConfigError
 from ...runtime import controllers_of
 from ..runs import RunFolder
 from ..tasks import Task
-from ..tasks.base import epoch_order, lengths
+from ..tasks.base import EpochSampler
 from .display import Progression
 from .recorder import Recorder
 from .settings import TrainSettings
@@ -31,23 +29,8 @@ class SampledTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         examples, size = self.train_dataset, self.args.train_batch_size
-        sampler = EpochSampler(lengths(examples), size, self.args.seed)
+        sampler = EpochSampler(examples, size, self.args.seed)
         return self.accelerator.prepare(DataLoader(examples, size, sampler=sampler, collate_fn=self.data_collator))
-
-
-class EpochSampler(LengthGroupedSampler):
-    """Indices of one epoch, shuffled, similar lengths together; the epoch is told by `set_epoch`."""
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths)
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator = epoch_order(self.seed, self.epoch)
-        return super().__iter__()
 
 
 def check_logger(name: str) -> None:

@@ -121,15 +121,13 @@ def meta_model(name: str, num_labels: int | None) -> PreTrainedModel:
     Raises: BackboneError if it has no configuration."""
     options = {} if num_labels is None else {"num_labels": num_labels}
     auto: Any = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
-    remedy = "give the path of a local folder, or plan where the hub is in reach"
-    try:
+    if name in KNOWN_SHAPES:
+        config = copy.deepcopy(KNOWN_SHAPES[name])
+        config.update(options)
+    else:
+        remedy = "give the path of a local folder, or plan where the hub is in reach"
         with loading(name, "its configuration cannot be loaded", remedy):
             config = AutoConfig.from_pretrained(resolve_backbone(name), **options)
-    except BackboneError:
-        if name not in KNOWN_SHAPES:
-            raise
-        config = copy.deepcopy(KNOWN_SHAPES[name])
-        config.num_labels = num_labels
     with torch.device("meta"):
         return auto.from_config(config)
 

@@ -1,6 +1,6 @@
 """A task: examples in, numbers out."""
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,29 +80,37 @@ class Task:
     def batches(self, batch_size: int, *, seed: int, epoch: int = 0) -> DataLoader:
         """One epoch of padded training batches, shuffled, with examples of similar length together; the order is a
         function of (seed, epoch, batch_size) alone."""
-        sampler = LengthGroupedSampler(batch_size, lengths=lengths(self.train), generator=epoch_order(seed, epoch))
-        return self._loader(self.train, batch_size, sampler=sampler)
+        sampler = EpochSampler(self.train, batch_size, seed, epoch)
+        own = torch.Generator()  # without one, a loader draws from torch's, which would move the training's dropout
+        return DataLoader(self.train, batch_size, sampler=sampler, collate_fn=self.collate, generator=own)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, *, batch_size: int = 64) -> dict[str, float]:
         """`measure` over the validation examples, in evaluation mode; leaves the model's mode and all random states."""
-        loader = self._loader(sorted(self.validation, key=lambda e: lengths([e])), batch_size)
+        examples = sorted(self.validation, key=lambda e: lengths([e]))
+        batches = (self.collate(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size))
         device, was_training = next(model.parameters()).device, model.training
         model.eval()
         try:
-            return self.measure(model, (BatchEncoding(batch).to(device) for batch in loader))
+            return self.measure(model, (BatchEncoding(batch).to(device) for batch in batches))
         finally:
             model.train(was_training)
 
-    def _loader(self, examples: Sequence[Example], batch_size: int, **options: Any) -> DataLoader:
-        # A loader without a generator of its own draws from torch's, which would move the training's dropout.
-        own = torch.Generator()
-        return DataLoader(examples, batch_size, collate_fn=self.collate, generator=own, **options)  # type: ignore[arg-type]
 
+class EpochSampler(LengthGroupedSampler):
+    """Indices of one epoch, shuffled, similar lengths together: drawn from seed, epoch and batch size alone, so that a
+    resumed run sees the same batches. accelerate tells later epochs by `set_epoch`."""
 
-def epoch_order(seed: int, epoch: int) -> torch.Generator:
-    """What shuffles an epoch: a function of the two alone, so that a resumed run sees the same batches."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, epoch: int = 0) -> None:
+        super().__init__(batch_size, lengths=lengths(examples))
+        self.seed, self.epoch = seed, epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return super().__iter__()
 
 
 def lengths(examples: Sequence[Example]) -> list[int]:

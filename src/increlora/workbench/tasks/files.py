@@ -11,25 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyarrow import parquet
 
 from ...errors import TaskError
 from .base import summary
 
 TABLES = (".parquet", ".jsonl", ".json", ".txt")  # endings of data files in a folder; any other file is read as text
-SPLITS = {
-    "train": "train",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
-    "test": "test",
-}  # fmt: skip
-SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})(?![a-z])", re.IGNORECASE)  # train_5k and dev.clean, but not trainer
+# By the start of a file's name: train_5k and dev.clean, but not trainer.
+SPLIT = re.compile(
+    r"(?:(?P<train>train)|(?P<validation>validation|valid|val|dev|eval)|(?P<test>test))(?![a-z])", re.IGNORECASE
+)
+VISIBLE = re.compile(r"\S")
 HELD_OUT = 20  # one row in so many, where there is no validation file
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A table with rows, and the file it is from; messages count rows from 0."""
+    """A table with rows, and the files it is from; messages count rows from 0."""
 
     origin: str
     table: pa.Table
@@ -38,56 +36,43 @@ class Rows:
         if not len(self.table):
             raise TaskError(f"{self.origin} has no rows; name a file with some")
 
-    def check(self, column: str, *, text: bool = True, nulls: bool = False) -> None:
-        """Raise TaskError if `column` does not hold text where it must, or has nulls where it must not."""
-        values = self.table[column]
-        if text and not (is_text(values.type) or pa.types.is_null(values.type)):
-            found = f"column {column!r} holds {values.type}, not text"
-            raise TaskError(f"{self.origin}: {found}; name a file with text there")
-        if values.null_count and not nulls:
-            row = pc.index(pc.is_null(values), True).as_py()
-            raise TaskError(f"{self.origin}: column {column!r} is null at row {row}; remove or correct it")
+    def first(self, column: str) -> Any:
+        """The first value of a column that is not null, or None."""
+        return next(iter(self.table[column].drop_null()[:1].to_pylist()), None)
 
-    def column(self, name: str) -> list[Any]:
-        return self.table[name].to_pylist()
+    def text(self, column: str, *, nulls: bool = False) -> list[str]:
+        """The texts of a column; a null, where it is allowed, reads as an empty one. Raises TaskError for the rest."""
+        values = self.table[column].to_pylist()
+        for row, value in enumerate(values):
+            if not isinstance(value, str) and not (nulls and value is None):
+                found = "is null" if value is None else f"holds {value!r:.40}, not text,"
+                raise TaskError(f"{self.origin}: column {column!r} {found} at row {row}; remove or correct it")
+        return [value or "" for value in values]
 
     def sample(self, limit: int | None, seed: int) -> "Rows":
         """At most `limit` of the rows, drawn by `seed`, in their order."""
-        if limit is None or limit >= len(self.table):
-            return self
         return Rows(self.origin, self.table.take(draw(len(self.table), limit, seed)))
 
-
-@dataclass(frozen=True)
-class Splits:
-    """What `--data` holds, and its description for the record; no `validation`: part of `train` has to be held out."""
-
-    train: Rows
-    validation: Rows | None
-    source: str
-
-    def rows(self) -> tuple[Rows, Rows]:
-        """Training and validation; the last twentieth of the rows is held out where there is no validation file."""
-        if self.validation is not None:
-            return self.train, self.validation
-        if len(self.train.table) < 2:
-            raise TaskError(f"{self.train.origin} has one row only, so none can be held out; add rows")
-        train, validation = held_out(self.train.table)
-        return Rows(self.train.origin, train), Rows(self.train.origin, validation)
+    def parts(self) -> tuple["Rows", "Rows"]:
+        """The rows without their last twentieth, and that twentieth."""
+        if len(self.table) < 2:
+            raise TaskError(f"{self.origin} has one row only, so none can be held out; add rows")
+        train, validation = held_out(self.table)
+        return Rows(self.origin, train), Rows(self.origin, validation)
 
 
-def read_splits(path: Path | None) -> Splits:
-    """A folder with a training and perhaps a validation (or else a test) file, or a single file."""
+def read_splits(path: Path | None) -> tuple[Rows, Rows | None, str]:
+    """What `--data` holds: training rows, validation rows (or else test rows; None: part of the training rows has to be
+    held out), and their description for the record. A folder with a file for each, or a single file."""
     if path is None:
         raise TaskError("this task has no data of its own: name a file or folder by --data")
     files = split_files(path) if path.is_dir() else {"train": [path]}
     train, source = read_rows(files["train"]), f"training on {names(files['train'])}"
     other = files.get("validation") or files.get("test")
     if other is None:
-        return Splits(train, None, f"{source} without its last twentieth, validation on that, {digest(files['train'])}")
+        return train, None, f"{source} without its last twentieth, validation on that, {digest(files['train'])}"
     note = "" if "validation" in files else " (there is no validation file)"
-    source += f", validation on {names(other)}{note}, {digest(files['train'] + other)}"
-    return Splits(train, read_rows(other), source)
+    return train, read_rows(other), f"{source}, validation on {names(other)}{note}, {digest(files['train'] + other)}"
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:
@@ -95,8 +80,8 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     found = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in TABLES)
     files: dict[str, list[Path]] = {}
     for path in found:
-        if match := SPLIT_NAME.match(path.name):
-            files.setdefault(SPLITS[match[1].lower()], []).append(path)
+        if match := SPLIT.match(path.name):
+            files.setdefault(str(match.lastgroup), []).append(path)
     if not files and len(found) == 1:
         files["train"] = found
     if "train" not in files:
@@ -106,50 +91,42 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def read_rows(paths: Sequence[Path]) -> Rows:
-    """The rows of all files, one after the other; a file of no known kind is read as one text."""
+    """The rows of all files, one after the other."""
+    tables = [read_table(path) for path in paths]
+    for path, table in zip(paths, tables, strict=True):
+        if set(table.column_names) != set(tables[0].column_names):
+            raise TaskError(
+                f"{path} has the columns {', '.join(table.column_names)} but {paths[0].name} beside it has "
+                f"{', '.join(tables[0].column_names)}; name one of the files, or give them the same columns"
+            )
+    origin = str(paths[0].parent / names(paths))
     try:
-        tables = [read_table(path) for path in paths]
-        columns = [table.column_names for table in tables]
-        for path, found in zip(paths, columns, strict=True):
-            if set(found) != set(columns[0]):
-                raise TaskError(
-                    f"{path} has the columns {', '.join(found)} but {paths[0].name} beside it has "
-                    f"{', '.join(columns[0])}; name one of the files, or give them the same columns"
-                )
-        return Rows(str(paths[0]), pa.concat_tables(tables, promote_options="permissive"))
-    except (pa.ArrowException, OSError) as error:
-        there = paths[0].parent / names(paths)
-        raise TaskError(f"{there} cannot be read ({summary(error)}); restore or convert it") from error
+        return Rows(origin, pa.concat_tables(tables, promote_options="permissive"))
+    except pa.ArrowException as error:
+        raise TaskError(f"{origin} cannot be read together ({summary(error)}); convert one") from error
 
 
 def read_table(path: Path) -> pa.Table:
+    """The table in a file: Parquet, JSON rows in a list or one after the other; any other file is one text."""
     kind = path.suffix.lower()
-    if kind == ".parquet":
-        return parquet.read_table(path)
-    rows: Any = []
-    place = str(path)
     try:
+        if kind == ".parquet":
+            return parquet.read_table(path)
         text = path.read_text(encoding="utf-8")
-        if kind == ".json":
-            rows = json.loads(text)
-        elif kind == ".jsonl":
-            for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut inside strings
-                place = f"{path}, line {number}"
-                rows += [json.loads(line)] if line.strip() else []
-        else:
-            rows = [{"text": text}]
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
-    except json.JSONDecodeError as error:
-        remedy = "correct it, or give a text another ending, like .txt"
-        raise TaskError(f"{place}: is not JSON ({error}); {remedy}") from error
-    if not isinstance(rows, list):
-        raise TaskError(f"{path} holds a JSON {type(rows).__name__}, not a list of rows; write [{{…}}, {{…}}]")
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise TaskError(f"{path}: row {number} is {str(row)[:40]!r}, not an object with named columns; correct it")
-    columns = dict.fromkeys(chain.from_iterable(rows))  # of all rows: the first one may leave some out
-    return pa.table({name: [row.get(name) for row in rows] for name in columns})
+        if kind not in (".json", ".jsonl"):
+            return pa.table({"text": [text]})
+        rows: list[Any] = []
+        decoder, at = json.JSONDecoder(), 0
+        while begin := VISIBLE.search(text, at):
+            value, at = decoder.raw_decode(text, begin.start())
+            rows += value if isinstance(value, list) else [value]
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise ValueError(f"row {number} is {str(row)[:40]!r}, not an object with named columns")
+        columns = dict.fromkeys(chain.from_iterable(rows))  # of all rows: the first one may leave some out
+        return pa.table({name: [row.get(name) for row in rows] for name in columns})
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise TaskError(f"{path} cannot be read ({summary(error)}); restore or convert it") from error
 
 
 def held_out(rows: Any) -> tuple[Any, Any]:
@@ -161,15 +138,6 @@ def held_out(rows: Any) -> tuple[Any, Any]:
 def draw(count: int, limit: int | None, seed: int) -> list[int]:
     """At most `limit` of the numbers below `count`, drawn by `seed`, in rising order."""
     return sorted(random.Random(seed).sample(range(count), count if limit is None else min(limit, count)))
-
-
-def text_columns(table: pa.Table) -> list[str]:
-    return [field.name for field in table.schema if is_text(field.type)]
-
-
-def is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def names(paths: Iterable[Path]) -> str:

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ...errors import TaskError
 from .base import Example, Task, TaskOptions
-from .causal import IGNORED, borders, causal_loss, right_padding, token_ids
 from .files import Rows, read_splits
+from .lm import IGNORED, borders, causal_loss, right_padding, token_ids
 
 LAYOUTS: tuple[tuple[str, ...], ...] = (
     ("prompt", "response"), ("prompt", "completion"), ("instruction", "output", "input"), ("instruction", "output"),
@@ -32,17 +32,19 @@ def sft_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
     """The task, tokenized; its limits count rows, before some are left out.
 
     Raises: TaskError without data, without known columns, or if no pair fits into `options.max_length`."""
-    splits, notes = read_splits(options.data), Counter[str]()
-    train, validation = (
+    train, validation, source = read_splits(options.data)
+    splits = train.parts() if validation is None else (train, validation)
+    notes = Counter[str]()
+    examples = [
         fitting(tokenizer, rows.sample(*drawn), options.max_length, notes)
-        for rows, drawn in zip(splits.rows(), options.draws, strict=True)
-    )
+        for rows, drawn in zip(splits, options.draws, strict=True)
+    ]
     return Task(
         name="sft",
         metric="eval_loss",
-        source=", ".join([splits.source, *(f"{count} {note}" for note, count in notes.items() if count)]),
-        train=train,
-        validation=validation,
+        source=", ".join([source, *(f"{count} {note}" for note, count in notes.items() if count)]),
+        train=examples[0],
+        validation=examples[1],
         collate=right_padding(tokenizer),
         measure=causal_loss,
         higher_is_better=False,
@@ -82,12 +84,9 @@ def read_pairs(rows: Rows) -> list[Pair]:
     if columns is None:
         known = " or ".join(" + ".join(layout) for layout in LAYOUTS if len(layout) == 2)
         raise TaskError(f"{rows.origin} has the columns {', '.join(there)}; sft reads {known}: rename two")
-    for column in columns:
-        rows.check(column, nulls=True)
-    texts = zip(*([text or "" for text in rows.column(column)] for column in columns), strict=True)
     return [
         (BLANK_LINE.join([prompt, *(text for text in context if text.strip())]), response)
-        for prompt, response, *context in texts
+        for prompt, response, *context in zip(*(rows.text(column, nulls=True) for column in columns), strict=True)
     ]
 
 
@@ -95,10 +94,9 @@ def written(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> P
     """The pair as the model reads it: what generation starts from, and all that follows."""
     if not tokenizer.chat_template:
         return prompt + BLANK_LINE, response
-    asked = [{"role": "user", "content": prompt}]
-    answered = [*asked, {"role": "assistant", "content": response}]
-    before = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    both = tokenizer.apply_chat_template(answered, tokenize=False)
+    question, answer = {"role": "user", "content": prompt}, {"role": "assistant", "content": response}
+    before = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    both = tokenizer.apply_chat_template([question, answer], tokenize=False)
     # All of `before`, unless the template makes generation begin with a thought that answers do not keep.
     cut = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(before, both, strict=False)))
     return both[:cut], both[cut:]

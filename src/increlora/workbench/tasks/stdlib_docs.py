@@ -10,7 +10,6 @@ alone nor the topic gives the label away. Files, not pairs, are split into train
 several files share (posixpath, ntpath) is used in one of them only."""
 
 import ast
-import gc
 import hashlib
 import os
 import platform
@@ -18,25 +17,21 @@ import random
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
-from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ...errors import TaskError
 from .base import VALIDATION_SEED, Task, TaskOptions, accuracy, encoded
 
-SKIPPED_FOLDERS = frozenset(
-    "__pycache__ dist-packages idle_test lib2to3 pydoc_data site-packages test tests turtledemo".split()
-)
+SKIPPED = set("__pycache__ dist-packages idle_test lib2to3 pydoc_data site-packages test tests turtledemo".split())
 VALIDATION_SHARE = 5  # one file in five
 MIN_PER_FILE = 4  # two true pairs and two that swap their summaries
 MIN_WORDS = 3
 MIN_PAIRS = 100
-
-FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Pair(NamedTuple):
@@ -115,47 +110,39 @@ def documented_functions(root: Path) -> Sequence[Sequence[Pair]]:
     the same file, or a function and summary of another one."""
     files: dict[str, list[Pair]] = {}
     seen: set[tuple[str, str]] = set()
-    was_enabled = gc.isenabled()
-    gc.disable()  # syntax trees have no cycles, and collecting takes half of the parsing time beside torch
-    try:
-        for function in chain.from_iterable(read_functions(root, path) for path in sources(root)):
-            name = function.signature.partition("(")[0].split()[-1].rpartition(".")[2]
-            summary = function.summary.casefold().rstrip(".")
-            keys = {(function.file, function.signature), (function.file, summary), (name, summary)}
+    for path in sources(root):
+        file = path.relative_to(root).as_posix()
+        for owner, node in functions_in(parsed(path)):
+            summary = (ast.get_docstring(node) or "").strip().partition("\n")[0].strip()
+            if node.name.startswith("_") or not summary[:1].isalpha() or len(summary.split()) < MIN_WORDS:
+                continue
+            signature, plain = f"def {owner}{node.name}({ast.unparse(node.args)})", summary.casefold().rstrip(".")
+            keys = {(file, signature), (file, plain), (node.name, plain)}
             if not keys & seen:
-                files.setdefault(function.file, []).append(function)
+                files.setdefault(file, []).append(Pair(file, signature, summary))
             seen |= keys
-    finally:
-        if was_enabled:
-            gc.enable()
     return tuple(tuple(functions) for functions in files.values() if len(functions) >= MIN_PER_FILE)
 
 
 def sources(root: Path) -> list[Path]:
     found = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = set(subfolders) - SKIPPED_FOLDERS  # pruned: site-packages may be very large
+        subfolders[:] = set(subfolders) - SKIPPED  # pruned: site-packages may be very large
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(found)
 
 
-def read_functions(root: Path, path: Path) -> Iterator[Pair]:
-    file = path.relative_to(root).as_posix()
-    try:
-        with warnings.catch_warnings(action="ignore"):  # old escape sequences in other people's files
-            tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return  # the library holds a few files that are broken on purpose
-    for owner, node in functions_in(tree.body):
-        summary = (ast.get_docstring(node) or "").strip().partition("\n")[0].strip()
-        if summary[:1].isalpha() and len(summary.split()) >= MIN_WORDS and not node.name.startswith("_"):
-            yield Pair(file, f"def {owner}{node.name}({ast.unparse(node.args)})", summary)
+def parsed(path: Path) -> list[ast.stmt]:
+    """What a file holds; nothing if it is broken, as a few of the library are on purpose."""
+    with warnings.catch_warnings(action="ignore"), suppress(OSError, SyntaxError, ValueError):  # old escape sequences
+        return ast.parse(path.read_bytes()).body
+    return []
 
 
-def functions_in(body: Iterable[ast.AST], owner: str = "") -> Iterator[tuple[str, FunctionNode]]:
+def functions_in(body: Iterable[ast.AST], owner: str = "") -> Iterator[tuple[str, Any]]:
     """Functions of a module and its classes, also below `if` and `try`; not those inside functions."""
     for node in body:
-        if isinstance(node, FunctionNode):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield owner, node
         elif isinstance(node, ast.ClassDef):
             yield from functions_in(node.body, f"{node.name}.")

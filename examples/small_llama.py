@@ -1,4 +1,4 @@
-"""A small decoder for the examples, made on the spot: they run where no hub is in reach.
+"""A small decoder for the examples beside it, made on the spot: they run where no hub is in reach.
 
 Its weights are random, so it shows how a run goes and not what a method is worth."""
 
