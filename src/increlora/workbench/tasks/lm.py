@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,16 +44,8 @@ def lm_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
     validation = list(blocks(tokens(tokenizer, other), options.max_length))
     if not (train and validation):
         raise TaskError(f"--data {options.data}: too short for a training and a validation part; add text")
-    return Task(
-        name="lm",
-        metric="perplexity",
-        source=source,
-        train=train,
-        validation=[validation[i] for i in draw(len(validation), options.max_eval_samples, VALIDATION_SEED)],
-        collate=right_padding(tokenizer),
-        measure=causal_loss,
-        higher_is_better=False,
-    )
+    validation = [validation[i] for i in draw(len(validation), options.max_eval_samples, VALIDATION_SEED)]
+    return causal_task("lm", "perplexity", source, train, validation, tokenizer)
 
 
 def texts(rows: Rows) -> list[str]:
@@ -80,6 +73,14 @@ def blocks(stream: Iterator[int], size: int) -> Iterator[Example]:
     """The stream in blocks of `size` tokens; the last one is shorter, or left out if it predicts nothing."""
     cut = iter(lambda: list(islice(stream, size)), [])
     return ({"input_ids": block, "labels": block} for block in cut if len(block) > 1)
+
+
+def causal_task(
+    name: str, metric: str, source: str, train: list[Example], validation: list[Example], tokenizer: Any
+) -> Task:
+    """A task of a language model that is judged by its loss; `sft` is one, too."""
+    collate = right_padding(tokenizer)
+    return Task(name, metric, source, train, validation, collate, causal_loss, higher_is_better=False)
 
 
 def borders(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ...errors import TaskError
 from .base import Example, Task, TaskOptions
 from .files import Rows, read_splits
-from .lm import IGNORED, borders, causal_loss, right_padding, token_ids
+from .lm import IGNORED, borders, causal_task, token_ids
 
 LAYOUTS: tuple[tuple[str, ...], ...] = (
     ("prompt", "response"), ("prompt", "completion"), ("instruction", "output", "input"), ("instruction", "output"),
@@ -39,16 +39,8 @@ def sft_task(tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> Task:
         fitting(tokenizer, rows.sample(*drawn), options.max_length, notes)
         for rows, drawn in zip(splits, options.draws, strict=True)
     ]
-    return Task(
-        name="sft",
-        metric="eval_loss",
-        source=", ".join([source, *(f"{count} {note}" for note, count in notes.items() if count)]),
-        train=examples[0],
-        validation=examples[1],
-        collate=right_padding(tokenizer),
-        measure=causal_loss,
-        higher_is_better=False,
-    )
+    source = ", ".join([source, *(f"{count} {note}" for note, count in notes.items() if count)])
+    return causal_task("sft", "eval_loss", source, examples[0], examples[1], tokenizer)
 
 
 def fitting(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, notes: Counter[str]) -> list[Example]:

@@ -10,6 +10,7 @@ alone nor the topic gives the label away. Files, not pairs, are split into train
 several files share (posixpath, ntpath) is used in one of them only."""
 
 import ast
+import gc
 import hashlib
 import os
 import platform
@@ -110,6 +111,7 @@ def documented_functions(root: Path) -> Sequence[Sequence[Pair]]:
     the same file, or a function and summary of another one."""
     files: dict[str, list[Pair]] = {}
     seen: set[tuple[str, str]] = set()
+    gc.freeze()  # beside torch's objects, the collector would take half of the parsing time
     for path in sources(root):
         file = path.relative_to(root).as_posix()
         for owner, node in functions_in(parsed(path)):
@@ -121,6 +123,7 @@ def documented_functions(root: Path) -> Sequence[Sequence[Pair]]:
             if not keys & seen:
                 files.setdefault(file, []).append(Pair(file, signature, summary))
             seen |= keys
+    gc.unfreeze()
     return tuple(tuple(functions) for functions in files.values() if len(functions) >= MIN_PER_FILE)
 
 
