@@ -126,9 +126,9 @@ def test_a_null_is_an_empty_text_where_nulls_may_be():
 @pytest.mark.parametrize(
     "name, content, message",
     (
-        ("a.parquet", b"not parquet at all", "a.parquet cannot be read .*; restore or convert it"),
+        ("a.parquet", b"not parquet at all", "a.parquet cannot be read .*; restore, correct or convert it"),
         ("a.parquet", b"", "a.parquet cannot be read"),
-        ("a.txt", b"caf\xe9", r"a.txt cannot be read \(.*utf-8.* position 3: .*\); restore or convert it"),
+        ("a.txt", b"caf\xe9", r"a.txt cannot be read \(.*utf-8.* position 3: .*\); restore, correct or convert it"),
         ("a.json", b'"x"', "a.json cannot be read .*: row 0 is 'x', not an object with named columns"),
         ("a.json", b"[1]", "a.json cannot be read .*: row 0 is '1', not an object"),
         ("a.json", b"[]", "a.json has no rows"),

@@ -126,7 +126,7 @@ def read_table(path: Path) -> pa.Table:
         columns = dict.fromkeys(chain.from_iterable(rows))  # of all rows: the first one may leave some out
         return pa.table({name: [row.get(name) for row in rows] for name in columns})
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise TaskError(f"{path} cannot be read ({summary(error)}); restore or convert it") from error
+        raise TaskError(f"{path} cannot be read ({summary(error)}); restore, correct or convert it") from error
 
 
 def held_out(rows: Any) -> tuple[Any, Any]:
