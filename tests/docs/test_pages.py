@@ -80,6 +80,7 @@ def parsed(script: Path) -> bool:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.syspath_prepend(script.parent)  # as Python does with the script it runs
         with pytest.raises(Accepted):
             runpy.run_path(str(script), run_name="__main__")
     return True
