@@ -25,7 +25,7 @@ from ..hosts.peft.handle import Handle
 from ..hosts.peft.layer import chosen_adapter, handle_of
 from ..methods import Site
 from ..naming import natural
-from .lora_format import PREFIX, description, read_config, read_factors, read_shapes
+from .lora_format import PREFIX, description, read_config, read_factors
 
 FOREIGN = ("LORA", "ADALORA")
 
@@ -124,7 +124,7 @@ def from_folder(path: Path) -> Adapter:
     kind = raw.get("peft_type")
     if kind not in (known := (*CONFIGS, *FOREIGN)):
         raise ExportError(f"{path} holds an adapter of type {kind}, expected one of {', '.join(known)}")
-    read_shapes(path)
+    checkpoint.read_contents(path)
     state = load_file(path / SAFETENSORS_WEIGHTS_NAME)
     state = {key: state[key] for key in sorted(state, key=natural)}
     if kind in FOREIGN:

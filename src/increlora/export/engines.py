@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import CheckpointError, ConfigError
+from ..hosts.peft.checkpoint import read_contents
 from ..hosts.peft.config import CONFIGS
 from ..naming import nearest
 from .lora_format import (
@@ -21,7 +22,6 @@ from .lora_format import (
     configured_rank,
     configured_scale,
     read_config,
-    read_shapes,
     split,
 )
 
@@ -175,7 +175,7 @@ class Folder:
 def read_folder(path: Path) -> Folder:
     """What the folder holds. Raises CheckpointError if it is no whole adapter."""
     config = read_config(path)
-    parts, others = split(read_shapes(path)[0])
+    parts, others = split(read_contents(path)[0])
     whole = {name: part for name, part in parts.items() if tuple(part) in PAIRS}
     if config.get("peft_type") == "LORA" and len(whole) < len(parts):
         raise CheckpointError(f"{path}: some lora_A has no lora_B, or the reverse; the adapter is damaged")

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from ..deltas.inputs import VECTORS
 from ..errors import CheckpointError, ExportError
 from ..files import whole
+from ..hosts.peft.checkpoint import read_contents
 from ..hosts.peft.layer import adapter_layers, chosen_adapter
 from ..hosts.peft.truncation import truncated
 from .adapters import Adapter, check_elsewhere, read_adapter
 from .allocation import plain_config
 from .engines import engines_that_refuse
-from .lora_format import PREFIX, read_shapes, to_tensors
+from .lora_format import PREFIX, to_tensors
 
 Layout = Literal["uniform", "pattern"]
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -130,7 +131,7 @@ def check_replaceable(out: Path) -> None:
     """Raise ExportError unless `out` is new, empty, or an earlier export of ours."""
     files = {path.name for path in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
     try:
-        export = files == {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME} and MARK in read_shapes(out)[1]
+        export = files == {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME} and MARK in read_contents(out)[1]
     except CheckpointError:
         export = False
     if files and not export:

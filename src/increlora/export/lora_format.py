@@ -8,28 +8,24 @@
 init_r is the rank AdaLoRA *started* with, also where most triplets are gone: peft keeps it when it resizes a module.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from peft import LoraConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..deltas import Inputs, Patches, Tokens
 from ..deltas.inputs import VECTORS
 from ..errors import CheckpointError, ExportError
+from ..hosts.peft import checkpoint
 from ..hosts.peft.checkpoint import PREFIX
 from ..hosts.peft.old import translated
 
-Shape = tuple[int, ...]
 Config = Mapping[str, Any]
-T = TypeVar("T")
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 PAIRS = (LINEAR, EMBEDDING)
@@ -53,37 +49,25 @@ HARMLESS = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, by today's names.
-
-    Raises: CheckpointError if it cannot be read, or has impossible ranks."""
-    path = folder / CONFIG_NAME
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("not a JSON object")
-        if found.get("peft_type") in ("LORA", "ADALORA"):
-            check_values(found)
-    except OSError as error:
-        reason = error.strerror or error  # the path is named already
-        raise CheckpointError(f"{path}: {reason}; give the folder of an adapter, or a run") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; give the folder of an adapter, or restore it from a copy") from error
+    """adapter_config.json, by today's names. Raises CheckpointError if it cannot be read, or has impossible ranks."""
+    found = checkpoint.read_config(folder)
+    if found.get("peft_type") in ("LORA", "ADALORA"):
+        check_values(found, f"{folder}/adapter_config.json")
     return translated(found)
 
 
-def check_values(config: Config) -> None:
-    """Raise ValueError for a rank that is no int ≥ 1, or an alpha that is no number."""
+def check_values(config: Config, path: str) -> None:
+    """Raise CheckpointError for a rank that is no int ≥ 1, an alpha that is no number, a pattern that is no table."""
     adalora = config["peft_type"] == "ADALORA"
-    patterns = {name: {} if adalora else config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
-    for name, pattern in patterns.items():
+    rank, alpha = config.get("init_r") if adalora else config.get("r", 8), config.get("lora_alpha", 8)
+    for kind, value, types in (("rank", rank, (int,)), ("alpha", alpha, (int, float))):
+        pattern = {} if adalora else config.get(f"{kind}_pattern") or {}
         if not isinstance(pattern, dict):
-            raise ValueError(f"{name} is {pattern!r}, not a table")
-    for rank in (config.get("init_r") if adalora else config.get("r", 8), *patterns["rank_pattern"].values()):
-        if type(rank) is not int or rank < 1:
-            raise ValueError(f"rank {rank!r}: expected an int of at least 1")
-    for alpha in (config.get("lora_alpha", 8), *patterns["alpha_pattern"].values()):
-        if type(alpha) not in (int, float):
-            raise ValueError(f"alpha {alpha!r}: expected a number")
+            raise CheckpointError(f"{path}: {kind}_pattern={pattern!r}: expected a table; restore it from a copy")
+        for found in (value, *pattern.values()):
+            if type(found) not in types or (kind == "rank" and found < 1):
+                wanted = "an int of at least 1" if kind == "rank" else "a number"
+                raise CheckpointError(f"{path}: {kind} {found!r}: expected {wanted}; restore it from a copy")
 
 
 def configured_rank(config: Config, module: str) -> int:
@@ -139,30 +123,13 @@ def check_low_rank(config: Config, where: str) -> None:
 # -- tensors -----------------------------------------------------------------------------------------------------------
 
 
-def read_shapes(folder: Path) -> tuple[dict[str, Shape], dict[str, str]]:
-    """Shape of every tensor, and the file's metadata, without reading any weights. Raises CheckpointError."""
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: give the folder that `save_pretrained` wrote (safetensors only)")
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({error}); restore it from a copy") from error
-    strange = next((key for key in shapes if not key.isprintable()), None)
-    if strange is not None:  # names are shown in terminals
-        raise CheckpointError(f"{path}: the tensor name {strange!r} is not printable: the file is damaged or foreign")
-    return shapes, metadata
-
-
 def split(
-    state: Mapping[str, T], endings: tuple[str, ...] = LINEAR + EMBEDDING
-) -> tuple[dict[str, dict[str, T]], dict[str, T]]:
+    state: Mapping[str, Tensor], endings: tuple[str, ...] = LINEAR + EMBEDDING
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Factors by module and ending, linear maps first, and what is no factor by name; both without peft's prefix.
 
     A module with both factors has a part with the endings of one of `PAIRS`, in this order."""
-    parts: dict[str, dict[str, T]] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     for ending in endings:
         for key, value in state.items():
             if key.endswith(ending):

@@ -7,11 +7,14 @@
 A run resumes from these tensors alone, however they are loaded.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...deltas import Stored
@@ -62,15 +65,41 @@ def fit(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], *
         module.fit(parts.get(name, {}), keep_dormant=trainable)
 
 
-def contents(weights: Path) -> dict[str, Tensor]:
-    """What a weights file holds, without reading it all: small entries, and the rest as tensors on the meta device."""
-    with safe_open(weights, framework="pt") as file:
-        return {
-            key: file.get_tensor(key)
-            if key.endswith(SMALL)
-            else torch.empty(file.get_slice(key).get_shape(), device="meta")
-            for key in file.keys()  # noqa: SIM118
-        }
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json as it is. Raises CheckpointError if it cannot be read."""
+    path = folder / CONFIG_NAME
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error  # the path is named already
+        remedy = "give the folder of an adapter, or a run, or restore the adapter folder from a copy"
+        raise CheckpointError(f"{path}: {reason}; {remedy}") from error
+    return found
+
+
+def read_contents(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What the weights file holds, without reading it all (small entries, and the rest as tensors on the meta device),
+    and its metadata. Raises CheckpointError."""
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: give the folder that `save_pretrained` wrote (safetensors only)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            contents = {
+                key: file.get_tensor(key)
+                if key.endswith(SMALL)
+                else torch.empty(file.get_slice(key).get_shape(), device="meta")
+                for key in file.keys()  # noqa: SIM118
+            }
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({error}); restore it from a copy") from error
+    strange = next((key for key in contents if not key.isprintable()), None)
+    if strange is not None:  # names are shown in terminals
+        raise CheckpointError(f"{path}: the tensor name {strange!r} is not printable: the file is damaged or foreign")
+    return contents, metadata
 
 
 def check_contents(

@@ -1,16 +1,15 @@
 """peft configs derived from the methods' own settings; which options they have is in `options`."""
 
-import json
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import LoraConfig, PeftType
-from safetensors import SafetensorError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from ...errors import CheckpointError, ConfigError
+from ...errors import ConfigError
 from ...registry import METHODS, PAPERS
 from . import checkpoint
 from .card import update_card
@@ -79,21 +78,13 @@ class MethodConfig(LoraConfig):
 
 
 def check_folder(path: Path) -> dict[str, Tensor]:
-    """What the weights of a local adapter folder hold (see `checkpoint.contents`); hub names are left to peft.
+    """What the weights of a local adapter folder hold (see `read_contents`); hub names are left to peft.
 
     Raises: CheckpointError if the folder is damaged."""
     if not path.is_dir():
         return {}
-    config_file, weights = path / "adapter_config.json", path / "adapter_model.safetensors"
-    try:
-        if not isinstance(json.loads(config_file.read_text()), dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{config_file}: {error}; restore the adapter folder from a copy") from error
-    try:
-        return checkpoint.contents(weights) if weights.exists() else {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{weights} is damaged or truncated ({error}); restore it from a copy") from error
+    checkpoint.read_config(path)
+    return checkpoint.read_contents(path)[0] if (path / SAFETENSORS_WEIGHTS_NAME).exists() else {}
 
 
 def derive(method: str, settings_cls: Any) -> type:

@@ -12,8 +12,8 @@ from ...errors import ConfigError, ExportError
 from ...export.adapters import Adapter, adapter_folder, check_elsewhere, read_adapter
 from ...export.engines import ALIASES, ENGINES, EngineReport, check_export
 from ...export.lora import write_lora
-from ...export.lora_format import SAFETENSORS_WEIGHTS_NAME, read_shapes
 from ...export.merged import export_merged
+from ...hosts.peft.checkpoint import SAFETENSORS_WEIGHTS_NAME, read_contents
 from ...hosts.peft.config import CONFIGS
 from .. import tasks
 from .display import grid, of, rank_map
@@ -137,6 +137,6 @@ def layout(adapter: Adapter, folder: Path) -> str:
         return f"{native}, `increlora export` makes plain LoRA of it"
     if adapter.kind == "ADALORA":
         return "peft's triplets: `increlora export` makes plain LoRA of them"
-    shapes, _ = read_shapes(folder)
-    rows = {shape[0] for key, shape in shapes.items() if key.endswith(".lora_A.weight")}
+    contents, _ = read_contents(folder)
+    rows = {A.shape[0] for key, A in contents.items() if key.endswith(".lora_A.weight")}
     return f"rank {rows.pop()} for all" if len(rows) == 1 else f"a rank for each, {min(rows)} to {max(rows)}"
