@@ -154,8 +154,8 @@ def merging_is_not_undone(patch: Patch) -> None:
 
 
 def export_forgets_the_scale(patch: Patch) -> None:
-    tensors = export.lora_tensors
-    patch.setattr(export, "lora_tensors", lambda *given: {k: 2 * v for k, v in tensors(*given).items()})
+    tensors = export.to_tensors
+    patch.setattr(export, "to_tensors", lambda *given: {k: 2 * v for k, v in tensors(*given).items()})
 
 
 def inexact_export_is_not_refused(patch: Patch) -> None:

@@ -15,15 +15,7 @@ from ..errors import CheckpointError, ConfigError
 from ..hosts.peft.checkpoint import read_contents
 from ..hosts.peft.config import CONFIGS
 from ..naming import nearest
-from .lora_format import (
-    PAIRS,
-    Config,
-    changes_base,
-    configured_rank,
-    configured_scale,
-    read_config,
-    split,
-)
+from .lora_format import PAIRS, Config, changes_base, configured_rank, configured_scale, read_config, split
 
 Problem = tuple[Literal["error", "warning"], str, str, str]  # level, where, problem, remedy
 BEYOND_LORA = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
@@ -155,16 +147,10 @@ def check_export(
     return EngineReport(Path(path), names, tuple(findings))
 
 
-def engines_that_refuse(path: Path) -> dict[str, str]:
-    """Engine → the tensors in the folder that it refuses because they are no low-rank factors, where it does."""
-    folder = read_folder(path)
-    return {name: where for name, engine in ENGINES.items() for _, where, *_ in further_tensors(engine, folder)}
-
-
 @dataclass(frozen=True)
 class Folder:
-    """A folder as an engine reads it.   rows: module → rows of its A.   embeddings: the adapted embeddings.
-    others: names of tensors that are no factors of linear maps or embeddings."""
+    """What an engine reads.   rows: module → rows of its A.   embeddings: the adapted ones.   others: tensors that are
+    no factors of linear maps or embeddings."""
 
     config: Config
     rows: Mapping[str, int]
@@ -173,16 +159,15 @@ class Folder:
 
 
 def read_folder(path: Path) -> Folder:
-    """What the folder holds. Raises CheckpointError if it is no whole adapter."""
+    """Raises CheckpointError if it is no whole adapter."""
     config = read_config(path)
     parts, others = split(read_contents(path)[0])
-    whole = {name: part for name, part in parts.items() if tuple(part) in PAIRS}
-    if config.get("peft_type") == "LORA" and len(whole) < len(parts):
+    As = {name: next(iter(part.values())) for name, part in parts.items() if tuple(part) in PAIRS}
+    if config.get("peft_type") == "LORA" and len(As) < len(parts):
         raise CheckpointError(f"{path}: some lora_A has no lora_B, or the reverse; the adapter is damaged")
-    shapes = {name: next(iter(part.values())) for name, part in whole.items()}  # of A
-    convolutions = [f"{name}.lora_A.weight" for name, shape in shapes.items() if len(shape) != 2]
-    rows = {name: shape[0] for name, shape in shapes.items() if len(shape) == 2}
-    embeddings = [name for name in shapes if ".lora_embedding_A" in parts[name]]
+    convolutions = [f"{name}.lora_A.weight" for name, A in As.items() if A.dim() != 2]
+    rows = {name: A.shape[0] for name, A in As.items() if A.dim() == 2}
+    embeddings = [name for name in As if ".lora_embedding_A" in parts[name]]
     return Folder(config, rows, embeddings, [*others, *convolutions])
 
 
@@ -269,14 +254,12 @@ def further_tensors(engine: Engine, folder: Folder) -> Iterator[Problem]:
     names = [key.rpartition(".")[0] for key in folder.others]
     names += [] if engine.embeddings else folder.embeddings
     names += (folder.config.get("modules_to_save") or ()) if engine.saved else ()  # engines that load heads read it
-    refused = dict.fromkeys(
-        n for n in names if engine.saved.isdisjoint(n.split(".")) and not any(part in n for part in engine.passes)
-    )
-    if refused:
-        name = next(iter(refused))
-        what = "token embeddings" if "embed" in name or "lm_head" in name else "trained in full, or no linear map"
+    names = [n for n in names if engine.saved.isdisjoint(n.split(".")) and not any(part in n for part in engine.passes)]
+    if names:
+        ends = any(part in names[0] for part in ("embed", "lm_head"))
+        what = "token embeddings" if ends else "trained in full, or no linear map"
         only = f"only {' and '.join(sorted(engine.saved))}" if engine.saved else "low-rank factors only"
-        yield "error", first_of(list(refused)), f"is {what}; it loads {only}", MERGE
+        yield "error", first_of(list(dict.fromkeys(names))), f"is {what}; it loads {only}", MERGE
 
 
 def with_rank(limit: int) -> str:

@@ -26,11 +26,11 @@ from ..deltas.inputs import VECTORS
 from ..errors import CheckpointError, ExportError
 from ..files import whole
 from ..hosts.peft.checkpoint import read_contents
-from ..hosts.peft.layer import adapter_layers, chosen_adapter
+from ..hosts.peft.layer import handle_of
 from ..hosts.peft.truncation import truncated
 from .adapters import Adapter, check_elsewhere, read_adapter
 from .allocation import plain_config
-from .engines import engines_that_refuse
+from .engines import MERGE, check_export
 from .lora_format import PREFIX, to_tensors
 
 Layout = Literal["uniform", "pattern"]
@@ -93,35 +93,25 @@ def export_lora(
     Raises: ExportError (no adapter that we read, unknown layout, more than low-rank, more lost than the tolerance, a
         folder in the way), CheckpointError (damaged input).
     """
-    done = write_lora(
-        model_or_path, Path(out), layout, max_rank=max_rank, tolerance=tolerance, adapter_name=adapter_name
-    )
-    if refusals := engines_that_refuse(done.path):
-        warnings.warn(
-            f"{', '.join(refusals)} will refuse {done}, which holds more than low-rank factors "
-            f"({next(iter(refusals.values()))}): for them, merge it by `export_merged`",
-            stacklevel=2,
-        )
-    return done
-
-
-def write_lora(
-    source: nn.Module | str | os.PathLike[str], out: Path, layout: Layout = "uniform", *, max_rank: int | None = None,
-    tolerance: float | None = None, adapter_name: str | None = None,
-) -> Exported:  # fmt: skip
-    """`export_lora` without the warning, for callers that show the findings of `check_export`."""
     if layout not in ("uniform", "pattern"):
         raise ExportError(f"layout={layout!r}: choose 'uniform' or 'pattern'")
     if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
         raise ExportError(f"max_rank={max_rank!r}: give an int of at least 1")
     if tolerance is not None and not 0 <= tolerance <= 1:
         raise ExportError(f"tolerance={tolerance!r}: give a share of ΔW in [0, 1]")
+    out = Path(out)
     check_elsewhere(out)
     check_replaceable(out)
-    adapter = read_adapter(source, adapter_name)
+    adapter = read_adapter(model_or_path, adapter_name)
     factors, errors = limited(adapter, max_rank, tolerance)
     written = laid_out(factors, layout)
     write(out, adapter, written, layout)
+    if refusals := {f.engine: f.where for f in check_export(out).findings if f.remedy == MERGE}:
+        warnings.warn(
+            f"{', '.join(refusals)} will refuse {out}, which holds more than low-rank factors "
+            f"({next(iter(refusals.values()))}): for them, merge it by `export_merged`",
+            stacklevel=2,
+        )
     total, used = (sum(A.numel() + B.numel() for A, B in pairs.values()) for pairs in (written, factors))
     size = (out / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     return Exported(out, layout, ranks(factors), total, total - used, size, errors)
@@ -140,8 +130,7 @@ def check_replaceable(out: Path) -> None:
 
 def is_exact(model: nn.Module, adapter_name: str | None = None) -> bool:
     """Can an adapter of ours be exported without truncating any module?"""
-    name = chosen_adapter(model, adapter_name)
-    return all(layer.delta(name).export_rank is None for layer in adapter_layers(model, name).values())
+    return all(delta.export_rank is None for delta in handle_of(model, adapter_name).deltas.values())
 
 
 def limited(adapter: Adapter, max_rank: int | None, tolerance: float | None) -> tuple[Factors, dict[str, float]]:
@@ -187,13 +176,6 @@ def ranks(factors: Factors) -> dict[str, int]:
     return {name: A.shape[0] for name, (A, _) in factors.items()}
 
 
-def lora_tensors(factors: Factors, adapter: Adapter) -> dict[str, Tensor]:
-    tensors = {f"{PREFIX}{name}": value for name, value in adapter.others.items()}
-    for name, (A, B) in factors.items():
-        tensors |= to_tensors(name, A, B, adapter.inputs.get(name, VECTORS))
-    return {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-
-
 def write(out: Path, adapter: Adapter, factors: Factors, layout: str) -> None:
     source, top = adapter.config, max(ranks(factors).values())
     patterns = ranks(factors) if layout == "pattern" else {}
@@ -203,7 +185,10 @@ def write(out: Path, adapter: Adapter, factors: Factors, layout: str) -> None:
         revision=source.revision, inference_mode=True,
     )  # fmt: skip
     fields = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    tensors = lora_tensors(factors, adapter)
+    tensors = {f"{PREFIX}{name}": value for name, value in adapter.others.items()}
+    for name, (A, B) in factors.items():
+        tensors |= to_tensors(name, A, B, adapter.inputs.get(name, VECTORS))
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     metadata = {"format": "pt", MARK: version("increlora"), "layout": layout}
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole(out) as folder:

@@ -1,5 +1,6 @@
 """Commands on the folder of an adapter: `increlora export`, `increlora check`, `increlora inspect`."""
 
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from transformers.utils import logging
 from ...errors import ConfigError, ExportError
 from ...export.adapters import Adapter, adapter_folder, check_elsewhere, read_adapter
 from ...export.engines import ALIASES, ENGINES, EngineReport, check_export
-from ...export.lora import write_lora
+from ...export.lora import export_lora
 from ...export.merged import export_merged
 from ...hosts.peft.checkpoint import SAFETENSORS_WEIGHTS_NAME, read_contents
 from ...hosts.peft.config import CONFIGS
@@ -48,7 +49,9 @@ def export(
         merged(source, out, base)
         console.print(f"written to {out}: the merged model, for any engine", soft_wrap=True)
         return
-    done = write_lora(source, out, layout or "uniform", max_rank=max_rank, tolerance=tolerance)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* will refuse .*, which holds more", UserWarning)  # the verdicts say it
+        done = export_lora(source, out, layout or "uniform", max_rank=max_rank, tolerance=tolerance)
     ranks = list(done.ranks.values())
     console.print(
         f"written to {done.path} ({done.layout}): {sum(ranks)} ranks over {len(ranks)} modules, at most {max(ranks)}; "

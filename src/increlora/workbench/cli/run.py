@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from ...errors import CheckpointError
-from ...export.lora import is_exact, write_lora
+from ...export.lora import export_lora, is_exact
 from ...files import whole
 from ...hosts.peft.config import check_folder
 from ...runtime import controllers_of
@@ -72,10 +72,11 @@ def save(settings: TrainSettings, folder: RunFolder, model: Any) -> None:
     with warnings.catch_warnings():
         # by that name peft asks the hub whether the vocabulary was changed; here it never is
         warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file", UserWarning)
+        warnings.filterwarnings("ignore", ".* will refuse .*, which holds more", UserWarning)  # see `check`
         with whole(folder.path / "adapter") as adapter:
             model.save_pretrained(adapter)
         if is_exact(model):  # otherwise `show_result` says how it can leave
-            write_lora(model, folder.path / "lora")
+            export_lora(model, folder.path / "lora")
 
 
 def check_checkpoint(path: Path) -> None:
