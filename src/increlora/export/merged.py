@@ -108,22 +108,17 @@ def untie(base: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Give input and output embeddings a tensor each if they share one and their values would differ.
 
     Raises ExportError, before anything is changed, if other tensors are tied, or the model cannot be untied."""
-    state, head = base.state_dict(), base.get_output_embeddings()
-    ends = (base.get_input_embeddings(), head)
-    names = {f"{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
-    by_memory: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        by_memory.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
-    ties = [tied for tied in by_memory.values() if len(tied) > 1]
-    if len(names) == 2 and base.config.tie_word_embeddings and not any(names <= set(tie) for tie in ties):
-        ties.append(sorted(names))  # peft's unload leaves the trained one in its place, apart from the other
-    split = []  # names that need several values now
-    for tie in ties:
-        first, *more = (values.get(name, state[name]).to(state[name]) for name in tie)
-        if not values.keys().isdisjoint(tie) and not all(torch.equal(first, other) for other in more):
+    state, ties = base.state_dict(), base.get_expanded_tied_weights_keys(all_submodels=True)
+    split = []  # pairs that need two values now
+    for tie in ties.items():
+        one, other = (values.get(name, state[name]).to(state[name]) for name in tie)
+        if not values.keys().isdisjoint(tie) and not torch.equal(one, other):
             split.append(tie)
     if not split:
         return
+    head = base.get_output_embeddings()
+    ends = (base.get_input_embeddings(), head)
+    names = {f"{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
     if len(ties) > 1 or set(split[0]) != names or base.config.is_encoder_decoder:
         raise ExportError(
             f"{' and '.join(split[0])} are one tensor in the base, and the adapter makes them different; this model "
