@@ -130,10 +130,11 @@ def test_registering_again_changes_nothing() -> None:
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-    from increlora.hosts.peft.register import read_old_types, register_methods, tell_ranks
+    from increlora.hosts.peft.patches import patch_peft
+    from increlora.hosts.peft.register import register_methods
 
     before, method, read = list(PeftType), PeftModel.print_trainable_parameters, PeftConfig.from_json_file
-    register_methods(), tell_ranks(), read_old_types()
+    register_methods(), patch_peft()
     assert list(PeftType) == before
     assert PeftModel.print_trainable_parameters is method and PeftConfig.from_json_file == read
     assert PeftType("INCRELORA_LORA") is PeftType["INCRELORA_LORA"] is PeftType.INCRELORA_LORA

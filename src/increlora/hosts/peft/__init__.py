@@ -2,13 +2,11 @@
 
 from .config import CONFIGS
 from .drive import attach, block_states, rank_summary
-from .mixtures import refuse_mixtures
 from .model import AdapterModel
-from .register import read_old_types, register_methods, tell_ranks
+from .patches import patch_peft
+from .register import register_methods
 
 register_methods()
-read_old_types()
-tell_ranks()
-refuse_mixtures()
+patch_peft()
 
 __all__ = ["CONFIGS", "AdapterModel", "attach", "block_states", "rank_summary"]

@@ -2,19 +2,13 @@
 
 peft has no plug-in mechanism and refuses names that are not members of the enum; plain strings in its tables break
 `load_adapter` and `get_model_status`. So members are made at import, the way the enum module makes them.
-
-Adapter folders once named their types without a prefix. peft may come to have methods of these names, so they are not
-registered: whatever of peft reads an adapter_config.json calls `from_json_file`, and it translates what is ours, old
-options included.
 """
 
-import functools
 import warnings
 from dataclasses import is_dataclass
 from typing import Any
 
-from peft import PeftModel, PeftType
-from peft.config import PeftConfigMixin
+from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
@@ -22,9 +16,7 @@ from ...errors import ConfigError
 from ...methods import Settings
 from ...registry import METHODS
 from .config import CONFIGS, derive, type_name
-from .drive import rank_summary
 from .model import AdapterModel
-from .old import translated
 
 
 def ensure_peft_type(name: str) -> PeftType:
@@ -79,33 +71,3 @@ def register_method(name: str, settings_cls: type[Settings]) -> Any:
     METHODS[name], CONFIGS[type_name(name)] = settings_cls, config_cls
     register_methods()
     return config_cls
-
-
-def read_old_types() -> None:
-    """Let peft load folders of ours that earlier versions wrote. Idempotent."""
-    original = PeftConfigMixin.from_json_file.__func__
-    if hasattr(original, "reads_old_types"):
-        return
-
-    @functools.wraps(original)
-    def from_json_file(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return translated(original(cls, *args, **kwargs))
-
-    from_json_file.reads_old_types = True  # type: ignore[attr-defined]
-    PeftConfigMixin.from_json_file = classmethod(from_json_file)
-
-
-def tell_ranks() -> None:
-    """Let `print_trainable_parameters` tell active ranks and capacity apart, for models of ours. peft offers no seam:
-    the method counts every parameter with requires_grad, dormant blocks among them. Idempotent."""
-    original = PeftModel.print_trainable_parameters
-    if hasattr(original, "__wrapped__"):
-        return
-
-    @functools.wraps(original)
-    def print_trainable_parameters(self: PeftModel) -> None:
-        original(self)
-        if isinstance(self.base_model, AdapterModel):
-            print(rank_summary(self).total)
-
-    PeftModel.print_trainable_parameters = print_trainable_parameters
