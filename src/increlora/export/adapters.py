@@ -158,7 +158,7 @@ def native(handle: Handle, state: Mapping[str, Tensor], every: frozenset[str] | 
         others={key: value for key, value in named.items() if key.rpartition(".")[0] not in parts},
         every=every,
         limits={name: delta.export_rank for name, delta in deltas.items() if delta.export_rank is not None},
-        budget=handle.budget,
+        budget=handle.method.budget,
     )
 
 

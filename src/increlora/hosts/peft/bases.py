@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
-from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -50,7 +50,7 @@ def refusal(base: nn.Module) -> str | None:
     An embedding or convolution may compute something of its own, as position embeddings do; word embeddings that are
     multiplied by a constant say so, and packed ones only store their weight otherwise."""
     kind = f"of type {type(base).__name__}"
-    if not is_called(base):
+    if isinstance(base, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention gives its weight to a function
         return f"{kind} is never called, its weight is read by the module around it: {WHOLE}"
     parent = next((parent for parent in (nn.Embedding, nn.Conv2d) if isinstance(base, parent)), None)
     if parent is None:
@@ -67,11 +67,6 @@ def refusal(base: nn.Module) -> str | None:
     return None
 
 
-def is_called(base: nn.Module) -> bool:
-    """Is it called? nn.MultiheadAttention passes the weight of its output projection to a function instead."""
-    return not isinstance(base, NonDynamicallyQuantizableLinear)
-
-
 def check_readable(config: Any, name: str, inputs: Inputs) -> None:
     """Raise ConfigError, naming methods that can, if the config's method cannot adapt a module with such inputs."""
     reads = config.settings_cls.reads
@@ -83,10 +78,6 @@ def check_readable(config: Any, name: str, inputs: Inputs) -> None:
         f"{name} is {KINDS[type(inputs)]}, which {config.method_name} cannot adapt ({own}): {LEAVE_OUT}, add it to "
         f"`modules_to_save`, or choose among {', '.join(others)}"
     )
-
-
-def is_all_linear(targets: object) -> bool:
-    return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
 def check_matched(peft_config: Any, model: nn.Module) -> None:

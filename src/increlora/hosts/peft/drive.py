@@ -49,39 +49,20 @@ class RankSummary:
     """Ranks of an adapter: per module, in total, and against the budget (None: counted in the other unit).
 
     Parameters are those that count: what merging absorbs (e) is left out. shared: those that all modules have together.
+    parameters: of the active ranks.   live_parameters: of all that is computed, active ranks and the reserve.
+    most_parameters: at full capacity.
     """
 
     modules: tuple[ModuleRanks, ...]
     budget_ranks: int | None
     budget_parameters: int | None
-    shared: int = 0
-
-    @property
-    def active(self) -> int:
-        return sum(m.active for m in self.modules)
-
-    @property
-    def reserve(self) -> int:
-        return sum(m.reserve for m in self.modules)
-
-    @property
-    def capacity(self) -> int:
-        return sum(m.capacity for m in self.modules)
-
-    @property
-    def parameters(self) -> int:
-        """Of the active ranks."""
-        return self.shared + sum(m.active * m.cost for m in self.modules)
-
-    @property
-    def live_parameters(self) -> int:
-        """Of all that is computed: active ranks and the reserve."""
-        return self.shared + sum((m.active + m.reserve) * m.cost for m in self.modules)
-
-    @property
-    def most_parameters(self) -> int:
-        """At full capacity."""
-        return self.shared + sum(m.capacity * m.cost for m in self.modules)
+    shared: int
+    active: int
+    reserve: int
+    capacity: int
+    parameters: int
+    live_parameters: int
+    most_parameters: int
 
     @property
     def total(self) -> str:
@@ -101,8 +82,20 @@ class RankSummary:
 def rank_summary(model: nn.Module, adapter_name: str | None = None) -> RankSummary:
     """Where the rank is now. `adapter_name`: default the active one. Raises ConfigError if there is no such adapter."""
     handle = handle_of(model, adapter_name)
-    modules = [ModuleRanks(d.name, d.rank, d.reserve, d.capacity, d.cost) for d in handle.deltas.values()]
-    return RankSummary(tuple(modules), handle.budget.ranks, handle.budget.parameters, handle.shared_parameters)
+    budget, shared, deltas = handle.method.budget, handle.shared_parameters, handle.deltas.values()
+    modules = tuple(ModuleRanks(d.name, d.rank, d.reserve, d.capacity, d.cost) for d in deltas)
+    return RankSummary(
+        modules=modules,
+        budget_ranks=budget.ranks,
+        budget_parameters=budget.parameters,
+        shared=shared,
+        active=sum(m.active for m in modules),
+        reserve=sum(m.reserve for m in modules),
+        capacity=sum(m.capacity for m in modules),
+        parameters=handle.parameters,
+        live_parameters=shared + sum((m.active + m.reserve) * m.cost for m in modules),
+        most_parameters=shared + sum(m.capacity * m.cost for m in modules),
+    )
 
 
 @dataclass(frozen=True)

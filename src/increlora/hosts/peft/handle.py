@@ -4,11 +4,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from ...decide.budget import Budget
 from ...deltas import BlockDelta, Delta, Status, Stored, Vectors
 from ...deltas.inputs import as_json
 from ...methods import Site
-from ...rules import holding_of
 from ...runtime import Controller, register
 from .bases import check_readable
 
@@ -62,10 +60,6 @@ class Handle:
         return {**self.deltas, **({SHARED: self.shared} if self.shared is not None else {})}
 
     @property
-    def budget(self) -> Budget:
-        return self.method.budget
-
-    @property
     def shared_parameters(self) -> int:
         """How many numbers the modules share."""
         return sum(p.numel() for p in self.shared.parameters()) if self.shared is not None else 0
@@ -74,10 +68,6 @@ class Handle:
     def parameters(self) -> int:
         """How many numbers count against a budget: those of the active ranks, and the shared ones."""
         return self.shared_parameters + sum(delta.rank * delta.cost for delta in self.deltas.values())
-
-    def check(self) -> None:
-        """Raise BudgetError if the budget cannot be met from this start."""
-        self.method.check([holding_of(name, delta) for name, delta in self.blocks.items()])
 
     def drive(self) -> None:
         """Give the adapter its controller, if its method needs one."""
@@ -91,7 +81,7 @@ class Handle:
 
     def describe(self) -> None:
         """Have the config say what the deltas are now: their states are the truth, the config repeats them."""
-        config, deltas, budget = self.config, self.deltas, self.budget
+        config, deltas, budget = self.config, self.deltas, self.method.budget
         config.shapes = {name: [delta.in_features, delta.out_features] for name, delta in deltas.items()}
         config.inputs = {n: as_json(d.inputs) for n, d in deltas.items() if not isinstance(d.inputs, Vectors)}
         config.ranks = {name: delta.rank for name, delta in deltas.items()}

@@ -176,20 +176,18 @@ def adapters_of(model: nn.Module) -> dict[str, Handle]:
 
 def chosen_adapter(model: nn.Module, adapter_name: str | None) -> str:
     """`adapter_name`, or the active adapter of ours. Raises ConfigError if there is no such adapter."""
-    for module in model.modules():
-        if isinstance(module, AdapterLayer):
-            wanted = [adapter_name] if adapter_name else module.active_adapters
-            if name := next((name for name in wanted if name in module.lora_delta), None):
-                return name
-    known = sorted(adapters_of(model)) or "none"
+    known = adapters_of(model)
+    active = [name for m in model.modules() if isinstance(m, AdapterLayer) for name in m.active_adapters]
+    for name in [adapter_name] if adapter_name else active:
+        if name in known:
+            return name
     called = f" named {adapter_name!r}" if adapter_name else ""
-    raise ConfigError(f"no increlora adapter{called} in this model; it has {known}")
+    raise ConfigError(f"no increlora adapter{called} in this model; it has {sorted(known) or 'none'}")
 
 
 def handle_of(model: nn.Module, adapter_name: str | None = None) -> Handle:
     """The owner of an adapter, by default of the active one. Raises ConfigError if there is no such adapter."""
-    name = chosen_adapter(model, adapter_name)
-    return next(m.handles[name] for m in model.modules() if isinstance(m, AdapterLayer) and name in m.lora_delta)
+    return adapters_of(model)[chosen_adapter(model, adapter_name)]
 
 
 def check_name(adapter_name: str) -> None:

@@ -1,7 +1,7 @@
 """The tuner: one for all methods. It counts the sites, puts a delta at each, and gives adaptive ones a controller."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -12,18 +12,11 @@ from torch import Tensor, nn
 from ...deltas import BlockDelta, Delta, Stored
 from ...errors import ConfigError
 from ...methods import Site
+from ...rules import holding_of
 from . import checkpoint, weighted
-from .bases import check_in_memory, check_matched, is_all_linear, is_called, read
+from .bases import check_in_memory, check_matched, read, refusal
 from .handle import SHARED, Handle, described_states
-from .layer import (
-    AdapterLayer,
-    SharedFactors,
-    TunerLayer,
-    adapter_layers,
-    adapters_of,
-    check_name,
-    layer_over,
-)
+from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, check_name, layer_over
 from .mixed import copies_of, mixed_batch
 from .quantised import backend_of, check_mergeable, keep_layout, warn_of_rounding, working_dtype
 
@@ -38,9 +31,9 @@ class AdapterModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Make and check every delta before any module is replaced: budgets and block sizes depend on the totals, and
         what is refused leaves the model as it was."""
-        everything = is_all_linear(peft_config.target_modules)
+        asked = peft_config.target_modules
         _maybe_include_all_linear_layers(peft_config, model)
-        if everything:
+        if peft_config.target_modules is not asked:
             self._target_adaptable(peft_config, model)
         bases = self._targets(peft_config, model)
         if not bases and not self._by_state_dict:
@@ -56,12 +49,12 @@ class AdapterModel(BaseTuner):
         if contents and not getattr(model, "_checkpoint_conversion_mapping", None):  # its keys are renamed on loading
             checkpoint.check_contents(contents, self._handle.stored, model, peft_config.modules_to_save or ())
         if bases and not peft_config.inference_mode:
-            self._handle.check()
+            self._handle.method.check([holding_of(name, delta) for name, delta in self._handle.blocks.items()])
 
     def _target_adaptable(self, peft_config: Any, model: nn.Module) -> None:
         """Of all linear modules target those that the method can adapt."""
         found, settings = self._targets(peft_config, model), peft_config.settings()
-        adaptable = [name for name, base in found.items() if settings.adapts(name) and is_called(base)]
+        adaptable = [name for name, base in found.items() if settings.adapts(name) and not refusal(base)]
         if found and not adaptable:
             raise ConfigError(
                 f"{peft_config.method_name} can adapt none of the linear modules of this model ({next(iter(found))}, …)"
@@ -142,14 +135,9 @@ class AdapterModel(BaseTuner):
         if not config.inference_mode:
             handle.drive()
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.pop("adapter_names", None)
-        if names is None:
-            yield
-            return
-        with mixed_batch(self.model, names, adapters_of(self), copies_of(kwargs)):
-            yield
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        names = kwargs.get("adapter_names")
+        return nullcontext() if names is None else mixed_batch(self.model, names, adapters_of(self), copies_of(kwargs))
 
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "svd",
