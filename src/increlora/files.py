@@ -21,7 +21,7 @@ def write_text(path: Path, text: str) -> None:
 def whole(path: Path) -> Iterator[Path]:
     """Yields a temporary path for a file or folder; it becomes `path` only once all its content is on disk. What was
     there before stays in place until then."""
-    new, old = _temporary(path, "new"), _temporary(path, "old")
+    new, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     remove(new)
     try:
         yield new
@@ -43,10 +43,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _temporary(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
 
 
 def _sync(path: Path) -> None:

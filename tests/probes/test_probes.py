@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from increlora.deltas import BlockDelta
 from increlora.errors import ConfigError
 from increlora.export import lora as export
-from increlora.hosts.peft import checkpoint, handle, model
+from increlora.hosts.peft import handle, model
 from increlora.hosts.peft.layer import AdapterLayer
 from increlora.registry import METHODS
 from increlora.workbench.cli.methods import CAPABILITIES
@@ -228,7 +228,7 @@ def autocast_halves_the_adapter(patch: Patch) -> None:
 
 
 def dormant_blocks_stay_on_meta(patch: Patch) -> None:
-    patch.setattr(checkpoint, "complete", lambda base, name, state: state)
+    patch.setattr(BlockDelta, "left_out", lambda self, given: {})
 
 
 def nobody_drives(patch: Patch) -> None:

@@ -11,9 +11,9 @@ from ..decide.allocation import Holding
 from ..decide.feasibility import check_growth
 from ..deltas import BlockDelta, LowRankDelta, Status, Tokens, TripletDelta
 from ..errors import ConfigError, DriveError
-from ..hosts.peft.layer import adapter_layers, chosen_adapter, handle_of
+from ..hosts.peft.handle import Handle
+from ..hosts.peft.layer import chosen_adapter, handle_of
 from .adapters import Adapter, read_adapter
-from .lora_format import PREFIX
 
 BASE_LAYER = ".base_layer."  # in a key: peft's mark of the weights below an adapter
 
@@ -40,7 +40,8 @@ def warm_start(
     """
     name = chosen_adapter(model, adapter_name)
     handle = handle_of(model, name)
-    deltas = fresh_deltas(model, name)
+    check_fresh(handle)
+    deltas = handle.blocks
     given = read_adapter(source)
     for n in given.factors:
         if n not in deltas:
@@ -56,20 +57,15 @@ def warm_start(
     handle.describe()
 
 
-def fresh_deltas(model: nn.Module, adapter: str) -> dict[str, BlockDelta]:
-    """The deltas by module. Raises ConfigError if they cannot hold any low-rank ΔW, DriveError if they are trained."""
-    deltas: dict[str, BlockDelta] = {}
-    for name, layer in adapter_layers(model, adapter).items():
-        delta = layer.delta(adapter)
+def check_fresh(handle: Handle) -> None:
+    """Raise ConfigError if the deltas cannot hold any low-rank ΔW, DriveError if they are trained."""
+    for name, delta in handle.deltas.items():
         if not isinstance(delta, LowRankDelta | TripletDelta):
-            kind = type(model.peft_config[adapter]).__name__  # type: ignore[index]
-            raise ConfigError(f"{delta.name}: {kind} cannot hold a low-rank ΔW: train it from its own start")
-        name = name.removeprefix(PREFIX)
+            kind = type(handle.config).__name__
+            raise ConfigError(f"{name}: {kind} cannot hold a low-rank ΔW: train it from its own start")
         steps = delta.observer.step if delta.observer is not None else delta.steps
         if steps or delta.indices(Status.ACTIVE) != [0]:
             raise DriveError(f"{name} has been trained already: call warm_start on a fresh adapter, before training")
-        deltas[name] = delta
-    return deltas
 
 
 def blocks_for(name: str, delta: BlockDelta, pair: tuple[Tensor, Tensor] | None) -> int:
@@ -90,8 +86,7 @@ def blocks_for(name: str, delta: BlockDelta, pair: tuple[Tensor, Tensor] | None)
 
 def fill(delta: BlockDelta, count: int, pair: tuple[Tensor, Tensor] | None) -> None:
     """Make the first `count` blocks active and equal to B A together."""
-    for i in range(count):
-        delta.status[i] = Status.ACTIVE
+    delta.status[:count] = [Status.ACTIVE] * count
     # The other one keeps its random start: with both at zero neither ever had a gradient.
     idle, done = "A" if isinstance(delta.inputs, Tokens) else "B", 0
     for i in range(count):

@@ -20,17 +20,11 @@ from torch import Tensor, nn
 from ...deltas import Stored
 from ...deltas.base import NAMES
 from ...errors import CheckpointError
-from .layer import AdapterLayer, TunerLayer
+from .layer import AdapterLayer, TunerLayer, adapters_of
 
 PREFIX = "base_model.model."
 SMALL = (".lora_state", ".lora_digest")  # entries whose values are checked before loading, not their shapes alone
 OURS = {entry: name for name, entry in NAMES.items()}  # on disk → in a state dict
-
-
-def stored(model: nn.Module, adapter_name: str) -> dict[str, Stored]:
-    """Everything of an adapter that checkpoints hold, by the module's name in `model`, in model order."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, TunerLayer) and adapter_name in m.lora_delta}
-    return {name: layer.lora_delta[adapter_name] for name, layer in layers.items()}  # type: ignore[misc]
 
 
 def checkpoint_key(key: str, adapter_name: str) -> str:
@@ -45,24 +39,29 @@ def checkpoint_key(key: str, adapter_name: str) -> str:
 def compact(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries worth saving."""
     found = dict(state_dict)
-    for name, module in stored(model, adapter_name).items():
-        prefix = f"{name}.lora_delta.{adapter_name}."
-        own = {key: key.removeprefix(prefix) for key in found if key.startswith(prefix)}
-        values = {NAMES.get(entry, entry): found.pop(key) for key, entry in own.items()}
-        found |= {prefix + OURS.get(entry, entry): value for entry, value in module.saved(values).items()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, TunerLayer) and adapter_name in layer.lora_delta:
+            module: Any = layer.lora_delta[adapter_name]
+            prefix = f"{name}.lora_delta.{adapter_name}."
+            own = {key: key.removeprefix(prefix) for key in found if key.startswith(prefix)}
+            values = {NAMES.get(entry, entry): found.pop(key) for key, entry in own.items()}
+            found |= {prefix + OURS.get(entry, entry): value for entry, value in module.saved(values).items()}
     return found
 
 
-def fit(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], *, trainable: bool) -> None:
-    """Give every module the shapes that the checkpoint has.
+def fit(model: nn.Module, adapter_name: str, found: Mapping[str, Tensor], *, trainable: bool) -> dict[str, Tensor]:
+    """Give every module the shapes that the checkpoint has, and return it with what it leaves out.
 
     Raises: CheckpointError, before anything is changed, if the checkpoint is newer, incomplete, or of another model.
     """
-    modules = {name.removeprefix(PREFIX): module for name, module in stored(model, adapter_name).items()}
-    parts = split(state_dict)
+    handle, parts, whole = adapters_of(model).get(adapter_name), split(found), dict(found)
+    modules = handle.stored if handle is not None else {}
     check_parts(modules, parts)
     for name, module in modules.items():
-        module.fit(parts.get(name, {}), keep_dormant=trainable)
+        part = parts.get(name, {})
+        module.fit(part, keep_dormant=trainable)
+        whole |= {f"{PREFIX}{name}.{entry}": value for entry, value in module.left_out(part).items()}
+    return whole
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -150,15 +149,6 @@ def load(module: Stored, found: Mapping[str, Tensor]) -> None:
     module.fit(found, keep_dormant=False)
     values = {**module.left_out(found), **found}
     module.load_state_dict({OURS.get(entry, entry): value for entry, value in values.items()}, assign=True)
-
-
-def complete(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add what the checkpoint leaves out, so that nothing is missing."""
-    for name, module in stored(model, adapter_name).items():
-        prefix = f"{name}.lora_delta.{adapter_name}."
-        given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-        state_dict |= {f"{prefix}{entry}": value for entry, value in module.left_out(given).items()}
-    return state_dict
 
 
 def check_ends_unmerged(model: nn.Module) -> None:

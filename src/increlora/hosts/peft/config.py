@@ -1,7 +1,9 @@
 """peft configs derived from the methods' own settings; which options they have is in `options`."""
 
 from collections.abc import Callable, Collection
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from copy import copy
+from dataclasses import dataclass, field, fields, make_dataclass
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +15,7 @@ from ...errors import ConfigError
 from ...registry import METHODS, PAPERS
 from . import checkpoint
 from .card import update_card
-from .options import config_doc, naming_nearest, paper_doc, paper_signature, refuse_unsupported, signature_of
+from .options import config_doc, naming_nearest, paper_signature, refuse_unsupported, signature_of, switches_doc
 
 
 def type_name(method: str) -> str:
@@ -92,9 +94,7 @@ def derive(method: str, settings_cls: Any) -> type:
     name, paper_cls = f"{settings_cls.__name__}Config", PAPERS.get(method, settings_cls)
     own = {f.name for f in fields(settings_cls)}
     switches = [f.name for f in fields(paper_cls) if f.name not in own]
-    added: list[Any] = [(f.name, f.type, field(default=f.default)
-                         if f.default is not MISSING else field(default_factory=f.default_factory))
-                        for f in fields(settings_cls)]  # fmt: skip
+    added = [(f.name, f.type, copy(f)) for f in fields(settings_cls)]
     namespace = {
         "settings_cls": settings_cls, "paper_cls": paper_cls, "switches": switches, "method_name": method,
         "__doc__": config_doc(settings_cls), "__signature__": signature_of(settings_cls),
@@ -117,7 +117,7 @@ def paper_of(paper_cls: Any, switches: Collection[str]) -> Callable[..., Any]:
         values = {name: getattr(chosen, name) for name in names if name not in switches}
         return cls(**values, published={name: getattr(chosen, name) for name in switches}, **rest)
 
-    paper.__doc__ = paper_doc(paper_cls)
+    paper.__doc__ = f"{cleandoc(paper_cls.paper.__doc__)}\n\n{switches_doc(paper_cls)}".strip()
     paper.__signature__ = paper_signature(paper_cls, preset)  # type: ignore[attr-defined]
     return paper
 

@@ -1,6 +1,5 @@
 """The tuner: one for all methods. It counts the sites, puts a delta at each, and gives adaptive ones a controller."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from typing import Any
@@ -139,13 +138,7 @@ class AdapterModel(BaseTuner):
         names = kwargs.get("adapter_names")
         return nullcontext() if names is None else mixed_batch(self.model, names, adapters_of(self), copies_of(kwargs))
 
-    def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "svd",
-        svd_rank: int | None = None, **others: Any,
-    ) -> dict[str, float]:  # fmt: skip
-        """See `weighted.add`."""
-        weighted.check_combination(combination_type, svd_rank, others)
-        return weighted.add(self, adapters, weights, adapter_name, combination_type, svd_rank)
+    add_weighted_adapter = weighted.add
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether peft's `convert_to_lora` takes the model: not where modules share factors, which no layer owns, nor
@@ -202,9 +195,8 @@ class AdapterModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: Any, adapter_name: str,
                                            state_dict: dict[str, Tensor]) -> dict[str, Tensor]:  # fmt: skip
-        checkpoint.fit(model, adapter_name, state_dict, trainable=not config.inference_mode)
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return checkpoint.complete(model, adapter_name, remapped)
+        whole = checkpoint.fit(model, adapter_name, state_dict, trainable=not config.inference_mode)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, whole)
 
 
 def site_of(name: str, base: nn.Module) -> Site:

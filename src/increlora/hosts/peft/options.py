@@ -120,10 +120,6 @@ def switches_doc(paper_cls: Any) -> str:
     return inspect.cleandoc(own or "").partition("\n\n")[2]
 
 
-def paper_doc(paper_cls: Any) -> str:
-    return f"{inspect.cleandoc(paper_cls.paper.__doc__)}\n\n{switches_doc(paper_cls)}".strip()
-
-
 def config_doc(settings_cls: type) -> str:
     """The meaning of every option."""
     shared = "\n".join(f"    {name}: {meaning}" for name, (_, meaning) in SHARED.items())

@@ -22,8 +22,8 @@ from .truncation import truncated
 
 
 def add(
-    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str,
-    svd_rank: int | None,
+    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "svd",
+    svd_rank: int | None = None, **others: Any,
 ) -> dict[str, float]:  # fmt: skip
     """Add a frozen adapter ΔW = Σ w_i ΔW_i to a model; `set_adapter` makes it the active one.
 
@@ -35,7 +35,8 @@ def add(
     Raises: ConfigError (unknown adapter, a name that is taken or cannot be one, another combination, a rank that is no
         int >= 1, `modules_to_save`). The model is then unchanged.
     """
-    check_request(tuner, adapters, weights, adapter_name)
+    check_combination(combination_type, svd_rank, others)
+    check_summands(tuner, adapters, weights, adapter_name)
     parts: dict[str, list[tuple[float, Delta]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for name, layer in adapter_layers(tuner.model, adapter).items():
@@ -80,7 +81,7 @@ def check_combination(combination_type: str, svd_rank: Any, others: Mapping[str,
         raise ConfigError(f"{name}={value!r} is not supported: 'cat' and 'svd' have no such option; leave it out")
 
 
-def check_request(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+def check_summands(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
     """Raise ConfigError for what cannot be added up, or not this way."""
     check_name(adapter_name)
     known = tuner.peft_config
