@@ -130,8 +130,7 @@ def test_registering_again_changes_nothing() -> None:
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-    from increlora.hosts.peft.patches import patch_peft
-    from increlora.hosts.peft.register import register_methods
+    from increlora.hosts.peft.register import patch_peft, register_methods
 
     before, method, read = list(PeftType), PeftModel.print_trainable_parameters, PeftConfig.from_json_file
     register_methods(), patch_peft()

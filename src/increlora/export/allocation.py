@@ -10,9 +10,9 @@ from peft import LoraConfig
 from torch import nn
 
 from ..errors import ExportError
+from ..methods.base import matching
 from ..methods.scaling import scale_of
 from .adapters import Adapter, read_adapter
-from .lora_format import matched
 
 
 def allocation_to_lora_config(
@@ -63,7 +63,7 @@ def plain_config(adapter: Adapter, modules: Iterable[str], **options: Any) -> Lo
     ranks = options["rank_pattern"]
     ordered = dict(sorted(ranks.items()))  # as adapter_config.json lists them
     for name, rank in ranks.items():
-        if matched(ordered, name, None) != rank:
+        if matching(ordered, name) != rank:
             raise ExportError(f"no pattern matches {name} alone: use layout='uniform' (--layout uniform)")
     kept = ("modules_to_save", "lora_dropout", "fan_in_fan_out", "task_type")
     described = {option: getattr(adapter.config, option) for option in kept}

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..deltas import Inputs, Patches, Tokens
@@ -24,6 +23,7 @@ from ..errors import CheckpointError, ExportError
 from ..hosts.peft import checkpoint
 from ..hosts.peft.checkpoint import PREFIX
 from ..hosts.peft.old import translated
+from ..methods.base import matching
 
 Config = Mapping[str, Any]
 LINEAR = (".lora_A.weight", ".lora_B.weight")
@@ -64,6 +64,10 @@ def check_values(config: Config, path: str) -> None:
         pattern = {} if adalora else config.get(f"{kind}_pattern") or {}
         if not isinstance(pattern, dict):
             raise CheckpointError(f"{path}: {kind}_pattern={pattern!r}: expected a table; restore it from a copy")
+        try:
+            re.compile("|".join(f"({name})" for name in pattern))
+        except re.error as error:
+            raise CheckpointError(f"{path}: {kind}_pattern is no regular expression ({error}); restore it") from None
         for found in (value, *pattern.values()):
             if type(found) not in types or (kind == "rank" and found < 1):
                 wanted = "an int of at least 1" if kind == "rank" else "a number"
@@ -72,24 +76,14 @@ def check_values(config: Config, path: str) -> None:
 
 def configured_rank(config: Config, module: str) -> int:
     """Rank that peft gives a module."""
-    return int(matched(config.get("rank_pattern"), module, config.get("r", 8)))
+    return matching(config.get("rank_pattern") or {}, module) or config.get("r", 8)
 
 
 def configured_scale(config: Config, module: str) -> float:
     """Scale that peft applies to a module."""
-    rank = configured_rank(config, module)
-    alpha = float(matched(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def matched(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Value of the first key that matches the module's name or its ending, as a regular expression."""
-    try:
-        return (pattern or {}).get(get_pattern_key(list(pattern or {}), module), default)
-    except re.error as error:
-        raise CheckpointError(
-            f"a pattern of the adapter is not a regular expression ({error}): restore its config"
-        ) from None
+    rank, alpha = configured_rank(config, module), matching(config.get("alpha_pattern") or {}, module)
+    alpha = config.get("lora_alpha", 8) if alpha is None else alpha
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def changes_base(config: Config) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from increlora.hosts.peft.fused import pending as pending_of
+from increlora.hosts.peft.layer import pending as pending_of
 from increlora.ops.fused_linear import NARROW, LinearWithProduct, add_product, computed, is_narrow
 
 IN, OUT, R = 5, 7, 3

@@ -3,8 +3,7 @@
 from .config import CONFIGS
 from .drive import attach, block_states, rank_summary
 from .model import AdapterModel
-from .patches import patch_peft
-from .register import register_methods
+from .register import patch_peft, register_methods
 
 register_methods()
 patch_peft()

@@ -111,12 +111,10 @@ class AdapterModel(BaseTuner):
         if not isinstance(delta, BlockDelta) or len(self.peft_config) == 1:
             return
         delta.status = described_states(peft_config, name, delta) or delta.status
-        layer: Any = self.model.get_submodule(name)
-        alike = [adapter for adapter, config in self.peft_config.items() if config is peft_config]
-        for adapter in alike if isinstance(layer, AdapterLayer) else ():
-            if adapter in layer.lora_delta:
-                delta.copy_state_from(layer.delta(adapter))
-                return
+        held: Any = getattr(self.model.get_submodule(name), "lora_delta", {})
+        alike = [held[n] for n, config in self.peft_config.items() if config is peft_config and n in held]
+        if alike:
+            delta.copy_state_from(alike[0])
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
