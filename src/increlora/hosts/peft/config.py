@@ -15,7 +15,7 @@ from ...errors import ConfigError
 from ...registry import METHODS, PAPERS
 from . import checkpoint
 from .card import update_card
-from .options import config_doc, naming_nearest, paper_signature, refuse_unsupported, signature_of, switches_doc
+from .options import config_doc, naming_nearest, refuse_unsupported, signature_of, switches_doc
 
 
 def type_name(method: str) -> str:
@@ -118,7 +118,7 @@ def paper_of(paper_cls: Any, switches: Collection[str]) -> Callable[..., Any]:
         return cls(**values, published={name: getattr(chosen, name) for name in switches}, **rest)
 
     paper.__doc__ = f"{cleandoc(paper_cls.paper.__doc__)}\n\n{switches_doc(paper_cls)}".strip()
-    paper.__signature__ = paper_signature(paper_cls, preset)  # type: ignore[attr-defined]
+    paper.__signature__ = signature_of(paper_cls, preset)  # type: ignore[attr-defined]
     return paper
 
 

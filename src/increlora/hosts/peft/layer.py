@@ -49,12 +49,12 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lora_delta",)
+    other_param_names = ("handles",)  # what else goes when an adapter is deleted
 
     def __init__(self) -> None:
         super().__init__()
         self.lora_delta = nn.ModuleDict()
         self.handles: dict[str, Handle] = {}
-        self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
 
@@ -70,9 +70,6 @@ class SharedFactors(TunerLayer):
 
     def unmerge(self) -> None:
         self.merged_adapters.clear()
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """There is no base layer, and deltas fetch what they need."""
 
 
 class AdapterLayer(TunerLayer):
@@ -163,7 +160,8 @@ class AdapterLayer(TunerLayer):
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether peft's `convert_to_lora` takes it: it knows linear maps alone. `export_lora` takes every layer."""
+        """Whether peft's `convert_to_lora` takes it: it knows linear maps alone, and asks every layer of a model, also
+        `SharedFactors`. `export_lora` takes every model."""
         return isinstance(self.inputs, Vectors)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype]:

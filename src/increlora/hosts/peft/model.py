@@ -138,16 +138,8 @@ class AdapterModel(BaseTuner):
 
     add_weighted_adapter = weighted.add
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether peft's `convert_to_lora` takes the model: not where modules share factors, which no layer owns, nor
-        embeddings and convolutions. `export_lora` takes every model."""
-        plain = all(layer.supports_lora_conversion(adapter_name) for layer in self._layers().values())
-        return plain and not hasattr(self.model, SHARED)
-
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        for layer in self._layers().values():
-            layer.handles.pop(adapter_name, None)
         owner = getattr(self.model, SHARED, None)
         if owner is not None and not owner.lora_delta:
             delattr(self.model, SHARED)

@@ -89,21 +89,16 @@ def naming_nearest(init: Callable[..., None], name: str, switches: Collection[st
 # -- what `help`, `inspect.signature`, editors and the generated stub show ---------------------------------------------
 
 
-def signature_of(settings_cls: type) -> Signature:
-    """Every option that has a meaning; `__init__` also takes LoraConfig's others, to say what to use instead."""
+def signature_of(settings_cls: type, preset: Any = None) -> Signature:
+    """Every option that has a meaning, with the value it has in the preset if there is one, whose `r` may go without
+    its name; `__init__` also takes LoraConfig's other options, to say what to use instead."""
     hints, lora = get_type_hints(settings_cls), {f.name: f for f in fields(LoraConfig)}
     known = [(f, hints[f.name]) for f in fields(settings_cls)]
     known += [(lora[name], hint) for name, (hint, _) in SHARED.items()]
-    return Signature([Parameter(f.name, Parameter.KEYWORD_ONLY, default=default_of(f), annotation=hint)
-                      for f, hint in known])  # fmt: skip
-
-
-def paper_signature(paper_cls: Any, preset: Any) -> Signature:
-    """Every option of the preset, with the value it has there; `r` may go without its name."""
-    every = {
-        name: option.replace(default=getattr(preset, name, option.default))
-        for name, option in signature_of(paper_cls).parameters.items()
-    }
+    every = {f.name: Parameter(f.name, Parameter.KEYWORD_ONLY, default=getattr(preset, f.name, default_of(f)),
+                               annotation=hint) for f, hint in known}  # fmt: skip
+    if preset is None:
+        return Signature([*every.values()])
     first = Parameter("cls", Parameter.POSITIONAL_ONLY), every.pop("r").replace(kind=Parameter.POSITIONAL_OR_KEYWORD)
     return Signature([*first, *every.values()])
 
