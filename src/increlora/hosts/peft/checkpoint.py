@@ -27,15 +27,6 @@ SMALL = (".lora_state", ".lora_digest")  # entries whose values are checked befo
 OURS = {entry: name for name, entry in NAMES.items()}  # on disk → in a state dict
 
 
-def checkpoint_key(key: str, adapter_name: str) -> str:
-    """`q.lora_delta.default.lora_A0` → `q.lora_A0`; `q.lora_delta.default._extra_state` → `q.lora_state`."""
-    marker = f".lora_delta.{adapter_name}."
-    if marker not in key:
-        return key
-    module, _, entry = key.rpartition(marker)
-    return f"{module}.{NAMES.get(entry, entry)}"
-
-
 def compact(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries worth saving."""
     found = dict(state_dict)

@@ -181,21 +181,21 @@ def layer_over(base: nn.Module) -> AdapterLayer:
     return (AdapterLinear if isinstance(base, nn.Linear | Conv1D) else AdapterLayer)(base)
 
 
-def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, AdapterLayer]:
-    """Adapter layers that hold this adapter, by the module's name in `model`, in model order."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer) and adapter_name in m.lora_delta}
+def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, AdapterLayer]:
+    """Adapter layers, or those that hold this adapter, by the module's name in `model`, in model order."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+    return {name: layer for name, layer in layers.items() if adapter_name is None or adapter_name in layer.lora_delta}
 
 
 def adapters_of(model: nn.Module) -> dict[str, Handle]:
     """The adapters that some layer holds, by name."""
-    layers = (m for m in model.modules() if isinstance(m, AdapterLayer))
-    return {name: layer.handles[name] for layer in layers for name in layer.lora_delta}
+    return {name: layer.handles[name] for layer in adapter_layers(model).values() for name in layer.lora_delta}
 
 
 def chosen_adapter(model: nn.Module, adapter_name: str | None) -> str:
     """`adapter_name`, or the active adapter of ours. Raises ConfigError if there is no such adapter."""
     known = adapters_of(model)
-    active = [name for m in model.modules() if isinstance(m, AdapterLayer) for name in m.active_adapters]
+    active = [name for layer in adapter_layers(model).values() for name in layer.active_adapters]
     for name in [adapter_name] if adapter_name else active:
         if name in known:
             return name

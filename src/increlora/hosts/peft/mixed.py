@@ -17,10 +17,13 @@ BASE = "__base__"  # peft's name for no adapter
 
 
 @contextmanager
-def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Iterable[str], copies: int) -> Iterator[None]:
+def mixed_batch(
+    model: nn.Module, adapter_names: Sequence[str], known: Iterable[str], call: Mapping[str, Any]
+) -> Iterator[None]:
     """Within it, each example of a batch goes through the adapter named at its place.
 
-    copies: sequences that the decoder makes of each example in generation; an encoder makes one.
+    call: what the model, or its `generate`, is called with. A decoder makes several sequences of each example, beams or
+    samples; an encoder makes one.
     Raises: ConfigError in training, and for names that no layer has."""
     if model.training:
         raise ConfigError(
@@ -34,6 +37,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Iterable[
     get_encoder: Any = getattr(model, "get_encoder", lambda: None)
     encoder = get_encoder()  # models that are no encoder-decoder may give themselves
     in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else set()
+    options, config = ("num_beams", "num_return_sequences"), call.get("generation_config")
+    copies = max(call.get(option) or getattr(config, option, None) or 1 for option in options)
     repeated = [name for name in adapter_names for _ in range(copies)]
 
     def pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -47,13 +52,6 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], known: Iterable[
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 hooks.callback(module.register_forward_pre_hook(pass_names, with_kwargs=True).remove)
         yield
-
-
-def copies_of(kwargs: Mapping[str, Any]) -> int:
-    """How many sequences `generate`, called with these, makes of each example: beams, or samples."""
-    config = kwargs.get("generation_config")
-    names = ("num_beams", "num_return_sequences")
-    return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
 
 
 def check_mixed(place: str, examples: int, adapter_names: Sequence[str], *, merged: bool) -> None:

@@ -9,6 +9,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ...deltas import BlockDelta, Delta, Stored
+from ...deltas.base import NAMES
 from ...errors import ConfigError
 from ...methods import Site
 from ...rules import holding_of
@@ -16,7 +17,7 @@ from . import checkpoint, weighted
 from .bases import check_in_memory, check_matched, read, refusal
 from .handle import SHARED, Handle, described_states
 from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, check_name, layer_over
-from .mixed import copies_of, mixed_batch
+from .mixed import mixed_batch
 from .quantised import backend_of, check_mergeable, keep_layout, warn_of_rounding, working_dtype
 
 
@@ -134,7 +135,7 @@ class AdapterModel(BaseTuner):
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         names = kwargs.get("adapter_names")
-        return nullcontext() if names is None else mixed_batch(self.model, names, adapters_of(self), copies_of(kwargs))
+        return nullcontext() if names is None else mixed_batch(self.model, names, adapters_of(self), kwargs)
 
     add_weighted_adapter = weighted.add
 
@@ -148,23 +149,20 @@ class AdapterModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        check_mergeable(self._layers())
+        check_mergeable(adapter_layers(self.model))
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().merge_adapter(*args, **kwargs)
-        warn_of_rounding(self._layers(), stacklevel=3)
+        warn_of_rounding(adapter_layers(self.model), stacklevel=3)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:
-        layers = self._layers()  # the loop takes them out of the model
+        layers = adapter_layers(self.model)  # the loop takes them out of the model
         model: Any = super()._unload_and_optionally_merge(merge, **kwargs)
         if merge:
             warn_of_rounding(layers, stacklevel=4)
         if hasattr(model, SHARED):
             delattr(model, SHARED)
         return model
-
-    def _layers(self) -> dict[str, AdapterLayer]:
-        return {name: m for name, m in self.model.named_modules() if isinstance(m, AdapterLayer)}
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -180,7 +178,9 @@ class AdapterModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return checkpoint.checkpoint_key(key, adapter_name)
+        """`q.lora_delta.default.lora_A0` → `q.lora_A0`; `q.lora_delta.default._extra_state` → `q.lora_state`."""
+        module, mark, entry = key.rpartition(f".lora_delta.{adapter_name}.")
+        return f"{module}.{NAMES.get(entry, entry)}" if mark else key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: Any, adapter_name: str,
