@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..errors import CheckpointError, ConfigError
 from ..hosts.peft.checkpoint import read_contents
 from ..hosts.peft.config import CONFIGS
 from ..naming import nearest
-from .lora_format import PAIRS, Config, changes_base, configured_rank, configured_scale, read_config, split
+from .lora_format import PAIRS, Config, changes_base, configured, read_config, split
 
 Problem = tuple[Literal["error", "warning"], str, str, str]  # level, where, problem, remedy
 BEYOND_LORA = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
@@ -147,8 +147,7 @@ def check_export(
     return EngineReport(Path(path), names, tuple(findings))
 
 
-@dataclass(frozen=True)
-class Folder:
+class Folder(NamedTuple):
     """What an engine reads.   rows: module → rows of its A.   embeddings: the adapted ones.   others: tensors that are
     no factors of linear maps or embeddings."""
 
@@ -218,13 +217,13 @@ def ranks_and_scales(engine: Engine, folder: Folder) -> Iterator[Problem]:
     if config.get("r") is None:
         return
     read = {option: value for option, value in config.items() if option not in engine.ignores}
-    room = {m: configured_rank(read, m) for m in rows}
+    room = {m: configured(read, m)[0] for m in rows}
     if engine.exact_rank and (wrong := [m for m in rows if rows[m] != room[m]]):
         yield "error", first_of(wrong), f"rank {rows[wrong[0]]}, room for exactly {room[wrong[0]]}", UNIFORM
     if config.get("lora_alpha") is None:
         return
-    right = {m: configured_scale(config, m) for m, count in rows.items() if count}
-    here = {m: configured_scale(read | ({"r": rows[m]} if engine.rank_of_rows else {}), m) for m in right}
+    right = {m: configured(config, m)[1] for m, count in rows.items() if count}
+    here = {m: configured(read | ({"r": rows[m]} if engine.rank_of_rows else {}), m)[1] for m in right}
     if engine.rank_of_rows and not config["lora_alpha"]:
         here = dict.fromkeys(here, 1.0)
     if wrong := [m for m in here if not math.isclose(here[m], right[m], rel_tol=1e-6)]:

@@ -8,7 +8,6 @@
 init_r is the rank AdaLoRA *started* with, also where most triplets are gone: peft keeps it when it resizes a module.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..hosts.peft import checkpoint
 from ..hosts.peft.checkpoint import PREFIX
 from ..hosts.peft.old import translated
 from ..methods.base import matching
+from ..methods.scaling import scale_of
 
 Config = Mapping[str, Any]
 LINEAR = (".lora_A.weight", ".lora_B.weight")
@@ -74,16 +74,12 @@ def check_values(config: Config, path: str) -> None:
                 raise CheckpointError(f"{path}: {kind} {found!r}: expected {wanted}; restore it from a copy")
 
 
-def configured_rank(config: Config, module: str) -> int:
-    """Rank that peft gives a module."""
-    return matching(config.get("rank_pattern") or {}, module) or config.get("r", 8)
-
-
-def configured_scale(config: Config, module: str) -> float:
-    """Scale that peft applies to a module."""
-    rank, alpha = configured_rank(config, module), matching(config.get("alpha_pattern") or {}, module)
+def configured(config: Config, module: str) -> tuple[int, float]:
+    """Rank and scale that peft gives a module."""
+    rank = matching(config.get("rank_pattern") or {}, module) or config.get("r", 8)
+    alpha = matching(config.get("alpha_pattern") or {}, module)
     alpha = config.get("lora_alpha", 8) if alpha is None else alpha
-    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    return rank, scale_of(alpha, rank, rslora=bool(config.get("use_rslora")))
 
 
 def changes_base(config: Config) -> bool:
@@ -161,8 +157,9 @@ def read_factors(
         if adalora:
             factors[name] = from_triplets(config, part, f"{where}: {name}")
         elif tuple(part) in PAIRS:
-            A, B, inputs[name] = from_tensors(part, configured_rank(config, name), f"{where}: {name}")
-            factors[name] = A, B * configured_scale(config, name)
+            rank, scale = configured(config, name)
+            A, B, inputs[name] = from_tensors(part, rank, f"{where}: {name}")
+            factors[name] = A, B * scale
     strange = next((key for key in others if ".lora_" in key or "trainable_tokens" in key), None)
     if strange is not None:
         raise ExportError(f"{where}: {strange} belongs to no linear map: merge it with peft's merge_and_unload")

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...deltas import Delta
 from ...errors import ConfigError
 from .config import CONFIGS, type_name
-from .layer import adapter_layers, check_name
+from .layer import adapter_layers
 from .truncation import truncated
 
 
@@ -83,7 +83,6 @@ def check_combination(combination_type: str, svd_rank: Any, others: Mapping[str,
 
 def check_summands(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
     """Raise ConfigError for what cannot be added up, or not this way."""
-    check_name(adapter_name)
     known = tuner.peft_config
     if adapter_name in known:
         raise ConfigError(f"there is an adapter {adapter_name!r} already: choose another name, or delete it first")
