@@ -130,10 +130,7 @@ def from_folder(path: Path) -> Adapter:
     if kind in FOREIGN:
         return foreign(raw, state, str(path), None)
     config: Any = CONFIGS[kind].from_pretrained(str(path))
-    parts = checkpoint.split(state)
-    if not parts:
-        raise CheckpointError(f"{path / SAFETENSORS_WEIGHTS_NAME} holds no module of ours: it is damaged or foreign")
-    sites = sites_in(config)
+    sites, parts = sites_in(config), checkpoint.split(state)
     try:
         handle = Handle(config, sites)
     except ConfigError as error:
@@ -146,7 +143,7 @@ def from_folder(path: Path) -> Adapter:
 
 def native(handle: Handle, state: Mapping[str, Tensor], every: frozenset[str] | None) -> Adapter:
     """An adapter of ours; `state`: its state dict, whose entries beside our parameters are kept."""
-    deltas, parts = handle.deltas, checkpoint.split(state)
+    deltas, ours = handle.deltas, tuple(f"{name}.lora_" for name in handle.stored)
     named = {key.removeprefix(PREFIX): value for key, value in state.items()}
     return Adapter(
         kind=handle.config.peft_type.value,
@@ -155,7 +152,7 @@ def native(handle: Handle, state: Mapping[str, Tensor], every: frozenset[str] | 
         ranks={name: delta.rank for name, delta in deltas.items()},
         parameters=handle.parameters,
         inputs={name: delta.inputs for name, delta in deltas.items()},
-        others={key: value for key, value in named.items() if key.rpartition(".")[0] not in parts},
+        others={name: value for name, value in named.items() if not name.startswith(ours)},
         every=every,
         limits={name: delta.export_rank for name, delta in deltas.items() if delta.export_rank is not None},
         budget=handle.method.budget,

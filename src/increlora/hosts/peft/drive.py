@@ -1,6 +1,5 @@
 """What users call on a model: attach it to an optimizer, and read its ranks and blocks."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -121,14 +120,12 @@ def block_states(model: nn.Module, adapter_name: str | None = None) -> dict[str,
 
     `adapter_name`: default the active one. Raises ConfigError if there is no such adapter."""
     names = {id(p): name for name, p in model.named_parameters()}
+
+    def state_of(delta: BlockDelta, index: int) -> BlockState:
+        ranks, state = delta.sizes[index], delta.status[index]
+        counted = 0 if state is not Status.ACTIVE else delta.kept.count(True) if delta.kept else ranks
+        parameters = tuple(names[id(p)] for p in delta.block(index).values())
+        return BlockState(ranks, state.name.lower(), counted, delta.born[index], parameters)
+
     blocks = handle_of(model, adapter_name).blocks
-    return {
-        name: tuple(block_state(delta, i, names) for i in range(len(delta.sizes))) for name, delta in blocks.items()
-    }
-
-
-def block_state(delta: BlockDelta, index: int, names: Mapping[int, str]) -> BlockState:
-    ranks, state = delta.sizes[index], delta.status[index]
-    counted = 0 if state is not Status.ACTIVE else delta.kept.count(True) if delta.kept else ranks
-    parameters = tuple(names[id(p)] for p in delta.block(index).values())
-    return BlockState(ranks, state.name.lower(), counted, delta.born[index], parameters)
+    return {name: tuple(state_of(delta, i) for i in range(len(delta.sizes))) for name, delta in blocks.items()}
