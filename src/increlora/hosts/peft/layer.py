@@ -205,7 +205,8 @@ def chosen_adapter(model: nn.Module, adapter_name: str | None) -> str:
 
 def handle_of(model: nn.Module, adapter_name: str | None = None) -> Handle:
     """The owner of an adapter, by default of the active one. Raises ConfigError if there is no such adapter."""
-    return adapters_of(model)[chosen_adapter(model, adapter_name)]
+    name = chosen_adapter(model, adapter_name)
+    return next(layer.handles[name] for layer in adapter_layers(model, name).values())
 
 
 def check_name(adapter_name: str) -> None:
