@@ -7,7 +7,6 @@ Every Trainer gets it once an adapter of ours exists; it does nothing for other 
 
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback, trainer
 
 from ..errors import ConfigError
@@ -40,22 +39,18 @@ class IncreLoraCallback(TrainerCallback):
                 controller.penalty_given = True
 
     def on_log(self, args: Any, state: Any, control: Any, *, model: Any, logs: dict[str, float], **kw: Any) -> None:
-        if "loss" in logs:  # not what is logged of evaluations, nor the summary at the end
-            logs.update(rank_scalars(model))
-
-
-def rank_scalars(model: nn.Module) -> dict[str, float]:
-    """Mean active rank per module, active parameters in LoRA form, and the share of the budget that is used, 0 to 1;
-    nothing where no adapter of ours is active."""
-    try:
-        ranks = rank_summary(model)
-    except ConfigError:
-        return {}
-    target, used = ranks.budget_ranks, ranks.active
-    if target is None:
-        target, used = ranks.budget_parameters, ranks.parameters
-    scalars = {"rank/mean": ranks.active / len(ranks.modules), "rank/active_parameters": ranks.parameters}
-    return scalars | ({"budget/used": used / target} if target else {})
+        """Mean active rank per module, active parameters in LoRA form, and the share of the budget that is used."""
+        if "loss" not in logs:  # what is logged of evaluations, and the summary at the end
+            return
+        try:
+            ranks = rank_summary(model)
+        except ConfigError:  # no adapter of ours is active
+            return
+        logs |= {"rank/mean": ranks.active / len(ranks.modules), "rank/active_parameters": ranks.parameters}
+        if ranks.budget_ranks:
+            logs["budget/used"] = ranks.active / ranks.budget_ranks
+        elif ranks.budget_parameters:
+            logs["budget/used"] = ranks.parameters / ranks.budget_parameters
 
 
 def install() -> None:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from peft import LoraConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from torch import Tensor
 
 from ...errors import ConfigError
 from ...registry import METHODS, PAPERS
@@ -73,20 +72,13 @@ class MethodConfig(LoraConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        contents = check_folder(Path(pretrained_model_name_or_path, subfolder or ""))
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if folder.is_dir():  # hub names are left to peft
+            checkpoint.read_config(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config.contents = contents  # the tuner checks it against the model before it changes the model
+        if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            config.contents, _ = checkpoint.read_contents(folder)  # checked against the model before it is changed
         return config
-
-
-def check_folder(path: Path) -> dict[str, Tensor]:
-    """What the weights of a local adapter folder hold (see `read_contents`); hub names are left to peft.
-
-    Raises: CheckpointError if the folder is damaged."""
-    if not path.is_dir():
-        return {}
-    checkpoint.read_config(path)
-    return checkpoint.read_contents(path)[0] if (path / SAFETENSORS_WEIGHTS_NAME).exists() else {}
 
 
 def derive(method: str, settings_cls: Any) -> type:

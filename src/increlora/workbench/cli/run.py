@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ...errors import CheckpointError
 from ...export.lora import export_lora, is_exact
 from ...files import whole
-from ...hosts.peft.config import check_folder
+from ...hosts.peft.checkpoint import read_config, read_contents
 from ...runtime import controllers_of
 from ..runs import RunFolder
 from ..tasks import model_name
@@ -83,12 +83,13 @@ def check_checkpoint(path: Path) -> None:
     """Raise CheckpointError if a file of the checkpoint is missing or damaged, before anything is loaded."""
     remedy = f"remove {path} to resume from the checkpoint before it"
     try:
-        check_folder(path)
         for file in (path / name for name in ("adapter_model.safetensors", *CHECKPOINT_FILES)):
             if not file.is_file():
                 raise CheckpointError(f"{file} is missing; restore it from a copy")
             if file.name in CHECKPOINT_FILES and (bad := zipfile.ZipFile(file).testzip()):
                 raise zipfile.BadZipFile(f"bad checksum of {bad}")
+        read_config(path)
+        read_contents(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; or {remedy}") from error
     except zipfile.BadZipFile as why:
