@@ -22,7 +22,7 @@ from ..errors import CheckpointError, ConfigError, ExportError
 from ..hosts.peft import checkpoint
 from ..hosts.peft.config import CONFIGS
 from ..hosts.peft.handle import Handle
-from ..hosts.peft.layer import chosen_adapter, handle_of
+from ..hosts.peft.layer import adapter_of
 from ..methods import Site
 from ..naming import natural
 from .lora_format import PREFIX, description, read_config, read_factors
@@ -90,8 +90,7 @@ def from_model(model: nn.Module, adapter_name: str | None) -> Adapter:
     if name is not None and name in configs and configs[name].peft_type in FOREIGN:
         return foreign(configs[name].to_dict(), live_state(model, name), f"adapter {name!r}", base_names(model))
     try:
-        name = chosen_adapter(model, adapter_name)
-        handle = handle_of(model, name)
+        name, handle = adapter_of(model, adapter_name)
     except ConfigError as error:
         raise ExportError(f"nothing to export: {error}") from None
     return native(handle, live_state(model, name), base_names(model))
@@ -130,14 +129,12 @@ def from_folder(path: Path) -> Adapter:
     if kind in FOREIGN:
         return foreign(raw, state, str(path), None)
     config: Any = CONFIGS[kind].from_pretrained(str(path))
-    sites, parts = sites_in(config), checkpoint.split(state)
+    sites = sites_in(config)
     try:
         handle = Handle(config, sites)
     except ConfigError as error:
         raise CheckpointError(f"{error}: the adapter's config and weights do not belong together") from error
-    checkpoint.check_parts(handle.stored, parts)
-    for name, part in parts.items():
-        checkpoint.load(handle.stored[name], part)
+    checkpoint.load(handle.stored, state)
     return native(handle, state, None)
 
 

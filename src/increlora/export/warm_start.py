@@ -12,7 +12,7 @@ from ..decide.feasibility import check_growth
 from ..deltas import BlockDelta, LowRankDelta, Status, Tokens, TripletDelta
 from ..errors import ConfigError, DriveError
 from ..hosts.peft.handle import Handle
-from ..hosts.peft.layer import chosen_adapter, handle_of
+from ..hosts.peft.layer import adapter_of
 from .adapters import Adapter, read_adapter
 
 BASE_LAYER = ".base_layer."  # in a key: peft's mark of the weights below an adapter
@@ -38,8 +38,7 @@ def warm_start(
         weights beside the factors that are not those here), BudgetError (the start is above the budget), DriveError
         (training has begun), CheckpointError, ExportError (source). The model is then unchanged.
     """
-    name = chosen_adapter(model, adapter_name)
-    handle = handle_of(model, name)
+    name, handle = adapter_of(model, adapter_name)
     check_fresh(handle)
     deltas = handle.blocks
     given = read_adapter(source)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...deltas import Stored
 from ...deltas.base import NAMES, check_shape
 from ...errors import CheckpointError
-from .layer import AdapterLayer, TunerLayer, adapters_of
+from .layer import AdapterLayer, TunerLayer
 
 PREFIX = "base_model.model."
 SMALL = (".lora_state", ".lora_digest")  # entries whose values are checked before loading, not their shapes alone
@@ -40,19 +40,24 @@ def compact(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) 
     return found
 
 
-def fit(model: nn.Module, adapter_name: str, found: Mapping[str, Tensor], *, trainable: bool) -> dict[str, Tensor]:
+def fit(modules: Mapping[str, Stored], found: Mapping[str, Tensor], *, trainable: bool) -> dict[str, Tensor]:
     """Give every module the shapes that the checkpoint has, and return it with what it leaves out.
 
     Raises: CheckpointError, before anything is changed, if the checkpoint is newer, incomplete, or of another model.
     """
-    handle, parts, whole = adapters_of(model).get(adapter_name), split(found), dict(found)
-    modules = handle.stored if handle is not None else {}
+    parts, whole = split(found), dict(found)
     check_parts(modules, parts)
     for name, module in modules.items():
         part = parts.get(name, {})
         module.fit(part, keep_dormant=trainable)
         whole |= {f"{PREFIX}{name}.{entry}": value for entry, value in module.left_out(part).items()}
     return whole
+
+
+def load(modules: Mapping[str, Stored], found: Mapping[str, Tensor]) -> None:
+    """Give modules that live outside any model the values of a checkpoint, too. Raises as `fit`."""
+    for name, part in split(fit(modules, found, trainable=False)).items():
+        modules[name].load_state_dict({OURS.get(entry, entry): value for entry, value in part.items()}, assign=True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -128,13 +133,6 @@ def check_parts(modules: Mapping[str, Stored], parts: Mapping[str, Mapping[str, 
             modules[name].check(part)
         except CheckpointError as error:
             raise CheckpointError(f"{name}.{error}") from error
-
-
-def load(module: Stored, found: Mapping[str, Tensor]) -> None:
-    """Give a module that lives outside any model the entries of a checkpoint, which were checked."""
-    module.fit(found, keep_dormant=False)
-    values = {**module.left_out(found), **found}
-    module.load_state_dict({OURS.get(entry, entry): value for entry, value in values.items()}, assign=True)
 
 
 def check_ends_unmerged(model: nn.Module) -> None:

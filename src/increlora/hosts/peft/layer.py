@@ -192,21 +192,20 @@ def adapters_of(model: nn.Module) -> dict[str, Handle]:
     return {name: layer.handles[name] for layer in adapter_layers(model).values() for name in layer.lora_delta}
 
 
-def chosen_adapter(model: nn.Module, adapter_name: str | None) -> str:
-    """`adapter_name`, or the active adapter of ours. Raises ConfigError if there is no such adapter."""
-    known = adapters_of(model)
-    active = [name for layer in adapter_layers(model).values() for name in layer.active_adapters]
-    for name in [adapter_name] if adapter_name else active:
-        if name in known:
-            return name
-    called = f" named {adapter_name!r}" if adapter_name else ""
-    raise ConfigError(f"no increlora adapter{called} in this model; it has {sorted(known) or 'none'}")
+def adapter_of(model: nn.Module, adapter_name: str | None = None) -> tuple[str, Handle]:
+    """An adapter, by default the active one: its name and its owner. Raises ConfigError if there is no such adapter."""
+    layers = adapter_layers(model).values()
+    for name in [adapter_name] if adapter_name else [name for layer in layers for name in layer.active_adapters]:
+        for layer in layers:
+            if name in layer.lora_delta:
+                return name, layer.handles[name]
+    called, known = f" named {adapter_name!r}" if adapter_name else "", sorted(adapters_of(model)) or "none"
+    raise ConfigError(f"no increlora adapter{called} in this model; it has {known}")
 
 
 def handle_of(model: nn.Module, adapter_name: str | None = None) -> Handle:
-    """The owner of an adapter, by default of the active one. Raises ConfigError if there is no such adapter."""
-    name = chosen_adapter(model, adapter_name)
-    return next(layer.handles[name] for layer in adapter_layers(model, name).values())
+    """The owner of an adapter, as `adapter_of`."""
+    return adapter_of(model, adapter_name)[1]
 
 
 def check_name(adapter_name: str) -> None:

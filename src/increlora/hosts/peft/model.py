@@ -185,7 +185,8 @@ class AdapterModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: Any, adapter_name: str,
                                            state_dict: dict[str, Tensor]) -> dict[str, Tensor]:  # fmt: skip
-        whole = checkpoint.fit(model, adapter_name, state_dict, trainable=not config.inference_mode)
+        handle = adapters_of(model).get(adapter_name)
+        whole = checkpoint.fit(handle.stored if handle else {}, state_dict, trainable=not config.inference_mode)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, whole)
 
 
