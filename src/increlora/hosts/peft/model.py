@@ -33,9 +33,17 @@ class AdapterModel(BaseTuner):
         what is refused leaves the model as it was."""
         asked = peft_config.target_modules
         _maybe_include_all_linear_layers(peft_config, model)
-        if peft_config.target_modules is not asked:
-            self._target_adaptable(peft_config, model)
         bases = self._targets(peft_config, model)
+        if peft_config.target_modules is not asked:  # "all-linear": those that the method can adapt
+            adapts, linear = peft_config.settings().adapts, bases
+            bases = {name: base for name, base in linear.items() if adapts(name) and not refusal(base)}
+            if len(bases) < len(linear):
+                peft_config.target_modules = set(bases)
+            if linear and not bases:
+                raise ConfigError(
+                    f"{peft_config.method_name} can adapt none of the linear modules of this model "
+                    f"({next(iter(linear))}, …)"
+                )
         if not bases and not self._by_state_dict:
             check_matched(peft_config, model)
         if not (peft_config.inference_mode or self._low_memory):
@@ -50,17 +58,6 @@ class AdapterModel(BaseTuner):
             checkpoint.check_contents(contents, self._handle.stored, model, peft_config.modules_to_save or ())
         if bases and not peft_config.inference_mode:
             self._handle.method.check([holding_of(name, delta) for name, delta in self._handle.blocks.items()])
-
-    def _target_adaptable(self, peft_config: Any, model: nn.Module) -> None:
-        """Of all linear modules target those that the method can adapt."""
-        found, settings = self._targets(peft_config, model), peft_config.settings()
-        adaptable = [name for name, base in found.items() if settings.adapts(name) and not refusal(base)]
-        if found and not adaptable:
-            raise ConfigError(
-                f"{peft_config.method_name} can adapt none of the linear modules of this model ({next(iter(found))}, …)"
-            )
-        if adaptable != list(found):
-            peft_config.target_modules = set(adaptable)
 
     def _own_shared(self, adapter_name: str, shared: Stored, like: AdapterLayer, inference_mode: bool) -> None:
         """Give the model what the modules of this adapter share, once: with the first of them."""
