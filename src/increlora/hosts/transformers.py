@@ -5,6 +5,7 @@ Every Trainer gets it once an adapter of ours exists; it does nothing for other 
 `trainer.remove_callback(increlora.hosts.transformers.IncreLoraCallback)` removes it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback, trainer
@@ -20,8 +21,7 @@ class IncreLoraCallback(TrainerCallback):
 
     The Trainer calls default callbacks before those of `report_to`: what is added to `logs` here reaches all."""
 
-    def __init__(self) -> None:
-        self.controllers: list[Controller] = []
+    controllers: Sequence[Controller] = ()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any) -> None:
         self.controllers = [c for c in controllers_of(model) if any(p.requires_grad for p in c.parameters())]
