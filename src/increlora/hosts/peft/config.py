@@ -14,7 +14,7 @@ from ...errors import ConfigError
 from ...registry import METHODS, PAPERS
 from . import checkpoint
 from .card import update_card
-from .options import config_doc, naming_nearest, refuse_unsupported, signature_of, switches_doc
+from .options import check_known, config_doc, refuse_unsupported, signature_of, switches_doc
 
 
 def type_name(method: str) -> str:
@@ -46,6 +46,10 @@ class MethodConfig(LoraConfig):
     budget: dict[str, Any] = field(default_factory=dict)
     published: dict[str, Any] = field(default_factory=dict)
     increlora_version: str | None = None
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        check_known(cls, options)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         refuse_unsupported(self)  # first: what peft says of such an option is how to use it
@@ -95,7 +99,6 @@ def derive(method: str, settings_cls: Any) -> type:
         namespace["paper"] = classmethod(paper_of(paper_cls, switches))
     config_cls = make_dataclass(name, added, bases=(MethodConfig,), namespace=namespace)
     config_cls.__module__ = "increlora"  # where users, pickle and the stub find it
-    config_cls.__init__ = naming_nearest(config_cls.__init__, name, switches)  # type: ignore[misc]
     return config_cls
 
 

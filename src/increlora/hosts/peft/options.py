@@ -1,9 +1,8 @@
 """Options of our configs: the method's own, and those of LoraConfig that mean the same here; others are refused."""
 
 import difflib
-import functools
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from inspect import Parameter, Signature
 from typing import Any, get_type_hints
@@ -65,25 +64,19 @@ def refuse_unsupported(config: Any) -> None:
         raise ConfigError(f"{type(config).__name__}: init_lora_weights={config.init_lora_weights!r}: {remedy}")
 
 
-def naming_nearest(init: Callable[..., None], name: str, switches: Collection[str]) -> Callable[..., None]:
-    """`init` with an error for unknown options that names the nearest known one; for switches of the published code,
-    the preset that takes them. (There peft must not read what it takes for an option of a newer version.)"""
-    known = list(inspect.signature(init).parameters)
-
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        for option, value in kwargs.items():
-            if option in switches:
-                raise UnknownOptionError(
-                    f"{name}: {option!r} only reproduces the published code: use {name}.paper({option}={value!r})"
-                )
-            if option not in known:
-                near = difflib.get_close_matches(option, known, 1, cutoff=0.5)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise UnknownOptionError(f"{name}() got an unexpected keyword argument {option!r}{hint}")
-        init(self, *args, **kwargs)
-
-    return checked
+def check_known(config_cls: Any, options: Mapping[str, Any]) -> None:
+    """Raise UnknownOptionError with the nearest name there is; for switches of the published code, with the preset that
+    takes them. (There peft must not read what it takes for an option of a newer version.)"""
+    name, known = config_cls.__name__, [f.name for f in fields(config_cls) if f.init]
+    for option, value in options.items():
+        if option in config_cls.switches:
+            raise UnknownOptionError(
+                f"{name}: {option!r} only reproduces the published code: use {name}.paper({option}={value!r})"
+            )
+        if option not in known:
+            near = difflib.get_close_matches(option, known, 1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UnknownOptionError(f"{name}() got an unexpected keyword argument {option!r}{hint}")
 
 
 # -- what `help`, `inspect.signature`, editors and the generated stub show ---------------------------------------------
