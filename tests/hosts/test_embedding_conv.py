@@ -158,11 +158,11 @@ def test_the_score_is_that_of_the_dense_gradient(options: dict[str, Any]) -> Non
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_square_sums_are_those_of_one_hot_rows_and_of_patches(options: dict[str, Any]) -> None:
     embed, conv = net().embed, net(**options).double().conv
-    *_, seen = read(embed, "embed")
+    seen = read(embed, "embed").inputs
     one_hot = nn.functional.one_hot(tokens().flatten(), 20).double()
     torch.testing.assert_close(seen.square_sums(tokens(), torch.float64), one_hot.square().sum(0))
     image = torch.randn(3, 2, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    *_, seen = read(conv, "conv")
+    seen = read(conv, "conv").inputs
     rows = seen.rows(image)  # a patch per output pixel: what the convolution multiplies with its flattened kernels
     by_hand = (rows @ conv.weight.flatten(1).t() + conv.bias).view(3, -1, 5).mT
     torch.testing.assert_close(by_hand, conv(image).flatten(2), rtol=0, atol=1e-12)

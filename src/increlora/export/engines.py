@@ -177,7 +177,8 @@ def problems(engine: Engine, folder: Folder, limit: int | None) -> Iterator[Prob
     """All problems of this engine with the folder; `limit` is the largest rank its server takes, if that is known."""
     kind = folder.config.get("peft_type")
     if kind == "LORA":
-        yield from options(engine, folder.config)
+        if not engine.is_peft:
+            yield from options(engine, folder.config)
         yield from ranks_and_scales(engine, folder)
         yield from largest_rank(engine, folder, limit)
         yield from further_tensors(engine, folder)
@@ -194,8 +195,6 @@ def problems(engine: Engine, folder: Folder, limit: int | None) -> Iterator[Prob
 
 def options(engine: Engine, config: Config) -> Iterator[Problem]:
     """Options that are missing, that it cannot read or compute, or that changed the base weights."""
-    if engine.is_peft:
-        return
     for option in ("r", "lora_alpha", "target_modules"):
         if config.get(option) is None:
             yield "error", option, "is missing in adapter_config.json", "restore the file"

@@ -84,7 +84,7 @@ def merged_values(base: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
         name = f"{module}.weight"
         check_place(name, None, state, packed)
         delta = B.float() @ A.float() if B.dtype != torch.float64 else B @ A
-        delta = read(base.get_submodule(module), module)[2].as_weight(delta)
+        delta = read(base.get_submodule(module), module).inputs.as_weight(delta)
         check_place(name, delta, state, packed)
         start = values.get(name, state[name]).to(state[name].device)
         values[name] = (start + delta.to(start.device)).to(state[name].dtype)

@@ -18,30 +18,32 @@ from transformers.pytorch_utils import Conv1D
 
 from ...deltas import Inputs, Patches, Tokens, Vectors
 from ...errors import ConfigError
+from ...methods import Site
 from ...registry import METHODS
-from .quantised import is_plain, is_quantised, stored_dtype
+from .quantised import is_plain, is_quantised, stored_dtype, working_dtype
 
 LEAVE_OUT = "leave it out of `target_modules`"
 WHOLE = f"{LEAVE_OUT}, or train it whole (`modules_to_save`)"
 KINDS: Mapping[type[Inputs], str] = {Vectors: "nn.Linear or Conv1D", Tokens: "nn.Embedding", Patches: "nn.Conv2d"}
 
 
-def read(base: nn.Module, name: str) -> tuple[int, int, Inputs]:
-    """(in, out, what it reads). Raises ConfigError for a module that is no such map."""
+def read(base: nn.Module, name: str) -> Site:
+    """A module as a site, without the totals. Raises ConfigError for a module that is no linear map."""
+    inputs: Inputs
     if reason := refusal(base):
         raise ConfigError(f"{name} {reason}")
     if isinstance(base, nn.Embedding):
         gain: Any = getattr(base, "scalar_embed_scale", getattr(base, "embed_scale", 1.0))
-        tokens = Tokens(base.num_embeddings, base.padding_idx, float(gain))
-        return base.num_embeddings, base.embedding_dim, tokens
-    if isinstance(base, nn.Conv2d):
+        inputs = Tokens(base.num_embeddings, base.padding_idx, float(gain))
+        sizes = base.num_embeddings, base.embedding_dim
+    elif isinstance(base, nn.Conv2d):
         conv: Any = base
         padding: Any = tuple(conv._reversed_padding_repeated_twice)
-        patches = Patches(conv.in_channels, conv.kernel_size, conv.stride, padding, conv.dilation, conv.padding_mode)
-        return patches.channels * patches.kernel[0] * patches.kernel[1], base.out_channels, patches
-    in_features, out_features = _get_in_out_features(base)
-    assert in_features is not None and out_features is not None
-    return in_features, out_features, Vectors(transposed=isinstance(base, Conv1D))
+        inputs = Patches(conv.in_channels, conv.kernel_size, conv.stride, padding, conv.dilation, conv.padding_mode)
+        sizes = inputs.channels * inputs.kernel[0] * inputs.kernel[1], base.out_channels
+    else:
+        inputs, sizes = Vectors(transposed=isinstance(base, Conv1D)), _get_in_out_features(base)
+    return Site(name, *sizes, dtype=working_dtype(base), inputs=inputs)
 
 
 def refusal(base: nn.Module) -> str | None:

@@ -78,7 +78,8 @@ class AdapterLayer(TunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features, self.inputs = read(self.get_base_layer(), "target module")
+        site = read(self.get_base_layer(), "target module")
+        self.in_features, self.out_features, self.inputs = site.in_features, site.out_features, site.inputs
         self.transposed = self.inputs == Vectors(transposed=True)
         self.saved_base: SavedBase | None = None  # the original base, while something is merged into it
         self.merge_errors: dict[str, Rounding] = {}  # what merging into a quantised base has cost

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from ...deltas import BlockDelta, Delta, Stored
 from ...deltas.base import NAMES
 from ...errors import ConfigError
-from ...methods import Site
 from ...rules import holding_of
 from . import checkpoint, weighted
 from .bases import check_in_memory, check_matched, read, refusal
 from .handle import SHARED, Handle, described_states
 from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, check_name, layer_over
 from .mixed import mixed_batch
-from .quantised import backend_of, check_mergeable, keep_layout, warn_of_rounding, working_dtype
+from .quantised import backend_of, check_mergeable, keep_layout, warn_of_rounding
 
 
 class AdapterModel(BaseTuner):
@@ -50,7 +49,7 @@ class AdapterModel(BaseTuner):
             check_in_memory(bases)
         for option, value in peft_config.settings().completed(model, bases).items():
             setattr(peft_config, option, value)
-        self._handle = Handle(peft_config, [site_of(name, base) for name, base in bases.items()])
+        self._handle = Handle(peft_config, [read(base, name) for name, base in bases.items()])
         for name, delta in self._handle.deltas.items():
             self._take_over(peft_config, name, delta)
         contents = vars(peft_config).pop("contents", None)
@@ -88,7 +87,7 @@ class AdapterModel(BaseTuner):
         handle = self._handle
         delta = handle.deltas.get(current_key)
         if delta is None:  # found by the keys of a state dict, not by `target_modules`
-            delta = handle.make_delta(handle.completed(site_of(current_key, layer.get_base_layer())))
+            delta = handle.make_delta(handle.completed(read(layer.get_base_layer(), current_key)))
             self._take_over(peft_config, current_key, delta)
         if handle.shared is not None:
             self._own_shared(adapter_name, handle.shared, layer, peft_config.inference_mode)
@@ -185,9 +184,3 @@ class AdapterModel(BaseTuner):
         handle = adapters_of(model).get(adapter_name)
         whole = checkpoint.fit(handle.stored if handle else {}, state_dict, trainable=not config.inference_mode)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, whole)
-
-
-def site_of(name: str, base: nn.Module) -> Site:
-    """A module of a model as a site, without the totals. Raises ConfigError for one that is no linear map."""
-    in_features, out_features, inputs = read(base, name)
-    return Site(name, in_features, out_features, dtype=working_dtype(base), inputs=inputs)

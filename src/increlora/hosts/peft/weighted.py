@@ -108,6 +108,4 @@ def weighted_sum(
     A = torch.cat([A for _, A, _ in factors])
     A = A.to(torch.promote_types(A.dtype, torch.float32))
     B = torch.cat([weight * B.to(A.dtype) for weight, _, B in factors], dim=1)
-    if exact:
-        return A, B, 0.0
-    return truncated(A, B, rank or max(1, *(A.shape[0] for _, A, _ in factors)))
+    return truncated(A, B, len(A) if exact else rank or max(1, *(len(A) for _, A, _ in factors)))
