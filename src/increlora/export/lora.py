@@ -134,9 +134,8 @@ def is_exact(model: nn.Module, adapter_name: str | None = None) -> bool:
 
 
 def limited(adapter: Adapter, max_rank: int | None, tolerance: float | None) -> tuple[Factors, dict[str, float]]:
-    """Factors of at most as many ranks as they may have, and the error in each module that had more.
-
-    Raises ExportError, naming the worst module, if more is lost than the tolerance."""
+    """Factors of at most as many ranks as they may have, and the error in each module that had more. Raises
+    ExportError, naming the worst module, if more is lost than the tolerance."""
     factors, errors = dict(adapter.factors), {}
     for name, (A, B) in adapter.factors.items():
         limit = max_rank or adapter.limits.get(name)

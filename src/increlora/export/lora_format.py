@@ -116,9 +116,8 @@ def check_low_rank(config: Config, where: str) -> None:
 def split(
     state: Mapping[str, Tensor], endings: tuple[str, ...] = LINEAR + EMBEDDING
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Factors by module and ending, linear maps first, and what is no factor by name; both without peft's prefix.
-
-    A module with both factors has a part with the endings of one of `PAIRS`, in this order."""
+    """Factors by module and ending, linear maps first, and what is no factor by name; both without peft's prefix. A
+    module with both factors has a part with the endings of one of `PAIRS`, in this order."""
     parts: dict[str, dict[str, Tensor]] = {}
     for ending in endings:
         for key, value in state.items():
@@ -128,9 +127,8 @@ def split(
 
 
 def to_tensors(name: str, A: Tensor, B: Tensor, inputs: Inputs) -> dict[str, Tensor]:
-    """Factors (r, in) and (out, r) of a module as peft's LoRA names and shapes them.
-
-    Raises: ExportError for a convolution whose dilation or padding mode peft's LoRA would not follow."""
+    """Factors (r, in) and (out, r) of a module as peft's LoRA names and shapes them. Raises ExportError for a
+    convolution whose dilation or padding mode peft's LoRA would not follow."""
     endings = EMBEDDING if isinstance(inputs, Tokens) else LINEAR
     if isinstance(inputs, Patches):
         if inputs.dilation != (1, 1) or inputs.mode != "zeros":
@@ -145,10 +143,9 @@ def to_tensors(name: str, A: Tensor, B: Tensor, inputs: Inputs) -> dict[str, Ten
 def read_factors(
     config: Config, state: Mapping[str, Tensor], where: str
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Inputs], dict[str, Tensor]]:
-    """Factors of each module with its scale folded into B, what it reads, and the tensors that are no factors.
-
-    Raises: ExportError (more than low-rank, a changed base), CheckpointError (tensors are missing or have other ranks
-        than the config says)."""
+    """Factors of each module with its scale folded into B, what it reads, and the tensors that are no factors. Raises
+    ExportError (more than low-rank, a changed base), CheckpointError (tensors are missing or have other ranks than the
+    config says)."""
     check_low_rank(config, where)
     adalora = config["peft_type"] == "ADALORA"
     parts, others = split(state, TRIPLETS) if adalora else split(state)

@@ -71,9 +71,7 @@ def export_merged(
 
 
 def merged_values(base: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors that differ from the base's, by their names in it.
-
-    Raises ExportError if a tensor has no place of its shape."""
+    """The tensors that differ from the base's, by name. Raises ExportError if one has no place of its shape there."""
     state = base.state_dict(keep_vars=True)  # names without copies
     packed = {f"{name}.weight" for name, module in base.named_modules() if is_quantised(module)}
     # Beside an adapted head, peft saves the head itself, under the name it has inside the adapter.
@@ -105,9 +103,8 @@ def check_place(name: str, value: Tensor | None, state: Mapping[str, Tensor], pa
 
 
 def untie(base: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give input and output embeddings a tensor each if they share one and their values would differ.
-
-    Raises ExportError, before anything is changed, if other tensors are tied, or the model cannot be untied."""
+    """Give input and output embeddings a tensor each if they share one and their values would differ. Raises
+    ExportError, before anything is changed, if other tensors are tied, or the model cannot be untied."""
     state, ties = base.state_dict(), base.get_expanded_tied_weights_keys(all_submodels=True)
     split = []  # pairs that need two values now
     for tie in ties.items():

@@ -101,9 +101,8 @@ def fill(delta: BlockDelta, count: int, pair: tuple[Tensor, Tensor] | None) -> N
 
 
 def saved_tensors(model: nn.Module, adapter: str, given: Adapter) -> list[tuple[Tensor, Tensor]]:
-    """(tensor here, its value in the source) for what the source holds beside factors: trained heads.
-
-    peft also saves the base weights of adapted embeddings and heads; those that are here already need no copying."""
+    """(tensor here, its value in the source) for what the source holds beside factors: trained heads. peft also saves
+    the base weights of adapted embeddings and heads; those that are here already need no copying."""
     state = (model.get_base_model() if isinstance(model, PeftModel) else model).state_dict()
     mark = f".modules_to_save.{adapter}."
     trained = {key.replace(mark, "."): tensor for key, tensor in state.items() if mark in key}

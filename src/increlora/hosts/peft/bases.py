@@ -47,10 +47,9 @@ def read(base: nn.Module, name: str) -> Site:
 
 
 def refusal(base: nn.Module) -> str | None:
-    """Why a module cannot be adapted, with the remedy; None if it can.
-
-    An embedding or convolution may compute something of its own, as position embeddings do; word embeddings that are
-    multiplied by a constant say so, and packed ones only store their weight otherwise."""
+    """Why a module cannot be adapted, with the remedy; None if it can. An embedding or convolution may compute
+    something of its own, as position embeddings do; word embeddings that are multiplied by a constant say so, and
+    packed ones only store their weight otherwise."""
     kind = f"of type {type(base).__name__}"
     if isinstance(base, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention gives its weight to a function
         return f"{kind} is never called, its weight is read by the module around it: {WHOLE}"

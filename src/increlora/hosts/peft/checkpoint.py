@@ -41,10 +41,8 @@ def compact(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) 
 
 
 def fit(modules: Mapping[str, Stored], found: Mapping[str, Tensor], *, trainable: bool) -> dict[str, Tensor]:
-    """Give every module the shapes that the checkpoint has, and return it with what it leaves out.
-
-    Raises: CheckpointError, before anything is changed, if the checkpoint is newer, incomplete, or of another model.
-    """
+    """Give every module the shapes that the checkpoint has, and return it with what it leaves out. Raises
+    CheckpointError, before anything is changed, if the checkpoint is newer, incomplete, or of another model."""
     parts, whole = split(found), dict(found)
     check_parts(modules, parts)
     for name, module in modules.items():

@@ -24,9 +24,7 @@ LINEAR = (nn.Linear, Conv1D)  # exactly these: what is derived from them may com
 
 def pending(base: Any, x: Tensor, *, transposed: bool = False) -> Pending | None:
     """The output of a frozen linear layer without hooks, for `ops.fused_linear` to compute later; None for any other.
-
-    base: an nn.Linear or Conv1D; the instance may have another forward pass.   transposed: the weight is (in, out).
-    """
+    base: an nn.Linear or Conv1D; the instance may have another forward pass.   transposed: the weight is (in, out)."""
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return None
     if _has_any_global_hook() or "forward" in base.__dict__:

@@ -24,9 +24,8 @@ DEFAULT_SWITCHES: dict[str, dict[str, Any]] = {
 
 
 def translated(raw: dict[str, Any]) -> dict[str, Any]:
-    """An adapter's config as read from disk, by today's names if it is one of ours.
-
-    The old types may come to be peft's: ours are known by an entry that no config of peft has."""
+    """An adapter's config as read from disk, by today's names if it is one of ours: the old types may come to be
+    peft's, and ours are known by an entry that no config of peft has."""
     kind = raw.get("peft_type")
     if "increlora_version" not in raw or not isinstance(kind, str):
         return raw
