@@ -58,9 +58,8 @@ class Adapter:
 
 
 def read_adapter(source: nn.Module | str | os.PathLike[str], adapter_name: str | None = None) -> Adapter:
-    """The adapter of a live model, of its folder, or of a run folder.
-
-    Raises: ExportError if there is none by that name or of a kind we read, CheckpointError if a folder is damaged."""
+    """The adapter of a live model, of its folder, or of a run folder. Raises ExportError if there is none by that name
+    or of a kind we read, CheckpointError if a folder is damaged."""
     if isinstance(source, nn.Module):
         return from_model(source, adapter_name)
     return from_folder(adapter_folder(Path(source)) / (adapter_name or ""))

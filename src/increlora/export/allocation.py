@@ -56,10 +56,9 @@ def allocation_to_lora_config(
 
 
 def plain_config(adapter: Adapter, modules: Iterable[str], **options: Any) -> LoraConfig:
-    """A LoraConfig for these modules with what the adapter was trained beside; `options` go first.
-
-    peft reads patterns as regular expressions for the whole name or its ending, and takes the first that matches.
-    Raises: ExportError if it would read another module's entry of `rank_pattern` for some module."""
+    """A LoraConfig for these modules with what the adapter was trained beside; `options` go first. peft reads patterns
+    as regular expressions for the whole name or its ending, and takes the first that matches: raises ExportError if it
+    would read another module's entry of `rank_pattern` for some module."""
     ranks = options["rank_pattern"]
     ordered = dict(sorted(ranks.items()))  # as adapter_config.json lists them
     for name, rank in ranks.items():

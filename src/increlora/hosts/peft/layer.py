@@ -40,11 +40,8 @@ def pending(base: Any, x: Tensor, *, transposed: bool = False) -> Pending | None
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):
-    """What peft's loops visit to switch, freeze, cast, delete and merge adapters.
-
-    Attributes:
-        lora_delta: by adapter.   handles: by adapter, its owner, the same in all layers.
-    """
+    """What peft's loops visit to switch, freeze, cast, delete and merge adapters.   lora_delta: by adapter.   handles:
+    by adapter, its owner, the same in all layers."""
 
     adapter_layer_names = ("lora_delta",)
     other_param_names = ("handles",)  # what else goes when an adapter is deleted

@@ -20,11 +20,11 @@ BASE = "__base__"  # peft's name for no adapter
 def mixed_batch(
     model: nn.Module, adapter_names: Sequence[str], known: Iterable[str], call: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Within it, each example of a batch goes through the adapter named at its place.
+    """Within it, each example of a batch goes through the adapter named at its place. Raises ConfigError in training,
+    and for names that no layer has.
 
-    call: what the model, or its `generate`, is called with. A decoder makes several sequences of each example, beams or
-    samples; an encoder makes one.
-    Raises: ConfigError in training, and for names that no layer has."""
+    call: what the model, or its `generate`, is called with: a decoder makes several sequences of each example, beams or
+    samples; an encoder makes one."""
     if model.training:
         raise ConfigError(
             "Cannot pass `adapter_names` when the model is in training mode. Call model.eval(), or train one adapter "

@@ -68,10 +68,9 @@ def keep_layout(model: nn.Module) -> None:
 
 
 class SavedBase:
-    """The base of an adapter layer before a merge, for `unmerge` to restore.
-
-    Merging replaces a weight in floating point by another parameter, since others may be tied to it. Of a quantised
-    weight the attributes are copied, too: the backends drop or change some of them."""
+    """The base of an adapter layer before a merge, for `unmerge` to restore. Merging replaces a weight in floating
+    point by another parameter, since others may be tied to it. Of a quantised weight the attributes are copied, too:
+    the backends drop or change some of them."""
 
     def __init__(self, layer: Any) -> None:
         self.base = layer.get_base_layer()
