@@ -100,7 +100,6 @@ def export_lora(
     if tolerance is not None and not 0 <= tolerance <= 1:
         raise ExportError(f"tolerance={tolerance!r}: give a share of ΔW in [0, 1]")
     out = Path(out)
-    check_elsewhere(out)
     check_replaceable(out)
     adapter = read_adapter(model_or_path, adapter_name)
     factors, errors = limited(adapter, max_rank, tolerance)
@@ -118,7 +117,8 @@ def export_lora(
 
 
 def check_replaceable(out: Path) -> None:
-    """Raise ExportError unless `out` is new, empty, or an earlier export of ours."""
+    """Raise ExportError unless `out` is new, empty, or an earlier export of ours, and not where the process is."""
+    check_elsewhere(out)
     files = {path.name for path in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
     try:
         export = files == {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME} and MARK in read_contents(out)[1]

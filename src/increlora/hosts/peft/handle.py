@@ -33,18 +33,18 @@ class Handle:
         self.totals = max(1, len(sites)), max(1, sum(m + n for _, m, n in self.peers))
         settings = config.settings()
         self.method = settings.method(*self.totals)
-        sites = [self.completed(site) for site in sites]
-        self.shared: Stored | None = settings.make_shared(sites)
+        self.shared: Stored | None = None
+        self.shared = settings.make_shared([self.completed(site) for site in sites])
         self.deltas: dict[str, Delta] = {site.name: self.make_delta(site) for site in sites}
 
     def completed(self, site: Site) -> Site:
         """The site with the totals. Raises ConfigError if the method's deltas cannot read the module's input."""
         check_readable(self.config, site.name, site.inputs)
         number, parameters = self.totals
-        return replace(site, sites=number, uniform_parameters=parameters, peers=self.peers)
+        return replace(site, sites=number, uniform_parameters=parameters, peers=self.peers, shared=self.shared)
 
     def make_delta(self, site: Site) -> Delta:
-        return self.method.make_delta(replace(site, shared=self.shared))
+        return self.method.make_delta(self.completed(site))
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"controller": None}

@@ -87,7 +87,7 @@ class AdapterModel(BaseTuner):
         handle = self._handle
         delta = handle.deltas.get(current_key)
         if delta is None:  # found by the keys of a state dict, not by `target_modules`
-            delta = handle.make_delta(handle.completed(read(layer.get_base_layer(), current_key)))
+            delta = handle.make_delta(read(layer.get_base_layer(), current_key))
             self._take_over(peft_config, current_key, delta)
         if handle.shared is not None:
             self._own_shared(adapter_name, handle.shared, layer, peft_config.inference_mode)
