@@ -114,9 +114,8 @@ def untie(base: nn.Module, values: Mapping[str, Tensor]) -> None:
     if not split:
         return
     head = base.get_output_embeddings()
-    ends = (base.get_input_embeddings(), head)
-    names = {f"{name}.weight" for name, module in base.named_modules() if any(module is end for end in ends)}
-    if len(ties) > 1 or set(split[0]) != names or base.config.is_encoder_decoder:
+    ends = [base.get_submodule(name.rpartition(".")[0]) for name in split[0]]
+    if len(ties) > 1 or head not in ends or base.get_input_embeddings() not in ends or base.config.is_encoder_decoder:
         raise ExportError(
             f"{' and '.join(split[0])} are one tensor in the base, and the adapter makes them different; this model "
             f"cannot be written untied: serve the adapter with peft"

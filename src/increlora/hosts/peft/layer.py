@@ -16,7 +16,6 @@ from ...errors import ConfigError
 from ...ops.fused_linear import PLAIN, Pending, computed
 from .bases import read
 from .handle import Handle
-from .mixed import check_mixed
 from .quantised import Rounding, SavedBase, rounding, working_dtype
 
 LINEAR = (nn.Linear, Conv1D)  # exactly these: what is derived from them may compute something else
@@ -99,8 +98,17 @@ class AdapterLayer(TunerLayer):
         return computed(y)
 
     def _mixed(self, y: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        module = next((str(delta.name) for delta in self.lora_delta.values()), "a module whose adapters are deleted")
-        check_mixed(module, len(x), adapter_names, merged=bool(self.merged))
+        if len(x) != len(adapter_names):
+            place = next((str(delta.name) for delta in self.lora_delta.values()), "a module whose adapters are deleted")
+            raise ConfigError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {len(x)} respectively, in {place}: a module that all examples share (position embeddings) cannot "
+                f"be mixed; of `num_beams` and `num_return_sequences` only what `generate` is called with is known"
+            )
+        if self.merged:
+            raise ConfigError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         for adapter in set(adapter_names) & set(self.lora_delta):
             rows = [i for i, name in enumerate(adapter_names) if name == adapter]
             index = torch.tensor(rows, device=y.device)

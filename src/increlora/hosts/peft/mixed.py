@@ -52,17 +52,3 @@ def mixed_batch(
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 hooks.callback(module.register_forward_pre_hook(pass_names, with_kwargs=True).remove)
         yield
-
-
-def check_mixed(place: str, examples: int, adapter_names: Sequence[str], *, merged: bool) -> None:
-    """Raise ConfigError unless there is one name for each example, and no adapter in the base weights."""
-    if examples != len(adapter_names):
-        raise ConfigError(
-            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} and "
-            f"{examples} respectively, in {place}: a module that all examples share (position embeddings) cannot be "
-            f"mixed; of `num_beams` and `num_return_sequences` only what `generate` is called with is known"
-        )
-    if merged:
-        raise ConfigError(
-            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-        )
