@@ -83,6 +83,18 @@ def test_tied_embeddings_are_untied_where_the_adapter_changes_one(kind: str, tmp
         assert merged.config.tie_word_embeddings == (kind in ("both, still tied", "neither"))
 
 
+def test_a_tie_that_the_config_does_not_tell_is_undone(tmp_path: Path) -> None:
+    model = get_peft_model(BUILDERS["llama"](), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight += 0.1
+    model.save_pretrained(tmp_path / "adapter")
+    base = BUILDERS["llama"]()
+    base.lm_head.weight = base.model.embed_tokens.weight
+    export_merged(tmp_path / "adapter", tmp_path / "out", base=base)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(merged, "llama"), logits(model, "llama"), rtol=0, atol=1e-5)
+
+
 def test_a_tie_that_cannot_be_undone_is_named(tmp_path: Path) -> None:
     model = get_peft_model(BUILDERS["t5"](), LoraConfig(target_modules=["q"], modules_to_save=["lm_head"]))
     with torch.no_grad():

@@ -105,9 +105,12 @@ def check_place(name: str, value: Tensor | None, state: Mapping[str, Tensor], pa
 def untie(base: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Give input and output embeddings a tensor each if they share one and their values would differ. Raises
     ExportError, before anything is changed, if other tensors are tied, or the model cannot be untied."""
-    state, ties = base.state_dict(), base.get_expanded_tied_weights_keys(all_submodels=True)
-    split = []  # pairs that need two values now
-    for tie in ties.items():
+    state, first = base.state_dict(), dict[int, str]()
+    pairs = {frozenset((name, first.setdefault(t.untyped_storage().data_ptr(), name))) for name, t in state.items()}
+    pairs |= {frozenset(tie) for tie in base.get_expanded_tied_weights_keys(all_submodels=True).items()}
+    ties = sorted(sorted(pair) for pair in pairs if len(pair) == 2)  # in memory, and as the config has them
+    split = []  # those that need two values now
+    for tie in ties:
         one, other = (values.get(name, state[name]).to(state[name]) for name in tie)
         if not values.keys().isdisjoint(tie) and not torch.equal(one, other):
             split.append(tie)
