@@ -16,6 +16,7 @@ from ..deltas import BlockDelta, Delta, Inputs, Patches, Status, Stored, Tokens,
 from ..deltas.inputs import VECTORS
 from ..errors import ConfigError
 from ..rules import Rule
+from .checks import Count, Share, check_options
 
 Value = TypeVar("Value", int, float)
 Made = TypeVar("Made", bound=BlockDelta)
@@ -116,6 +117,20 @@ class Settings:
     def make_shared(self, sites: Sequence[Site]) -> Stored | None:
         """The parameters that all deltas of an adapter share; the model owns them."""
         return None
+
+
+@dataclass(frozen=True)
+class LoraOptions(Settings):
+    """The options that all methods of the library have in common. Values are checked by their types, see `checks`."""
+
+    r: Count = 8
+    lora_alpha: float = 8
+    lora_dropout: Share = 0.0
+    init_lora_weights: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def budget_of(settings: Any, sites: int, uniform_parameters: int) -> Budget:

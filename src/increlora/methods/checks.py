@@ -1,44 +1,36 @@
-"""Checks that the settings of several methods share; each names the option, its value and the remedy."""
+"""What the values of options must be, said by their types; errors name the option, its value and the remedy."""
 
-from collections.abc import Iterable
-from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError
 
 
-def check_counts(settings: Any, names: Iterable[str]) -> None:
-    """Raise ConfigError unless each is None or an int of at least 1."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{name}={value!r}: give an int of at least 1")
+@dataclass(frozen=True)
+class Allowed:
+    """A mark of a type: which of its values an option may have, and how to say so."""
+
+    test: Callable[[Any], bool]
+    remedy: str
 
 
-def check_patterns(settings: Any, names: Iterable[str]) -> None:
-    """Raise ConfigError unless every value in each of these tables is an int of at least 1."""
-    for option in names:
-        for name, count in getattr(settings, option).items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ConfigError(f"{option}: {name}={count!r}: give an int of at least 1")
+Count = Annotated[int, Allowed(lambda value: type(value) is int and value >= 1, "an int of at least 1")]
+Share = Annotated[float, Allowed(lambda value: 0 <= value < 1, "a number in [0, 1)")]
+Weight = Annotated[float, Allowed(lambda value: 0 <= value < inf, "a finite weight ≥ 0")]
 
 
-def check_shares(settings: Any, names: Iterable[str]) -> None:
-    """Raise ConfigError unless each is a number in [0, 1)."""
-    for name in names:
-        if not 0 <= getattr(settings, name) < 1:
-            raise ConfigError(f"{name}={getattr(settings, name)!r}: give a number in [0, 1)")
-
-
-def check_choices(settings: Any) -> None:
-    """Raise ConfigError unless every option with a fixed set of values has one of them."""
-    for option in fields(settings):
-        value, choices = getattr(settings, option.name), get_args(option.type)
-        if get_origin(option.type) is Literal and value not in choices:
-            raise ConfigError(f"{option.name}={value!r}: give one of {', '.join(choices)}")
-
-
-def check_weight(settings: Any, name: str) -> None:
-    """Raise ConfigError for a weight that is no finite number of at least 0."""
-    if not 0 <= getattr(settings, name) < float("inf"):
-        raise ConfigError(f"{name}={getattr(settings, name)!r}: give a finite weight ≥ 0")
+def check_options(settings: Any) -> None:
+    """Raise ConfigError for an option, or an entry of one that is a table, with a value that its type does not have."""
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        value, kinds = getattr(settings, name), (hint, *get_args(hint))
+        if get_origin(hint) is Literal and value not in kinds:
+            raise ConfigError(f"{name}={value!r}: give one of {', '.join(kinds[1:])}")
+        table = get_origin(hint) is Mapping
+        values = {f"{name}: {key}": entry for key, entry in value.items()} if table else {name: value}
+        for mark in (mark for kind in kinds for mark in getattr(kind, "__metadata__", ())):
+            for place, entry in values.items():
+                if not ((entry is None and NoneType in kinds) or mark.test(entry)):
+                    raise ConfigError(f"{place}={entry!r}: give {mark.remedy}")

@@ -24,6 +24,7 @@ from ..decide.allocation import Holding, Kind
 from ..decide.budget import Budget
 from ..decide.schedules import Run
 from ..deltas import BlockDelta
+from ..errors import CheckpointError
 
 Sight = Literal["gradients", "inputs"]
 Deltas = Mapping[str, BlockDelta]
@@ -115,7 +116,7 @@ class Runner:
     @property
     def done(self) -> bool:
         """Is nothing left to decide?"""
-        raise NotImplementedError
+        return all(delta.settled for delta in self.deltas)
 
     def forecast(self, holdings: Sequence[Holding], run: Run, first: int = 0) -> Forecast:
         """What will happen in this run from step `first` on. Raises ScheduleError if the schedule does not fit it."""
@@ -165,6 +166,14 @@ class Runner:
     def statistics(self) -> list[Tensor]:
         """The numbers this rule remembers of every module."""
         return [delta.statistics[self.slot] for delta in self.deltas]
+
+    def check_statistics(self, sizes: Sequence[int]) -> None:
+        """Raise CheckpointError for statistics of another length than `sizes` says."""
+        for name, found, size in zip(self.names, self.statistics(), sizes, strict=True):
+            if len(found) != size:
+                raise CheckpointError(
+                    f"{name}: {len(found)} statistics were loaded, {size} are needed: the adapter file is damaged"
+                )
 
 
 def holding_of(name: str, delta: BlockDelta) -> Holding:

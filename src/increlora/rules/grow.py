@@ -24,7 +24,6 @@ from ..decide.selection import spent
 from ..deltas import BlockDelta, Status
 from ..ops.parallel import full, mean_over_processes
 from .base import Change, Deltas, Expected, Forecast, Runner, Sight, Step, dtype_of, finished, holding_of
-from .kept import check_statistics
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,6 @@ class Grower(Runner):
         super().__init__(deltas, slot)
         self.rule, self.budget = rule, budget
         self.schedule: GrowthSteps | None = None
-        self.run = Run(None, len(self.deltas))
         self.scores: Tensor | None = None  # of the step in progress
         self.tallies = [Tally() for _ in self.deltas]
         self.reserve_statistics([2] * len(self.deltas))
@@ -131,9 +129,9 @@ class Grower(Runner):
         return Forecast(tuple(events), tuple(holdings))
 
     def start(self, run: Run, first: int) -> None:
-        check_statistics(self, [2] * len(self.deltas))
+        self.check_statistics([2] * len(self.deltas))
         self.schedule = None if self.done else self.rule.schedule(run, self.holdings(), first)
-        self.run = run
+        self.steps = run.steps
         self._lay_out(next(self.deltas[0].parameters()).device)
         self._listen(first)
 
@@ -156,7 +154,7 @@ class Grower(Runner):
         if self.schedule is None or self.done:
             return False
         window, event = self.rule.score.window, self.schedule.next(step)
-        return window is None or (event - step < window and (self.run.steps is None or event < self.run.steps))
+        return window is None or (event - step < window and (self.steps is None or event < self.steps))
 
     # -- scores --------------------------------------------------------------------------------------------------
 

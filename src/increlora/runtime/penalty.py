@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..decide.penalties import mean_size, mean_size_grad, orthogonality, orthogonality_grad
 from ..deltas import BlockDelta, Status
+from ..deltas.blocks import joined
 from ..methods import Penalty
 from ..ops.parallel import full, laid_out_like
 
@@ -22,14 +23,9 @@ def components(deltas: Sequence[BlockDelta]) -> list[Tensor]:
             {letter: full(p.detach() if id(p) in frozen else p) for letter, p in delta.block(i).items()}
             for i in penalised(delta)
         ]
-        matrices.append(joined([b["A"] for b in blocks], dim=0))
-        matrices.append(joined([b["B"] for b in blocks], dim=1).mT)
+        matrices.append(joined([b["A"] for b in blocks], 0))
+        matrices.append(joined([b["B"] for b in blocks], 1).mT)
     return matrices
-
-
-def joined(parts: list[Tensor], *, dim: int) -> Tensor:
-    """The parts as one tensor; a single one as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def penalised(delta: BlockDelta) -> list[int]:

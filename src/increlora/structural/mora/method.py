@@ -14,11 +14,11 @@ from functools import partial
 from typing import Any, Literal, Self
 
 from ...decide.budget import Budget
-from ...decide.schedules import RestartSteps, Run, Time, in_steps, ramp_clock
+from ...decide.schedules import Multiples, Run, Time, in_steps, ramp_clock
 from ...deltas import Vectors
-from ...errors import ConfigError
-from ...methods.base import Method, Settings, Site, in_blocks
-from ...methods.checks import check_choices, check_counts, check_shares
+from ...errors import ConfigError, ScheduleError
+from ...methods.base import LoraOptions, Method, Site, in_blocks
+from ...methods.checks import Count
 from ...methods.initial import gaussian, zeros
 from ...rules import Restart
 from .delta import Form, Operator, SquareDelta, SquareMaps
@@ -38,7 +38,7 @@ GOES_WITH = {
 
 
 @dataclass(frozen=True)
-class Mora(Settings):
+class Mora(LoraOptions):
     """Every option of MoRA. Times are steps (int) or shares of the run (float in [0, 1]).
 
     Size
@@ -67,10 +67,6 @@ class Mora(Settings):
 
     reads = (Vectors,)
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    init_lora_weights: bool = True
     side: Literal["floor", "round"] | int = "floor"
     operator: Operator = "sharing"
     compress: Layout = "stride"
@@ -82,8 +78,7 @@ class Mora(Settings):
     restart_steps: Time | None = None
     restart_maps: Literal["permute", "cycle", "alternate", "same"] = "permute"
     restart_warmup: Time = 50
-    total_steps: int | None = None
-    seed: int = 0
+    total_steps: Count | None = None
 
     @classmethod
     def paper(cls, r: int = 8, **overrides: Any) -> Self:
@@ -95,9 +90,7 @@ class Mora(Settings):
         return cls(**{"r": r} | chosen | overrides)
 
     def __post_init__(self) -> None:
-        check_counts(self, ("r", "total_steps"))
-        check_choices(self)
-        check_shares(self, ("lora_dropout",))
+        super().__post_init__()
         self._check_maps()
         if self.side not in ("floor", "round") and (type(self.side) is not int or self.side < 1):
             raise ConfigError(f"side={self.side!r}: give 'floor', 'round' or an int of at least 1")
@@ -204,13 +197,20 @@ class Mora(Settings):
                 f"operator='sharing'"
             )
 
-    def _schedule(self, run: Run) -> RestartSteps:
-        assert self.restart_steps is not None
-        return RestartSteps(
-            interval=in_steps(self.restart_steps, run, name="restart_steps", least=1),
-            warmup=in_steps(self.restart_warmup, run, name="restart_warmup"),
-            total=run.steps,
-        )
+    def _schedule(self, run: Run) -> Multiples:
+        """After each round but the last. (The published code also restarts after the last step.)"""
+        interval = in_steps(self.restart_steps or 0, run, name="restart_steps", least=1)
+        warmup = in_steps(self.restart_warmup, run, name="restart_warmup")
+        if run.steps is not None and interval >= run.steps:
+            raise ScheduleError(
+                f"no restart falls into a run of {run.steps} steps (restart_steps={interval}): lower `restart_steps`, "
+                f"a share such as 0.2 fits any run"
+            )
+        if warmup > interval:
+            raise ScheduleError(
+                f"restart_warmup={warmup} is longer than a round of restart_steps={interval} steps: lower it"
+            )
+        return Multiples(interval, settle=1, total=run.steps)
 
     def _clock(self, step: int, created: int, run: Run) -> tuple[float, None]:
         return ramp_clock(step, created, warmup=in_steps(self.restart_warmup, run, name="restart_warmup")), None
