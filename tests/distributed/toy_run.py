@@ -121,7 +121,7 @@ def follow(controller: Controller, log: Log, replay: Grants | None) -> None:
         plan = allocate(importance, holdings)
         if replay is not None:
             plan = forced_plan(next(forced), last=len(log.grants) + 1 == len(replay))
-        log.grants.append([(g.module, g.blocks[0], g.ranks) for g in plan.grants])
+        log.grants.append([(g.module, g.block, g.ranks) for g in plan.grants])
         return plan
 
     grower.rule = replace(grower.rule, allocate=noted)

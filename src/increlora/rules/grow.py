@@ -260,10 +260,8 @@ class Grower(Runner):
         changes = [Change(i, 0, importance[i], "saturation") for i in plan.saturated]
         for grant in plan.grants:
             delta = self.deltas[grant.module]
-            free = delta.free
-            for position in grant.blocks:
-                delta.status[free[position]] = Status.ACTIVE
-                delta.born[free[position]] = step
+            block = delta.free[grant.block]
+            delta.status[block], delta.born[block] = Status.ACTIVE, step
             changes.append(Change(grant.module, grant.ranks, importance[grant.module]))
         changes += self._fill_reserve(step)
         return changes + self._finish() if plan.spent else changes

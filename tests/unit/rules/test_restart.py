@@ -83,7 +83,7 @@ def test_c11_a_restart_changes_nothing_and_later_rounds_add_to_it(options: dict)
         torch.testing.assert_close(delta(x), before, rtol=1e-13, atol=1e-13)
         assert not delta.lora_M0.any() and torch.equal(delta.lora_past[turn], M)
         alone = delta_of(14, 4, **options)
-        alone.form = partial(lambda form, _: form, delta.form(turn))
+        alone.maps = partial(lambda turn, _, *shape: delta.maps(turn, *shape), turn)
         with torch.no_grad():
             alone.lora_M0.copy_(M)
         parts.append(alone.weight())

@@ -145,15 +145,15 @@ class Lorta(LoraOptions):
             read, inner = inner, read
         count = key_heads(roles.replace("o", "q"), inner, heads, head_dim)
         plain = self.orientation == "head_aligned" or (heads * head_dim == width and count == heads)
-        if read == width and plain and count is not None:
-            return count
         if read != width:
             problem = f"width {read}, but the factor that all modules share has {width}: adapt modules of one width"
         elif count is None:
             problem = f"{inner} features are not {roles} of {heads} heads of {head_dim}: set `heads` and `head_dim`"
-        else:
+        elif not plain:
             problem = (
                 f"orientation={self.orientation!r} wants heads · head_dim = {heads} · {head_dim} to be the width "
                 f"{width}, and as many heads for k and v: use orientation='head_aligned'"
             )
+        else:
+            return count
         raise ConfigError(f"{site.name}: {problem}, or leave the module out of `target_modules`")

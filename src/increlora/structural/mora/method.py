@@ -21,7 +21,7 @@ from ...methods.base import LoraOptions, Method, Site, in_blocks
 from ...methods.checks import Count
 from ...methods.initial import gaussian, zeros
 from ...rules import Restart
-from .delta import Form, Operator, SquareDelta, SquareMaps
+from .delta import Operator, SquareDelta, SquareMaps
 from .maps import Layout, Pairing
 
 # `mora_type` of the published code; its other numbers raise in the forward pass, and merge to something else.
@@ -141,10 +141,10 @@ class Mora(LoraOptions):
         """Number of these maps in the published code, if they have one."""
         return next((number for number, maps in TYPES.items() if maps == self.maps), None)
 
-    def round_form(self, turn: int) -> Form:
+    def round_maps(self, turn: int, in_features: int, out_features: int, side: int) -> SquareMaps:
         """Maps of a round, the first being 0."""
-        folded = self.dead_inputs == "fold"
-        first = Form(*self.maps, wrap=self.pad == "wrap", pairing=self.pairing, fold=folded)
+        wrap, fold = self.pad == "wrap", self.dead_inputs == "fold"
+        first = SquareMaps(in_features, out_features, side, *self.maps, wrap, self.pairing, fold)
         if turn == 0 or self.restart_maps == "same":
             return first
         if self.restart_maps == "permute":
@@ -181,9 +181,9 @@ class Mora(LoraOptions):
     def _delta(self, site: Site) -> SquareDelta:
         side = self.side_of(site.in_features, site.out_features)
         for turn in range(4 if self.restart_steps is not None else 1):  # later maps are no others
-            self._check_fits(site, SquareMaps(self.round_form(turn), site.in_features, site.out_features, side))
+            self._check_fits(site, self.round_maps(turn, site.in_features, site.out_features, side))
         init = {"M": zeros if self.init_lora_weights else gaussian}
-        return in_blocks(SquareDelta, self, site, [side], init=init, scale=float, form=partial(Mora.round_form, self))
+        return in_blocks(SquareDelta, self, site, [side], init=init, scale=float, maps=partial(Mora.round_maps, self))
 
     def _check_fits(self, site: Site, maps: SquareMaps) -> None:
         """Raise ConfigError, naming the module, if the maps leave inputs without any output or cannot pad so far."""
@@ -192,7 +192,7 @@ class Mora(LoraOptions):
             raise ConfigError(f"{where} {reason}")
         if maps.dead and self.dead_inputs == "refuse":
             raise ConfigError(
-                f"{where} leaves {maps.dead} of the inputs without any output (operator={maps.form.operator!r}): set "
+                f"{where} leaves {maps.dead} of the inputs without any output (operator={maps.operator!r}): set "
                 f"dead_inputs='fold' to add them to other chunks, 'ignore' to do as the published code, or "
                 f"operator='sharing'"
             )
