@@ -6,7 +6,7 @@ from torch import Tensor
 
 from increlora import PriLoraConfig
 from increlora.decide.projections import nonzero_marks, zero_dropped, zero_least
-from increlora.decide.schedules import PruneSteps, Run
+from increlora.decide.schedules import Multiples, Run
 from increlora.decide.scores import weighted_magnitude
 from increlora.deltas import LowRankDelta
 from increlora.errors import BudgetError, ConfigError, ScheduleError
@@ -161,7 +161,7 @@ def test_held_zeros_stay_and_everything_else_keeps_its_bits() -> None:
 
 
 def test_p6_prunings_at_every_fortieth_step_and_nowhere_else() -> None:
-    assert [s + 1 for s in range(200) if PruneSteps(40).due(s)] == [40, 80, 120, 160, 200]
+    assert [s + 1 for s in range(200) if Multiples(40).due(s)] == [40, 80, 120, 160, 200]
 
 
 @pytest.mark.parametrize(("options", "steps"), [
@@ -172,7 +172,7 @@ def test_p6_prunings_at_every_fortieth_step_and_nowhere_else() -> None:
     ({"interval": 1, "warmup": 17, "total": 18}, [18]),
 ])  # fmt: skip
 def test_phases_without_prunings(options: dict, steps: list[int]) -> None:
-    schedule = PruneSteps(**options)
+    schedule = Multiples(**options)
     assert [s + 1 for s in range(40) if schedule.due(s)] == steps
     assert (schedule.first + 1, schedule.last + 1) == (steps[0], steps[-1])
     assert [s + 1 for s in range(18) if schedule.over(s)] == [*range(steps[-1], 19)]
