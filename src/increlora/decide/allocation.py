@@ -12,11 +12,10 @@ class Holding:
     """One module as an allocator sees it.
 
     Attributes:
-        name: full module name.   rank: active ranks.   free: sizes of the inactive blocks, in the order of birth.
+        rank: active ranks.   free: sizes of the inactive blocks, in the order of birth.
         cost: parameters of one rank, in + out.
     """
 
-    name: str
     rank: int
     free: tuple[int, ...]
     cost: int

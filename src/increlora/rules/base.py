@@ -176,10 +176,10 @@ class Runner:
                 )
 
 
-def holding_of(name: str, delta: BlockDelta) -> Holding:
+def holding_of(delta: BlockDelta) -> Holding:
     """What a module holds, as allocators see it."""
     free = tuple(delta.sizes[i] for i in delta.free)
-    return Holding(name, delta.rank, free, delta.in_features + delta.out_features)
+    return Holding(delta.rank, free, delta.in_features + delta.out_features)
 
 
 def finished(deltas: Sequence[BlockDelta]) -> list[Change]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..decide.allocation import Holding
 from ..decide.budget import Budget
-from ..decide.projections import Group, nonzero_marks, zero_dropped, zero_least
+from ..decide.projections import Group, nonzero_marks, zero_least
 from ..decide.schedules import Multiples, Run
 from ..decide.scores import weighted_magnitude
 from ..ops.parallel import full, laid_out_like, local
@@ -103,7 +103,7 @@ class EntryPruner(Runner):
     def after_step(self, step: int) -> list[Change]:
         done = self.done
         if self.marks:
-            zero_dropped(self._values(), self.marks)
+            torch._foreach_mul_(self._values(), self.marks)
         if not self.schedule.over(step - 1) and self.sound and step % self.rule.interval == 0:
             self.norms.update()
         if self.schedule.due(step):

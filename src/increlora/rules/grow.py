@@ -97,7 +97,7 @@ class Grower(Runner):
             rule.check(self.holdings(), budget)
 
     def holdings(self) -> list[Holding]:
-        return [holding_of(name, delta) for name, delta in zip(self.names, self.deltas, strict=True)]
+        return [holding_of(delta) for delta in self.deltas]
 
     @property
     def done(self) -> bool:

@@ -26,9 +26,7 @@ class InputNorms:
         self.sizes = [delta.in_features + 1 for delta in deltas]
         self.dtype = dtype_of(deltas[0])  # squares of half precision overflow above 255
         self.sums: dict[int, Tensor] = {}
-        self.latest: tuple[Tensor, Inputs, int, Tensor] | None = (
-            None  # an input, how it is read, its version, its squares
-        )
+        self.latest: tuple[Tensor, Inputs, int, Tensor] | None = None  # input, how it is read, its version, its squares
 
     def lay_out(self, *, afresh: bool) -> None:
         """Gather the statistics in the flat tensor, where the parameters are; `afresh`: no module was used yet."""

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..decide.allocation import Holding, parameters_used, ranks_used
 from ..decide.budget import Budget, falling
 from ..decide.feasibility import check_pruning
-from ..decide.projections import zero_dropped
 from ..decide.schedules import CubicDecay
 from ..deltas import BlockDelta
 from ..ops.parallel import laid_out_like, local
@@ -31,7 +30,7 @@ class Pruner(Runner):
 
     def __init__(self, deltas: Deltas, target: Budget, slot: int) -> None:
         super().__init__(deltas, slot)
-        start = [Holding(name, len(d.kept), (), d.in_features + d.out_features) for name, d in deltas.items()]
+        start = [Holding(len(d.kept), (), d.in_features + d.out_features) for d in self.deltas]
         check_pruning(start, target)
         self.first, self.last = Budget(ranks_used(start), parameters_used(start)), target
         self.costs = [holding.cost for holding in start]
@@ -78,8 +77,8 @@ class Pruner(Runner):
         ]
 
     def project(self) -> None:
-        """e ← 0 for all ranks that do not count."""
-        zero_dropped(self.values(), self.flags)
+        """e ← 0 for all ranks that do not count; the optimizer may move it again at the next step."""
+        torch._foreach_mul_(self.values(), self.flags)
 
     def values(self) -> list[Tensor]:
         """e of every module, this process's part of it."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..decide.allocation import Holding
 from ..decide.budget import Budget
 from ..decide.feasibility import check_pruning
-from ..decide.projections import Projection, shrink_together, zero_dropped
+from ..decide.projections import Projection, shrink_together
 from ..decide.schedules import CubicDecay, Levels, Run
 from ..errors import BudgetError
 from ..ops.parallel import full, local
@@ -155,7 +155,7 @@ class Shrinker(Pruner):
         elif threshold > 0:
             shrink_together(self.values(), self.rule.shrink, threshold)
         if self.open:  # momentum still moves gates whose ranks are not computed
-            zero_dropped(self.values(), self.open)
+            torch._foreach_mul_(self.values(), self.open)
 
     def _cut(self, step: int) -> list[Change]:
         """Say which ranks count: those whose gate is left, or as many of the largest as the budget pays for now."""

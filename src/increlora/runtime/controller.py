@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import nn
 from torch.optim import Optimizer
 
-from ..decide.allocation import Event, Holding, Kind
+from ..decide.allocation import Event, Kind
 from ..decide.schedules import Run
 from ..deltas import BlockDelta
 from ..errors import ConfigError
@@ -89,10 +89,6 @@ class Controller:
         for delta in self.deltas:
             yield from delta.block_parameters()
 
-    def holdings(self) -> list[Holding]:
-        """What every module holds, as allocators see it."""
-        return [holding_of(name, delta) for name, delta in zip(self.names, self.deltas, strict=True)]
-
     @property
     def ranks(self) -> dict[str, int]:
         """Active rank per module."""
@@ -104,7 +100,7 @@ class Controller:
 
     def forecast(self, steps: int) -> Forecast:
         """What the rules will do in a run of so many steps. Raises ScheduleError if a schedule does not fit it."""
-        run, holdings, exact = Run(steps, len(self.names)), tuple(self.holdings()), True
+        run, holdings, exact = Run(steps, len(self.names)), tuple(map(holding_of, self.deltas)), True
         events: list[Expected] = []
         for rule in self.rules:
             expected = rule.forecast(holdings, run)

@@ -16,12 +16,12 @@ REPEATABLE = settings(derandomize=True, deadline=None)  # a run never fails by c
 COSTS = st.sampled_from([4, 7, 10, 10, 25])
 
 
-def holding(rank: int, free: tuple[int, ...], cost: int = 10, name: str = "m") -> Holding:
-    return Holding(name, rank, free, cost)
+def holding(rank: int, free: tuple[int, ...], cost: int = 10) -> Holding:
+    return Holding(rank, free, cost)
 
 
 def modules(count: int, free: tuple[int, ...], rank: int = 1, cost: int = 10) -> list[Holding]:
-    return [holding(rank, free, cost, f"m{i}") for i in range(count)]
+    return [holding(rank, free, cost)] * count
 
 
 def granted(holdings: list[Holding], plan: Plan) -> list[Holding]:
@@ -31,7 +31,7 @@ def granted(holdings: list[Holding], plan: Plan) -> list[Holding]:
         h = after[grant.module]
         assert h.free[grant.block] == grant.ranks
         free = tuple(size for i, size in enumerate(h.free) if i != grant.block)
-        after[grant.module] = Holding(h.name, h.rank + grant.ranks, free, h.cost)
+        after[grant.module] = Holding(h.rank + grant.ranks, free, h.cost)
     return after
 
 
@@ -53,10 +53,10 @@ def situations(draw, max_modules: int = 5, max_free: int = 6):
     grow_by = draw(st.sampled_from([1, 2, 3, 4]))
     tails = draw(st.integers(0, 2))
     result = []
-    for i in range(draw(st.integers(1, max_modules))):
+    for _ in range(draw(st.integers(1, max_modules))):
         capacity = 1 + draw(st.integers(0, max_free))
         sizes = block_sizes(start=1, grow_by=grow_by, capacity=capacity, tails=tails)
-        result.append(Holding(f"m{i}", 1, tuple(sizes[1:]), draw(COSTS)))
+        result.append(Holding(1, tuple(sizes[1:]), draw(COSTS)))
     importance = draw(st.lists(st.integers(0, 3).map(float), min_size=len(result), max_size=len(result)))
     return result, importance
 

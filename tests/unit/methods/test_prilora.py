@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from increlora import PriLoraConfig
-from increlora.decide.projections import nonzero_marks, zero_dropped, zero_least
+from increlora.decide.projections import nonzero_marks, zero_least
 from increlora.decide.schedules import Multiples, Run
 from increlora.decide.scores import weighted_magnitude
 from increlora.deltas import LowRankDelta
@@ -153,7 +153,7 @@ def test_held_zeros_stay_and_everything_else_keeps_its_bits() -> None:
     values = [torch.tensor([0.0, -0.0, 1e-45, -3.0, torch.inf])]
     marks = nonzero_marks(values)
     moved = [torch.tensor([5.0, 6.0, 7.0, -0.1, 1e-45])]
-    zero_dropped(moved, marks)
+    torch._foreach_mul_(moved, marks)
     assert moved[0].tolist() == torch.tensor([0, 0, 7.0, -0.1, 1e-45]).tolist()
 
 

@@ -77,7 +77,7 @@ class Handle:
 
     def check(self) -> None:
         """Raise BudgetError if the budget cannot be met from this start."""
-        self.method.check([holding_of(name, delta) for name, delta in self.blocks.items()])
+        self.method.check([holding_of(delta) for delta in self.blocks.values()])
 
     def drive(self) -> None:
         """Give the adapter its controller, if its method needs one."""
