@@ -127,10 +127,7 @@ class Watcher:
                 f"`increlora.attach(model, optimizer, total_steps=…)` before training"
             )
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "Orphan":
-        return Orphan(self.step)
-
-    def __reduce__(self) -> tuple[type["Orphan"], tuple[int]]:
+    def __reduce__(self) -> tuple[type["Orphan"], tuple[int]]:  # for copy.deepcopy, too
         return Orphan, (self.step,)
 
 
