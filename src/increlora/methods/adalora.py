@@ -17,10 +17,10 @@ from ..decide.schedules import Time
 from ..decide.selection import keep_top
 from ..deltas import TripletDelta
 from ..rules import Keep
-from .base import LoraOptions, Method, Penalty, Site, budget_of
-from .checks import Count, Share, Weight
+from .base import Method, Penalty, Site, budget_of
 from .falling import check_start, cubic_of, first_rank, pruned
 from .initial import lora_start, ones
+from .options import Count, LoraOptions, Share, Weight
 from .scaling import fixed, scale_of
 
 

@@ -22,9 +22,9 @@ from ..decide.selection import grow_top
 from ..deltas import TripletDelta
 from ..errors import BudgetError
 from ..rules import Grow, Score
-from .base import LoraOptions, Method, Penalty, Site, budget_of, in_blocks, matching
-from .checks import Count, Share, Weight
+from .base import Method, Penalty, Site, budget_of, in_blocks, matching
 from .initial import lora_start, ones
+from .options import Count, LoraOptions, Share, Weight
 from .scaling import fixed, scale_of
 
 DEFAULT_EVENTS = 10  # growth events of a run whose `top_h` is not set

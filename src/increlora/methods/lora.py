@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from ..decide.budget import Budget
 from ..deltas import LowRankDelta
-from .base import LoraOptions, Method, Site, in_blocks
-from .checks import Count
+from .base import Method, Site, in_blocks
 from .initial import lora_start
+from .options import Count, LoraOptions
 from .scaling import rank_and_scale
 
 

@@ -21,9 +21,9 @@ from ..decide.schedules import Multiples, Run, Time, in_steps
 from ..deltas import LowRankDelta
 from ..errors import ScheduleError
 from ..rules import Entries
-from .base import LoraOptions, Method, Site, budget_of, in_blocks
-from .checks import Count, Share
+from .base import Method, Site, budget_of, in_blocks
 from .initial import lora_start
+from .options import Count, LoraOptions, Share
 from .scaling import scale_of
 
 Peers = tuple[tuple[str, int, int], ...]

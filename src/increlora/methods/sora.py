@@ -22,10 +22,10 @@ from ..decide.selection import keep_top
 from ..deltas import TripletDelta
 from ..errors import ConfigError
 from ..rules import Shrink
-from .base import LoraOptions, Method, Penalty, Site, budget_of
-from .checks import Count, Weight
+from .base import Method, Penalty, Site, budget_of
 from .falling import check_start, cubic_of, first_rank, pruned
 from .initial import lora_start, normal, ones
+from .options import Count, LoraOptions, Weight
 from .scaling import fixed, scale_of
 
 

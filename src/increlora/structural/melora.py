@@ -22,9 +22,9 @@ from ..decide.budget import Budget
 from ..deltas import BlockDelta, LowRankDelta, Vectors
 from ..deltas.blocks import joined
 from ..errors import ConfigError
-from ..methods.base import LoraOptions, Method, Site, in_blocks, matching
-from ..methods.checks import Count
+from ..methods.base import Method, Site, in_blocks, matching
 from ..methods.initial import gaussian, kaiming, zeros
+from ..methods.options import Count, LoraOptions
 from ..methods.scaling import rank_and_scale
 from ..ops.fused_linear import Pending, computed, matched
 

@@ -11,7 +11,8 @@ from typing import Any, get_type_hints
 from peft import LoraConfig, TaskType
 
 from ...errors import ConfigError
-from ...methods.base import LoraOptions, Settings
+from ...methods.base import Settings
+from ...methods.options import LoraOptions
 
 # Options of peft's LoraConfig that mean the same here: (type, meaning).
 Modules = str | list[str] | set[str] | None

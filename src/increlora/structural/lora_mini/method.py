@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from ...decide.budget import Budget
 from ...deltas import Vectors
 from ...errors import ConfigError
-from ...methods.base import LoraOptions, Method, Site, in_blocks
-from ...methods.checks import Count
+from ...methods.base import Method, Site, in_blocks
 from ...methods.initial import Shape, gaussian, kaiming, zeros
+from ...methods.options import Count, LoraOptions
 from ...methods.scaling import rank_and_scale
 from .delta import FourFactorDelta
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from ...decide.budget import Budget
 from ...deltas import Vectors
 from ...errors import ConfigError
-from ...methods.base import LoraOptions, Method, Site, matching
-from ...methods.checks import Count, Weight
+from ...methods.base import Method, Site, matching
+from ...methods.options import Count, LoraOptions, Weight
 from ...methods.scaling import scale_of
 from ...seeding import generator_of
 from .attention import ROLES, blocks, completed, find, interleaved, key_heads, projection

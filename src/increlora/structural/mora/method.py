@@ -17,9 +17,9 @@ from ...decide.budget import Budget
 from ...decide.schedules import Multiples, Run, Time, in_steps, ramp_clock
 from ...deltas import Vectors
 from ...errors import ConfigError, ScheduleError
-from ...methods.base import LoraOptions, Method, Site, in_blocks
-from ...methods.checks import Count
+from ...methods.base import Method, Site, in_blocks
 from ...methods.initial import gaussian, zeros
+from ...methods.options import Count, LoraOptions
 from ...rules import Restart
 from .delta import Operator, SquareDelta, SquareMaps
 from .maps import Layout, Pairing

@@ -1,4 +1,4 @@
-"""What the values of options must be, said by their types; errors name the option, its value and the remedy."""
+"""Options of methods: those that all have in common, and types that say which values an option may have."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError
+from .base import Settings
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,20 @@ class Allowed:
 Count = Annotated[int, Allowed(lambda value: type(value) is int and value >= 1, "an int of at least 1")]
 Share = Annotated[float, Allowed(lambda value: 0 <= value < 1, "a number in [0, 1)")]
 Weight = Annotated[float, Allowed(lambda value: 0 <= value < inf, "a finite weight ≥ 0")]
+
+
+@dataclass(frozen=True)
+class LoraOptions(Settings):
+    """The options that all methods of the library have; those of each are checked by their types."""
+
+    r: Count = 8
+    lora_alpha: float = 8
+    lora_dropout: Share = 0.0
+    init_lora_weights: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def check_options(settings: Any) -> None:
