@@ -23,7 +23,7 @@ from .state import STATE, ModuleState, unpack, without_statistics
 
 Init = Callable[[tuple[int, int], torch.Generator, int], Tensor]
 
-FEW = 8  # statistics of a module that are kept where nobody trains; averages of every entry are not
+FEW = 8  # statistics of a module that stay where nobody trains; averages of every entry are not
 
 
 class Derived(NamedTuple):

@@ -7,8 +7,9 @@ is not even computed any more. float64 holds float32 statistics without loss.
 Formats 1 and 2, of earlier versions, are read: they had the averages of growth at a fixed place, and one rule at most.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..errors import CheckpointError
 
 STATE = "lora_state"  # its name on disk
 STATE_FORMAT = 3
+vector = partial(torch.tensor, dtype=torch.float64)
 
 
 @dataclass
@@ -102,7 +104,3 @@ def without_statistics(state: Tensor, slots: Container[int]) -> Tensor:
     found = unpack(state)
     found.statistics = [values[:0] if i in slots else values for i, values in enumerate(found.statistics)]
     return found.pack()
-
-
-def vector(values: Sequence[float]) -> Tensor:
-    return torch.tensor([float(v) for v in values], dtype=torch.float64)

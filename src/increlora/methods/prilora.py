@@ -80,13 +80,9 @@ class PriLora(LoraOptions):
         mean = Fraction(budget.ranks or 0, sites)
         first = first_of(mean, self.first_r)
         rule = Entries(self._schedule, self.prune_share, self.group, self.beta, self.statistic_interval, self.regrow)
-        return Method(
-            name="prilora",
-            make_delta=partial(self._delta, first=first, budget=budget, mean=mean),
-            budget=budget,
-            rules=(rule,) if self.prune_share else (),
-            total_steps=self.total_steps,
-        )
+        delta = partial(self._delta, first=first, budget=budget, mean=mean)
+        rules = (rule,) if self.prune_share else ()
+        return Method("prilora", delta, budget, rules, total_steps=self.total_steps)
 
     def _delta(self, site: Site, *, first: Fraction, budget: Budget, mean: Fraction) -> LowRankDelta:
         # a site that is not among its peers is found by a checkpoint's keys; its tensors then say the rank

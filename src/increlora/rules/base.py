@@ -87,7 +87,7 @@ class Rule(Protocol):
 
     def check(self, holdings: Sequence[Holding], budget: Budget) -> None:
         """Raise BudgetError if the budget cannot be met from these holdings. No model is needed."""
-        ...
+        return None  # as where ranks stay what they are
 
     def bind(self, deltas: Deltas, budget: Budget, slot: int) -> "Runner":
         """The runner for the modules of one adapter; `slot` is its place in `delta.statistics`."""

@@ -19,12 +19,12 @@ from ..decide.projections import Group, nonzero_marks, zero_least
 from ..decide.schedules import Multiples, Run
 from ..decide.scores import weighted_magnitude
 from ..ops.parallel import full, laid_out_like, local
-from .base import Change, Deltas, Forecast, Runner, Sight, Step, finished
+from .base import Change, Deltas, Forecast, Rule, Runner, Sight, Step, finished
 from .input_norms import InputNorms
 
 
 @dataclass(frozen=True)
-class Entries:
+class Entries(Rule):
     """Set the entries of A to zero that matter least for the inputs there are, again and again; ranks stay.
 
     Attributes:
@@ -39,9 +39,6 @@ class Entries:
     beta: float
     interval: int
     regrow: bool
-
-    def check(self, holdings: Sequence[Holding], budget: Budget) -> None:
-        """Ranks stay what they are."""
 
     def bind(self, deltas: Deltas, budget: Budget, slot: int) -> "EntryPruner":
         return EntryPruner(self, deltas, slot)

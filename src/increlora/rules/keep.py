@@ -110,14 +110,10 @@ class Keeper(Pruner):
         gradients = [full(self.parameters[i].grad).to(dtype) for i in there]  # type: ignore[arg-type]
         if scale != 1.0:
             gradients = list(torch._foreach_div(gradients, scale))
-        smooth_entries(
-            [self.sensitivity[i] for i in there],
-            [self.uncertainty[i] for i in there],
-            [full(self.parameters[i].detach()).to(dtype) for i in there],
-            gradients,
-            beta=self.rule.beta,
-            beta_uncertainty=self.rule.beta_uncertainty,
-        )
+        weights = [full(self.parameters[i].detach()).to(dtype) for i in there]
+        averages = [self.sensitivity[i] for i in there], [self.uncertainty[i] for i in there]
+        betas = {"beta": self.rule.beta, "beta_uncertainty": self.rule.beta_uncertainty}
+        smooth_entries(*averages, weights, gradients, **betas)
 
     def _cut(self, step: int) -> list[Change]:
         """Keep as many ranks as the budget pays for now, and say which modules that changed."""

@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from ..decide.allocation import Holding
 from ..decide.budget import Budget
 from ..decide.schedules import Multiples, Run
-from .base import Change, Deltas, Forecast, Runner, Step
+from .base import Change, Deltas, Forecast, Rule, Runner, Step
 
 
 @dataclass(frozen=True)
-class Restart:
+class Restart(Rule):
     """Begin a round in all modules at once, again and again.
 
     Attributes:
@@ -28,9 +28,6 @@ class Restart:
     """
 
     schedule: Callable[[Run], Multiples]
-
-    def check(self, holdings: Sequence[Holding], budget: Budget) -> None:
-        """Ranks stay what they are."""
 
     def bind(self, deltas: Deltas, budget: Budget, slot: int) -> "Restarter":
         return Restarter(self, deltas, slot)

@@ -168,15 +168,11 @@ class Mora(LoraOptions):
 
     def method(self, sites: int, uniform_parameters: int) -> Method:
         parameters = self.side**2 * sites if isinstance(self.side, int) else self.r * uniform_parameters
-        restarts = self.restart_steps is not None
-        return Method(
-            name="mora",
-            make_delta=self._delta,
-            budget=Budget(None, None if self.side == "round" else parameters),
-            clock=self._clock if restarts else None,
-            rules=(Restart(self._schedule),) if restarts else (),
-            total_steps=self.total_steps,
-        )
+        budget = Budget(None, None if self.side == "round" else parameters)
+        if self.restart_steps is None:
+            return Method("mora", self._delta, budget, total_steps=self.total_steps)
+        rules = (Restart(self._schedule),)
+        return Method("mora", self._delta, budget, rules, clock=self._clock, total_steps=self.total_steps)
 
     def _delta(self, site: Site) -> SquareDelta:
         side = self.side_of(site.in_features, site.out_features)
