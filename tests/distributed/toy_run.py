@@ -128,7 +128,7 @@ def follow(controller: Controller, log: Log, replay: Grants | None) -> None:
 
 
 def forced_plan(grants: list[tuple[int, int, int]], *, last: bool) -> Plan:
-    return Plan(tuple(Grant(module, (position,), ranks) for module, position, ranks in grants), (), last)
+    return Plan(tuple(Grant(module, position, ranks) for module, position, ranks in grants), (), last)
 
 
 def without_sync(wrapped: nn.Module | None, more_follow: bool) -> AbstractContextManager:
