@@ -14,10 +14,9 @@ Time = int | float
 
 @dataclass(frozen=True)
 class Run:
-    """Known only when training starts: the number of optimizer steps (None if unknown), and of modules."""
+    """Known only when training starts: the number of optimizer steps (None if unknown)."""
 
     steps: int | None
-    modules: int
 
 
 def in_steps(time: Time, run: Run, *, name: str, least: int = 0) -> int:

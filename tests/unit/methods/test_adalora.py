@@ -117,12 +117,12 @@ def test_the_last_cut_never_falls_behind_the_run() -> None:
 def test_an_unknown_length_names_the_remedies() -> None:
     method = AdaLora(r=2, warmup_steps=10, settle_steps=10, interval_steps=1).method(2, 20)
     with pytest.raises(ScheduleError, match=r"`total_steps`.*increlora.attach.*Trainer"):
-        method.rules[0].schedule(Run(None, 2), 6, 4)
+        method.rules[0].schedule(Run(None), 6, 4)
 
 
 def test_settling_takes_at_least_one_step() -> None:
     method = AdaLora(r=2, settle_steps=0.0).method(2, 20)
-    assert method.rules[0].schedule(Run(50, 2), 6, 4).last_cut == 49
+    assert method.rules[0].schedule(Run(50), 6, 4).last_cut == 49
 
 
 # ---- selection

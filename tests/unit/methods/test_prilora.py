@@ -182,15 +182,15 @@ def test_phases_without_prunings(options: dict, steps: list[int]) -> None:
 def test_a_run_without_any_pruning_is_refused(options: dict, run: int) -> None:
     method = PriLora(**options).method(2, 20)
     with pytest.raises(ScheduleError, match=f"no pruning falls into a run of {run} steps.*lower `interval_steps`"):
-        method.rules[0].schedule(Run(run, 2))
-    assert method.rules[0].schedule(Run(1000, 2)).first in (39, 79)
+        method.rules[0].schedule(Run(run))
+    assert method.rules[0].schedule(Run(1000)).first in (39, 79)
 
 
 @pytest.mark.parametrize("options", [{"interval_steps": 0.1}, {"warmup_steps": 0.1}, {"settle_steps": 10}])
 def test_an_unknown_length_names_the_remedies(options: dict) -> None:
     with pytest.raises(ScheduleError, match=r"`total_steps`.*increlora.attach.*Trainer"):
-        PriLora(**options).method(2, 20).rules[0].schedule(Run(None, 2))
-    assert PriLora().method(2, 20).rules[0].schedule(Run(None, 2)).last is None
+        PriLora(**options).method(2, 20).rules[0].schedule(Run(None))
+    assert PriLora().method(2, 20).rules[0].schedule(Run(None)).last is None
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

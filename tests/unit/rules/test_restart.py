@@ -242,7 +242,7 @@ def test_the_schedule() -> None:
 
 
 def schedule_of(total: int | None, **options: float) -> Multiples:
-    return Mora(**options).method(1, 8).rules[0].schedule(Run(total, 1))
+    return Mora(**options).method(1, 8).rules[0].schedule(Run(total))
 
 
 @pytest.mark.parametrize(("interval", "warmup", "total", "message"), [

@@ -117,10 +117,10 @@ class Mora(LoraOptions):
                 )
 
     def _check_restarts(self) -> None:
-        in_steps(self.restart_warmup, Run(1, 1), name="restart_warmup")
+        in_steps(self.restart_warmup, Run(1), name="restart_warmup")
         if self.restart_steps is None:
             return
-        in_steps(self.restart_steps, Run(1, 1), name="restart_steps")
+        in_steps(self.restart_steps, Run(1), name="restart_steps")
         if self.restart_steps == 0:
             raise ConfigError("restart_steps=0: give the length of a round, or none for no restarts")
         if self.restart_maps in ROUNDS and self.published not in ROUNDS[self.restart_maps]:
