@@ -112,8 +112,8 @@ class Keeper(Pruner):
             gradients = list(torch._foreach_div(gradients, scale))
         weights = [full(self.parameters[i].detach()).to(dtype) for i in there]
         averages = [self.sensitivity[i] for i in there], [self.uncertainty[i] for i in there]
-        betas = {"beta": self.rule.beta, "beta_uncertainty": self.rule.beta_uncertainty}
-        smooth_entries(*averages, weights, gradients, **betas)
+        beta, beta_uncertainty = self.rule.beta, self.rule.beta_uncertainty
+        smooth_entries(*averages, weights, gradients, beta=beta, beta_uncertainty=beta_uncertainty)
 
     def _cut(self, step: int) -> list[Change]:
         """Keep as many ranks as the budget pays for now, and say which modules that changed."""
