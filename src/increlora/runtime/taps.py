@@ -143,11 +143,5 @@ class Orphan:
             "`increlora.attach(model, optimizer, total_steps=…)` before training it"
         )
 
-    def tap_input(self, A: Tensor, x: Tensor) -> Tensor:
-        return A
-
-    def tap_output(self, y: Tensor, x: Tensor) -> Tensor:
-        return y
-
     def loaded(self, step: int) -> None:
         self.step = step
