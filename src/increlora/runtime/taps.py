@@ -93,10 +93,12 @@ class Watcher:
     def tap_input(self, A: Tensor, x: Tensor) -> Tensor:
         if not self.controller.sees_inputs:
             return A
-        return compiled.tap_input(A, x, self.key) if torch.compiler.is_compiling() else InputTap.apply(A, x, self)
+        return compiled.tap(A, x, self.key, "inputs") if torch.compiler.is_compiling() else InputTap.apply(A, x, self)
 
     def tap_output(self, y: Tensor, x: Tensor) -> Tensor:
-        return compiled.tap_output(y, x, self.key) if torch.compiler.is_compiling() else OutputTap.apply(y, x, self)
+        if torch.compiler.is_compiling():
+            return compiled.tap(y, x, self.key, "gradients")
+        return OutputTap.apply(y, x, self)
 
     def see_inputs(self, x: Tensor) -> None:
         self.seen = True
