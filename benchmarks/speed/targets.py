@@ -94,7 +94,7 @@ def scoring_share(steps: int) -> Callable[[Results], Found]:
 def scored_steps(steps: int, modules: int = 36) -> int:
     """Steps with a score in a run of IncreLoRA at its defaults."""
     rule: Any = IncreLora().method(modules, modules * 1000).rules[0]
-    growth, window = rule.schedule(Run(steps, modules), [], 0), rule.score.window
+    growth, window = rule.schedule(Run(steps), [], 0), rule.score.window
     last = [s for s in range(steps) if growth.due(s)][:10][-1]
     return sum(1 for s in range(last + 1) if window is None or growth.next(s) - s < window)
 

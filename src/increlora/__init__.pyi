@@ -79,6 +79,7 @@ class AdaLoraConfig(MethodConfig):
         inference_mode: load without gradients.
     """
 
+    seed: int
     total_ranks: int | None
     init_r: int | None
     warmup_steps: int | float
@@ -88,15 +89,15 @@ class AdaLoraConfig(MethodConfig):
     beta_uncertainty: float
     orthogonality: float
     total_steps: int | None
-    seed: int
     def __init__(
         self,
         *,
         r: int = ...,
         lora_alpha: float = ...,
         lora_dropout: float = ...,
-        use_rslora: bool = ...,
         init_lora_weights: bool = ...,
+        seed: int = ...,
+        use_rslora: bool = ...,
         total_ranks: int | None = ...,
         init_r: int | None = ...,
         warmup_steps: int | float = ...,
@@ -106,7 +107,6 @@ class AdaLoraConfig(MethodConfig):
         beta_uncertainty: float = ...,
         orthogonality: float = ...,
         total_steps: int | None = ...,
-        seed: int = ...,
         target_modules: str | list[str] | set[str] | None = ...,
         exclude_modules: str | list[str] | set[str] | None = ...,
         layers_to_transform: int | list[int] | None = ...,
@@ -125,8 +125,9 @@ class AdaLoraConfig(MethodConfig):
         *,
         lora_alpha: float = ...,
         lora_dropout: float = ...,
-        use_rslora: bool = ...,
         init_lora_weights: bool = ...,
+        seed: int = ...,
+        use_rslora: bool = ...,
         total_ranks: int | None = ...,
         init_r: int | None = ...,
         warmup_steps: int | float = ...,
@@ -136,7 +137,6 @@ class AdaLoraConfig(MethodConfig):
         beta_uncertainty: float = ...,
         orthogonality: float = ...,
         total_steps: int | None = ...,
-        seed: int = ...,
         selection: Literal["exact", "published"] = ...,
         observe: Literal["before_step", "after_step"] = ...,
         scaling: Literal["constant", "initial_rank"] = ...,
@@ -206,6 +206,7 @@ class IncreLoraConfig(MethodConfig):
         inference_mode: load without gradients.
     """
 
+    seed: int
     total_ranks: int | None
     total_parameters: int | None
     init_r: int
@@ -222,7 +223,6 @@ class IncreLoraConfig(MethodConfig):
     birth_warmup: int | float
     orthogonality: float
     total_steps: int | None
-    seed: int
     score_accumulation: Literal["mean", "exact"]
     def __init__(
         self,
@@ -230,8 +230,9 @@ class IncreLoraConfig(MethodConfig):
         r: int = ...,
         lora_alpha: float = ...,
         lora_dropout: float = ...,
-        use_rslora: bool = ...,
         init_lora_weights: bool = ...,
+        seed: int = ...,
+        use_rslora: bool = ...,
         total_ranks: int | None = ...,
         total_parameters: int | None = ...,
         init_r: int = ...,
@@ -248,7 +249,6 @@ class IncreLoraConfig(MethodConfig):
         birth_warmup: int | float = ...,
         orthogonality: float = ...,
         total_steps: int | None = ...,
-        seed: int = ...,
         score_accumulation: Literal["mean", "exact"] = ...,
         target_modules: str | list[str] | set[str] | None = ...,
         exclude_modules: str | list[str] | set[str] | None = ...,
@@ -268,8 +268,9 @@ class IncreLoraConfig(MethodConfig):
         *,
         lora_alpha: float = ...,
         lora_dropout: float = ...,
-        use_rslora: bool = ...,
         init_lora_weights: bool = ...,
+        seed: int = ...,
+        use_rslora: bool = ...,
         total_ranks: int | None = ...,
         total_parameters: int | None = ...,
         init_r: int = ...,
@@ -286,7 +287,6 @@ class IncreLoraConfig(MethodConfig):
         birth_warmup: int | float = ...,
         orthogonality: float = ...,
         total_steps: int | None = ...,
-        seed: int = ...,
         selection: Literal["exact", "published"] = ...,
         reserve: Literal["trained", "frozen", "none"] = ...,
         finish: Literal["retire", "keep"] = ...,
@@ -362,19 +362,21 @@ class LoraMiniConfig(MethodConfig):
         inference_mode: load without gradients.
     """
 
+    seed: int
     inner_in: int | None
     inner_out: int | None
     reduction: float | None
     init: Literal["matched", "official_aux", "orthonormal"]
     forward: Literal["auto", "composed", "sequential"]
     save_projection: bool
-    seed: int
     def __init__(
         self,
         *,
         r: int = ...,
         lora_alpha: float = ...,
         lora_dropout: float = ...,
+        init_lora_weights: bool = ...,
+        seed: int = ...,
         use_rslora: bool = ...,
         inner_in: int | None = ...,
         inner_out: int | None = ...,
@@ -382,10 +384,8 @@ class LoraMiniConfig(MethodConfig):
         init: Literal["matched", "official_aux", "orthonormal"] = ...,
         forward: Literal["auto", "composed", "sequential"] = ...,
         save_projection: bool = ...,
-        init_lora_weights: bool = ...,
         rank_pattern: Mapping[str, int] = ...,
         alpha_pattern: Mapping[str, float] = ...,
-        seed: int = ...,
         target_modules: str | list[str] | set[str] | None = ...,
         exclude_modules: str | list[str] | set[str] | None = ...,
         layers_to_transform: int | list[int] | None = ...,
@@ -430,6 +430,7 @@ class LortaConfig(MethodConfig):
         inference_mode: load without gradients.
     """
 
+    seed: int
     orientation: Literal["head_aligned", "official_peft", "official_litgpt"]
     init: Literal["official", "lora_matched"]
     init_scale: float
@@ -437,24 +438,23 @@ class LortaConfig(MethodConfig):
     head_dim: int | None
     layers: list[str] | None
     matrices: Mapping[str, str]
-    seed: int
     def __init__(
         self,
         *,
         r: int = ...,
         lora_alpha: float = ...,
         lora_dropout: float = ...,
+        init_lora_weights: bool = ...,
+        seed: int = ...,
         use_rslora: bool = ...,
         alpha_pattern: Mapping[str, float] = ...,
         orientation: Literal["head_aligned", "official_peft", "official_litgpt"] = ...,
         init: Literal["official", "lora_matched"] = ...,
         init_scale: float = ...,
-        init_lora_weights: bool = ...,
         heads: int | None = ...,
         head_dim: int | None = ...,
         layers: list[str] | None = ...,
         matrices: Mapping[str, str] = ...,
-        seed: int = ...,
         target_modules: str | list[str] | set[str] | None = ...,
         exclude_modules: str | list[str] | set[str] | None = ...,
         layers_to_transform: int | list[int] | None = ...,
@@ -473,17 +473,17 @@ class LortaConfig(MethodConfig):
         *,
         lora_alpha: float = ...,
         lora_dropout: float = ...,
+        init_lora_weights: bool = ...,
+        seed: int = ...,
         use_rslora: bool = ...,
         alpha_pattern: Mapping[str, float] = ...,
         orientation: Literal["head_aligned", "official_peft", "official_litgpt"] = ...,
         init: Literal["official", "lora_matched"] = ...,
         init_scale: float = ...,
-        init_lora_weights: bool = ...,
         heads: int | None = ...,
         head_dim: int | None = ...,
         layers: list[str] | None = ...,
         matrices: Mapping[str, str] = ...,
-        seed: int = ...,
         target_modules: str | list[str] | set[str] | None = ...,
         exclude_modules: str | list[str] | set[str] | None = ...,
         layers_to_transform: int | list[int] | None = ...,
@@ -520,22 +520,22 @@ class MeLoraConfig(MethodConfig):
         inference_mode: load without gradients.
     """
 
+    seed: int
     minis: int
     minis_pattern: Mapping[str, int]
-    seed: int
     def __init__(
         self,
         *,
         r: int = ...,
-        minis: int = ...,
         lora_alpha: float = ...,
         lora_dropout: float = ...,
-        use_rslora: bool = ...,
         init_lora_weights: bool = ...,
+        seed: int = ...,
+        minis: int = ...,
+        use_rslora: bool = ...,
         minis_pattern: Mapping[str, int] = ...,
         rank_pattern: Mapping[str, int] = ...,
         alpha_pattern: Mapping[str, float] = ...,
-        seed: int = ...,
         target_modules: str | list[str] | set[str] | None = ...,
         exclude_modules: str | list[str] | set[str] | None = ...,
         layers_to_transform: int | list[int] | None = ...,
@@ -552,15 +552,15 @@ class MeLoraConfig(MethodConfig):
         cls,
         r: int = ...,
         *,
-        minis: int = ...,
         lora_alpha: float = ...,
         lora_dropout: float = ...,
-        use_rslora: bool = ...,
         init_lora_weights: bool = ...,
+        seed: int = ...,
+        minis: int = ...,
+        use_rslora: bool = ...,
         minis_pattern: Mapping[str, int] = ...,
         rank_pattern: Mapping[str, int] = ...,
         alpha_pattern: Mapping[str, float] = ...,
-        seed: int = ...,
         target_modules: str | list[str] | set[str] | None = ...,
         exclude_modules: str | list[str] | set[str] | None = ...,
         layers_to_transform: int | list[int] | None = ...,
@@ -612,6 +612,7 @@ class MoraConfig(MethodConfig):
         inference_mode: load without gradients.
     """
 
+    seed: int
     side: Literal["floor", "round"] | int
     operator: Literal["truncation", "sharing", "decoupling", "rotation"]
     compress: Literal["stride", "block"]
@@ -624,7 +625,6 @@ class MoraConfig(MethodConfig):
     restart_maps: Literal["permute", "cycle", "alternate", "same"]
     restart_warmup: int | float
     total_steps: int | None
-    seed: int
     def __init__(
         self,
         *,
@@ -632,6 +632,7 @@ class MoraConfig(MethodConfig):
         lora_alpha: float = ...,
         lora_dropout: float = ...,
         init_lora_weights: bool = ...,
+        seed: int = ...,
         side: Literal["floor", "round"] | int = ...,
         operator: Literal["truncation", "sharing", "decoupling", "rotation"] = ...,
         compress: Literal["stride", "block"] = ...,
@@ -644,7 +645,6 @@ class MoraConfig(MethodConfig):
         restart_maps: Literal["permute", "cycle", "alternate", "same"] = ...,
         restart_warmup: int | float = ...,
         total_steps: int | None = ...,
-        seed: int = ...,
         target_modules: str | list[str] | set[str] | None = ...,
         exclude_modules: str | list[str] | set[str] | None = ...,
         layers_to_transform: int | list[int] | None = ...,
@@ -664,6 +664,7 @@ class MoraConfig(MethodConfig):
         lora_alpha: float = ...,
         lora_dropout: float = ...,
         init_lora_weights: bool = ...,
+        seed: int = ...,
         side: Literal["floor", "round"] | int = ...,
         operator: Literal["truncation", "sharing", "decoupling", "rotation"] = ...,
         compress: Literal["stride", "block"] = ...,
@@ -676,7 +677,6 @@ class MoraConfig(MethodConfig):
         restart_maps: Literal["permute", "cycle", "alternate", "same"] = ...,
         restart_warmup: int | float = ...,
         total_steps: int | None = ...,
-        seed: int = ...,
         target_modules: str | list[str] | set[str] | None = ...,
         exclude_modules: str | list[str] | set[str] | None = ...,
         layers_to_transform: int | list[int] | None = ...,
@@ -719,11 +719,11 @@ class PlainLoraConfig(MethodConfig):
         r: int = ...,
         lora_alpha: float = ...,
         lora_dropout: float = ...,
-        use_rslora: bool = ...,
         init_lora_weights: bool = ...,
+        seed: int = ...,
+        use_rslora: bool = ...,
         rank_pattern: Mapping[str, int] = ...,
         alpha_pattern: Mapping[str, float] = ...,
-        seed: int = ...,
         target_modules: str | list[str] | set[str] | None = ...,
         exclude_modules: str | list[str] | set[str] | None = ...,
         layers_to_transform: int | list[int] | None = ...,
@@ -772,6 +772,7 @@ class PriLoraConfig(MethodConfig):
         inference_mode: load without gradients.
     """
 
+    seed: int
     total_ranks: int | None
     first_r: float | None
     ramp: Literal["per_stack", "whole"]
@@ -785,15 +786,15 @@ class PriLoraConfig(MethodConfig):
     statistic_interval: int
     scaling: Literal["per_rank", "constant"]
     total_steps: int | None
-    seed: int
     def __init__(
         self,
         *,
         r: int = ...,
         lora_alpha: float = ...,
         lora_dropout: float = ...,
-        use_rslora: bool = ...,
         init_lora_weights: bool = ...,
+        seed: int = ...,
+        use_rslora: bool = ...,
         total_ranks: int | None = ...,
         first_r: float | None = ...,
         ramp: Literal["per_stack", "whole"] = ...,
@@ -807,7 +808,6 @@ class PriLoraConfig(MethodConfig):
         statistic_interval: int = ...,
         scaling: Literal["per_rank", "constant"] = ...,
         total_steps: int | None = ...,
-        seed: int = ...,
         target_modules: str | list[str] | set[str] | None = ...,
         exclude_modules: str | list[str] | set[str] | None = ...,
         layers_to_transform: int | list[int] | None = ...,
@@ -859,6 +859,7 @@ class SoraConfig(MethodConfig):
         inference_mode: load without gradients.
     """
 
+    seed: int
     total_ranks: int | None
     init_r: int | None
     threshold: float | None
@@ -873,15 +874,15 @@ class SoraConfig(MethodConfig):
     gate_init: Literal["normal", "ones"]
     gate_penalty: float
     total_steps: int | None
-    seed: int
     def __init__(
         self,
         *,
         r: int = ...,
         lora_alpha: float = ...,
         lora_dropout: float = ...,
-        use_rslora: bool = ...,
         init_lora_weights: bool = ...,
+        seed: int = ...,
+        use_rslora: bool = ...,
         total_ranks: int | None = ...,
         init_r: int | None = ...,
         threshold: float | None = ...,
@@ -896,7 +897,6 @@ class SoraConfig(MethodConfig):
         gate_init: Literal["normal", "ones"] = ...,
         gate_penalty: float = ...,
         total_steps: int | None = ...,
-        seed: int = ...,
         target_modules: str | list[str] | set[str] | None = ...,
         exclude_modules: str | list[str] | set[str] | None = ...,
         layers_to_transform: int | list[int] | None = ...,
@@ -915,8 +915,9 @@ class SoraConfig(MethodConfig):
         *,
         lora_alpha: float = ...,
         lora_dropout: float = ...,
-        use_rslora: bool = ...,
         init_lora_weights: bool = ...,
+        seed: int = ...,
+        use_rslora: bool = ...,
         total_ranks: int | None = ...,
         init_r: int | None = ...,
         threshold: float | None = ...,
@@ -931,7 +932,6 @@ class SoraConfig(MethodConfig):
         gate_init: Literal["normal", "ones"] = ...,
         gate_penalty: float = ...,
         total_steps: int | None = ...,
-        seed: int = ...,
         operator: Literal["exact", "published"] = ...,
         scaling: Literal["constant", "initial_rank"] = ...,
         penalty_place: Literal["after_clipping", "before_clipping"] = ...,

@@ -121,14 +121,14 @@ def follow(controller: Controller, log: Log, replay: Grants | None) -> None:
         plan = allocate(importance, holdings)
         if replay is not None:
             plan = forced_plan(next(forced), last=len(log.grants) + 1 == len(replay))
-        log.grants.append([(g.module, g.blocks[0], g.ranks) for g in plan.grants])
+        log.grants.append([(g.module, g.block, g.ranks) for g in plan.grants])
         return plan
 
     grower.rule = replace(grower.rule, allocate=noted)
 
 
 def forced_plan(grants: list[tuple[int, int, int]], *, last: bool) -> Plan:
-    return Plan(tuple(Grant(module, (position,), ranks) for module, position, ranks in grants), (), last)
+    return Plan(tuple(Grant(module, position, ranks) for module, position, ranks in grants), (), last)
 
 
 def without_sync(wrapped: nn.Module | None, more_follow: bool) -> AbstractContextManager:

@@ -12,11 +12,10 @@ class Holding:
     """One module as an allocator sees it.
 
     Attributes:
-        name: full module name.   rank: active ranks.   free: sizes of the inactive blocks, in the order of birth.
+        rank: active ranks.   free: sizes of the inactive blocks, in the order of birth.
         cost: parameters of one rank, in + out.
     """
 
-    name: str
     rank: int
     free: tuple[int, ...]
     cost: int
@@ -24,10 +23,10 @@ class Holding:
 
 @dataclass(frozen=True)
 class Grant:
-    """Ranks given to one module: the positions of the granted blocks in its `free` list."""
+    """Ranks given to one module: the position of the granted block in its `free` list."""
 
     module: int
-    blocks: tuple[int, ...]
+    block: int
     ranks: int
 
 
@@ -54,20 +53,18 @@ class Event:
     importance: float | None = None
 
 
-def with_blocks(holding: Holding, positions: Sequence[int]) -> Holding:
-    """The holding once the blocks at these positions of `free` are active."""
-    ranks = sum(holding.free[i] for i in positions)
-    return replace(
-        holding,
-        rank=holding.rank + ranks,
-        free=tuple(size for i, size in enumerate(holding.free) if i not in positions),
-    )
+def with_block(holding: Holding, position: int) -> Holding:
+    """The holding once the block at this position of `free` is active."""
+    free = holding.free
+    return replace(holding, rank=holding.rank + free[position], free=free[:position] + free[position + 1 :])
 
 
 def granted(holdings: Sequence[Holding], plan: Plan) -> list[Holding]:
     """What the modules hold after a plan was carried out."""
-    blocks = {grant.module: grant.blocks for grant in plan.grants}
-    return [with_blocks(holding, blocks.get(i, ())) for i, holding in enumerate(holdings)]
+    state = list(holdings)
+    for grant in plan.grants:
+        state[grant.module] = with_block(state[grant.module], grant.block)
+    return state
 
 
 def ranks_used(holdings: Sequence[Holding]) -> int:

@@ -21,23 +21,6 @@ class Budget:
     exact: bool = True
 
 
-def resolve(
-    *, r: int, total_ranks: int | None, total_parameters: int | None, uniform_parameters: int, modules: int
-) -> Budget:
-    """Budget from the three settings a user may give; the most specific one is used.
-
-    `r` (average rank per module) replaces LoRA of rank r: r · modules ranks in total, and at most LoRA's
-    parameters, `r · uniform_parameters` with uniform_parameters = Σ_modules (in + out).
-    """
-    if total_ranks is not None and total_parameters is not None:
-        raise BudgetError(f"total_ranks={total_ranks} and total_parameters={total_parameters}: give one of the two")
-    if total_parameters is not None:
-        return Budget(None, total_parameters)
-    if total_ranks is not None:
-        return Budget(total_ranks)
-    return Budget(r * modules, r * uniform_parameters)
-
-
 def block_sizes(*, start: int, grow_by: int, capacity: int, tails: int) -> list[int]:
     """Ranks per block: `start`, then blocks of `grow_by`, then `tails` one-rank blocks that make budgets exact.
 

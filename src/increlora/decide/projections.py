@@ -11,15 +11,6 @@ Group = Literal["row", "matrix"]
 Projection = Callable[[Tensor, float], Tensor]  # (gates, threshold) → gates
 
 
-def zero_dropped(values: list[Tensor], kept: list[Tensor]) -> None:
-    """values ← values ∘ kept, in place, for many tensors at once: values become 0 where `kept` is 0.
-
-    This is a projection, not a freeze: the optimizer may move the value again at the next step. The lists have equal
-    length, and pairwise equal shapes, dtypes and devices.
-    """
-    torch._foreach_mul_(values, kept)
-
-
 def soft_threshold(values: Tensor, threshold: float) -> Tensor:
     """T_ξ(v) = sign(v) · max(|v| − ξ, 0): the proximal operator of ξ·Σ|v|, which sets small values to exactly 0.
 
@@ -64,7 +55,7 @@ def zero_least(A: Tensor, importance: Tensor, *, share: float, group: Group) -> 
 
 
 def nonzero_marks(values: list[Tensor]) -> list[Tensor]:
-    """1 where an entry is nonzero, else 0, for many tensors at once; for use with `zero_dropped`."""
+    """1 where an entry is nonzero, else 0, for many tensors at once."""
     marks = torch._foreach_sign(values)
     torch._foreach_abs_(marks)
     return list(marks)

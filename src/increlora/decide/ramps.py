@@ -6,7 +6,8 @@ All arithmetic is exact, so every process and machine gets the same ranks.
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import groupby
 
@@ -75,28 +76,18 @@ def ramp_ranks(
         wanted = [mean + rise * (u - MIDDLE) * slope / SLOPES for u in places]
         return nearest(wanted, limits=limits, total=budget.ranks or 0)
 
-    return steepest(sloped, budget, [sum(shape) for shape in shapes])
+    def too_expensive(slope: int) -> bool:
+        cost = sum(rank * sum(shape) for rank, shape in zip(sloped(slope), shapes, strict=True))
+        return budget.parameters is not None and cost > budget.parameters
 
-
-def steepest(sloped: Callable[[int], list[int]], budget: Budget, costs: Sequence[int]) -> list[int]:
-    """`sloped(SLOPES)` if the budget's parameters allow it, else a flatter ramp, found by bisection."""
-
-    def affordable(ranks: Sequence[int]) -> bool:
-        cost = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
-        return budget.parameters is None or cost <= budget.parameters
-
-    if affordable(whole := sloped(SLOPES)):
-        return whole
-    if not affordable(sloped(0)):
+    if not too_expensive(SLOPES):
+        return sloped(SLOPES)
+    if too_expensive(0):
         raise BudgetError(
             f"{budget.ranks} ranks cost more than {budget.parameters} parameters here, since some modules are too "
             f"small for the average: lower `r`, or give the budget as `total_ranks`"
         )
-    flat, steep = 0, SLOPES
-    while steep - flat > 1:
-        between = (flat + steep) // 2
-        flat, steep = (between, steep) if affordable(sloped(between)) else (flat, between)
-    return sloped(flat)
+    return sloped(bisect_left(range(SLOPES), True, 1, key=too_expensive) - 1)
 
 
 def nearest(wanted: Sequence[Fraction], *, limits: Sequence[int], total: int) -> list[int]:

@@ -14,10 +14,9 @@ Time = int | float
 
 @dataclass(frozen=True)
 class Run:
-    """Known only when training starts: the number of optimizer steps (None if unknown), and of modules."""
+    """Known only when training starts: the number of optimizer steps (None if unknown)."""
 
     steps: int | None
-    modules: int
 
 
 def in_steps(time: Time, run: Run, *, name: str, least: int = 0) -> int:
@@ -161,11 +160,11 @@ def rising(first: float, last: float, count: int, spacing: Literal["linear", "ge
 
 
 @dataclass(frozen=True)
-class PruneSteps:
-    """Prunings of entries after optimizer steps number `interval`, 2 · `interval`, …, counted from 1.
+class Multiples:
+    """Events after optimizer steps number `interval`, 2 · `interval`, …, counted from 1.
 
-    There is none in the first `warmup` steps, and none in the last `settle` of `total` (None if unknown; settle = 0).
-    Raises: ScheduleError if a run of known length has no pruning.   Source: PRILoRA (interval); the phases are ours.
+    There is none in the first `warmup` steps, and none in the last `settle` of `total` (None if unknown; then none is
+    held back).   Source: PRILoRA (interval); the phases are ours.
     """
 
     interval: int
@@ -173,63 +172,23 @@ class PruneSteps:
     settle: int = 0
     total: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.last is not None and self.last < self.first:
-            raise ScheduleError(
-                f"no pruning falls into a run of {self.total} steps (interval_steps={self.interval}, warmup_steps="
-                f"{self.warmup}, settle_steps={self.settle}): lower `interval_steps`, a share such as 0.1 fits any run"
-            )
-
     @property
     def first(self) -> int:
-        """0-based step of the first pruning."""
+        """0-based step of the first event."""
         return (self.warmup // self.interval + 1) * self.interval - 1
 
     @property
     def last(self) -> int | None:
-        """0-based step of the last pruning; None in a run of unknown length."""
+        """0-based step of the last event; None in a run of unknown length, before `first` in a run without any."""
         return None if self.total is None else (self.total - self.settle) // self.interval * self.interval - 1
 
     def due(self, step: int) -> bool:
-        """Whether there is a pruning after this 0-based step."""
+        """Whether there is an event after this 0-based step."""
         return (step + 1) % self.interval == 0 and self.first <= step and not self.over(step - 1)
 
     def over(self, step: int) -> bool:
-        """Whether the last pruning is done after this step."""
+        """Whether the last event is done after this step."""
         return self.last is not None and step >= self.last
-
-
-@dataclass(frozen=True)
-class RestartSteps:
-    """Restarts after optimizer steps number `interval`, 2 · `interval`, …, counted from 1, never after the last of
-    `total` (None if unknown; then there may be one).
-
-    Raises: ScheduleError if a run of known length has none, or `warmup`, the steps until a round learns at the full
-    rate, is longer than a round.   Source: ReMoRA; the published code also restarts after the last step.
-    """
-
-    interval: int
-    warmup: int = 0
-    total: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.total is not None and self.interval >= self.total:
-            raise ScheduleError(
-                f"no restart falls into a run of {self.total} steps (restart_steps={self.interval}): lower "
-                f"`restart_steps`, a share such as 0.2 fits any run"
-            )
-        if self.warmup > self.interval:
-            raise ScheduleError(
-                f"restart_warmup={self.warmup} is longer than a round of restart_steps={self.interval} steps: lower it"
-            )
-
-    def due(self, step: int) -> bool:
-        """Whether there is a restart after this 0-based step."""
-        return (step + 1) % self.interval == 0 and (self.total is None or step + 1 < self.total)
-
-    def over(self, step: int) -> bool:
-        """Is there none after this 0-based step, nor later?"""
-        return self.total is not None and (self.total - 1) // self.interval * self.interval <= step
 
 
 def linear_clock(step: int, created: int, *, warmup: int, total: int) -> float:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 
-from .allocation import Grant, Holding, Plan, parameters_used, ranks_used, with_blocks
+from .allocation import Grant, Holding, Plan, parameters_used, ranks_used, with_block
 from .budget import Budget
 
 
@@ -31,9 +31,8 @@ def grow_top(importance: Sequence[float], holdings: Sequence[Holding], *, top_h:
         if not state[i].free:
             saturated.append(i)
         elif (position := _first_that_fits(state, i, budget)) is not None:
-            size = state[i].free[position]
-            grants.append(Grant(i, (position,), size))
-            state[i] = with_blocks(state[i], (position,))
+            grants.append(Grant(i, position, state[i].free[position]))
+            state[i] = with_block(state[i], position)
     return Plan(tuple(grants), tuple(saturated), spent(state, budget))
 
 
@@ -49,7 +48,7 @@ def grow_published(importance: Sequence[float], holdings: Sequence[Holding], *, 
         return Plan((), (), used == budget.ranks)
     threshold = sorted(importance, reverse=True)[min(top_h, budget.ranks - used, len(importance)) - 1]
     chosen = [i for i, value in enumerate(importance) if value >= threshold]
-    grants = tuple(Grant(i, (0,), holdings[i].free[0]) for i in chosen if holdings[i].free)
+    grants = tuple(Grant(i, 0, holdings[i].free[0]) for i in chosen if holdings[i].free)
     saturated = tuple(i for i in chosen if not holdings[i].free)
     return Plan(grants, saturated, used + sum(g.ranks for g in grants) == budget.ranks)
 
@@ -99,7 +98,7 @@ def _first_that_fits(state: Sequence[Holding], i: int, budget: Budget) -> int | 
     """Position of the first free block of module i that may be granted; of blocks of one size the first is tried."""
     for size in dict.fromkeys(state[i].free):
         position = state[i].free.index(size)
-        if can_finish([*state[:i], with_blocks(state[i], (position,)), *state[i + 1 :]], budget):
+        if can_finish([*state[:i], with_block(state[i], position), *state[i + 1 :]], budget):
             return position
     return None
 
@@ -121,7 +120,12 @@ def keep_top(scores: Sequence[Sequence[float]], costs: Sequence[int], budget: Bu
     for of_module, cost in zip(scores, costs, strict=True):
         undecided[cost] += len(of_module)
     ranks, parameters = budget.ranks, math.inf if budget.parameters is None else budget.parameters
-    for i, j in _best_first(scores):
+    best_first = sorted(
+        (-score if math.isfinite(score) else math.inf, i, j)
+        for i, of_module in enumerate(scores)
+        for j, score in enumerate(of_module)
+    )
+    for _, i, j in best_first:
         undecided[costs[i]] -= 1
         if ranks and costs[i] + _cheapest(undecided, ranks - 1) <= parameters:
             kept[i][j] = True
@@ -140,16 +144,6 @@ def keep_published(scores: Sequence[Sequence[float]], costs: Sequence[int], budg
     gone = len(flat) - budget.ranks
     threshold = flat[gone - 1] if gone > 0 else -math.inf
     return [[score > threshold for score in of_module] for of_module in scores]
-
-
-def _best_first(scores: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
-    """(module, rank) of every score, largest first."""
-    found = [
-        (-score if math.isfinite(score) else math.inf, i, j)
-        for i, of_module in enumerate(scores)
-        for j, score in enumerate(of_module)
-    ]
-    return [(i, j) for _, i, j in sorted(found)]
 
 
 def _cheapest(undecided: Mapping[int, int], count: int) -> float:

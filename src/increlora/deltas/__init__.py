@@ -3,8 +3,7 @@
 from .base import Delta, Status, Stored
 from .blocks import BlockDelta, Init
 from .inputs import Inputs, Patches, Tokens, Vectors
-from .lowrank import LowRankDelta
-from .triplet import TripletDelta
+from .lowrank import LowRankDelta, TripletDelta
 
 __all__ = [
     "BlockDelta", "Delta", "Init", "Inputs", "LowRankDelta", "Patches", "Status", "Stored", "Tokens", "TripletDelta",

@@ -23,7 +23,7 @@ from .state import STATE, ModuleState, unpack, without_statistics
 
 Init = Callable[[tuple[int, int], torch.Generator, int], Tensor]
 
-FEW = 8  # statistics of a module that are kept where nobody trains; averages of every entry are not
+FEW = 8  # statistics of a module that stay where nobody trains; averages of every entry are not
 
 
 class Derived(NamedTuple):
@@ -104,11 +104,11 @@ class BlockDelta(Delta):
         self.status.append(Status.DORMANT)
         self.born.append(-1)
         self.reserved.append(-1)
-        for letter in self.letters:
-            self._set_parameter(letter, index, self.draw(letter, index).to(dtype))
+        self._make_parameters(index, dtype)
 
-    def _set_parameter(self, letter: str, index: int, values: Tensor) -> None:
-        setattr(self, f"lora_{letter}{index}", nn.Parameter(values))
+    def _make_parameters(self, index: int, like: torch.dtype | Tensor) -> None:
+        for letter, name in self._names[index]:
+            setattr(self, name, nn.Parameter(self.draw(letter, index).to(like)))
 
     def draw(self, letter: str, index: int) -> Tensor:
         """Initial values of one parameter, the same on every machine."""
@@ -202,17 +202,13 @@ class BlockDelta(Delta):
         y = self._add_product(y, x, A, B)  # the same arithmetic, observed or not: resuming must not change a bit
         return observer.tap_output(y, x) if observer is not None and wanted else y
 
-    def _no_factors(self) -> tuple[Tensor, Tensor]:
-        """The factors of a module that has no rank left."""
-        like = next(self.parameters(), torch.empty(0))
-        return like.new_empty(0, self.in_features), like.new_empty(self.out_features, 0)
-
     def _operands(self) -> tuple[Tensor, Tensor]:
         """What `_add_product` multiplies x with; a delta with structure has a cheaper form of it than its factors."""
-        return self.factors()
+        raise NotImplementedError
 
     def _add_product(self, y: Tensor | Pending, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return self.inputs.add_product(y, x, A, B)
+        """y + ΔW x."""
+        raise NotImplementedError
 
     def _gate(self, value: Tensor) -> Tensor:
         """`value`, with every idle parameter made part of the graph where a process group may insist on it."""
@@ -224,13 +220,11 @@ class BlockDelta(Delta):
     # -- checkpoints: parameters of active and reserve blocks, and the state; tensors say everything -------------------
 
     def saved(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        kept = dict(values)
-        for i in self.indices(Status.DORMANT, Status.RETIRED):
-            for letter in self.letters:
-                kept.pop(f"lora_{letter}{i}", None)
-        if STATE in kept:
-            kept[STATE] = without_statistics(kept[STATE], self.idle_slots)
-        return kept
+        idle = {name for i in self.indices(Status.DORMANT, Status.RETIRED) for _, name in self._names[i]}
+        written = {name: value for name, value in values.items() if name not in idle}
+        if STATE in written:
+            written[STATE] = without_statistics(written[STATE], self.idle_slots)
+        return written
 
     def check(self, found: Mapping[str, Tensor]) -> None:
         if STATE not in found:
@@ -256,11 +250,10 @@ class BlockDelta(Delta):
         for i, size in sizes.items():
             if not self.block(i) or self.sizes[i] != size:
                 self.sizes[i] = size
-                for letter in self.letters:
-                    self._set_parameter(letter, i, self.draw(letter, i).to(like))
+                self._make_parameters(i, like)
         for i in set(range(len(self.sizes))) - set(sizes) if not keep_dormant else ():
-            for letter in self.letters:
-                self._parameters.pop(f"lora_{letter}{i}", None)
+            for _, name in self._names[i]:
+                self._parameters.pop(name, None)
         for p in self.parameters():
             p.requires_grad_(like.requires_grad)
 
@@ -297,3 +290,8 @@ class BlockDelta(Delta):
         self.steps = found.step
         if self.observer is not None:
             self.observer.loaded(found.step)
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """The parts as one tensor; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

@@ -7,8 +7,9 @@ is not even computed any more. float64 holds float32 statistics without loss.
 Formats 1 and 2, of earlier versions, are read: they had the averages of growth at a fixed place, and one rule at most.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..errors import CheckpointError
 
 STATE = "lora_state"  # its name on disk
 STATE_FORMAT = 3
+vector = partial(torch.tensor, dtype=torch.float64)
 
 
 @dataclass
@@ -51,63 +53,46 @@ class ModuleState:
         return torch.cat(parts)
 
 
-class Reader:
-    """Takes numbers from the front of a vector. Raises CheckpointError where there are not so many."""
+def unpack(state: Tensor) -> ModuleState:
+    """The state out of its vector. Raises CheckpointError if it is not a whole one, or newer than this version."""
+    left = state
 
-    def __init__(self, values: Tensor) -> None:
-        self.values, self.place = values, 0
-
-    def take(self, count: int) -> Tensor:
-        part = self.values[self.place : self.place + count]
-        if count < 0 or len(part) != count:
-            raise damaged(f"{len(self.values)} entries")
-        self.place += count
+    def take(count: int) -> Tensor:
+        """So many numbers from the front of what is left."""
+        nonlocal left
+        if not 0 <= count <= len(left):
+            raise damaged(f"{len(state)} entries")
+        part, left = left[:count], left[count:]
         return part
 
-    def whole(self, count: int) -> list[int]:
-        values = self.take(count).tolist()
+    def whole(count: int) -> list[int]:
+        values = take(count).tolist()
         if not all(map(float.is_integer, values)):
             raise damaged(f"{values} are no whole numbers")
         return [int(value) for value in values]
 
-    def one(self) -> int:
-        return self.whole(1)[0]
+    def one() -> int:
+        return whole(1)[0]
 
-    @property
-    def left(self) -> int:
-        return len(self.values) - self.place
-
-    def end(self) -> None:
-        """Raise CheckpointError if anything is left."""
-        if self.left:
-            raise damaged(f"{len(self.values)} entries")
-
-
-def unpack(state: Tensor) -> ModuleState:
-    """The state out of its vector. Raises CheckpointError if it is not a whole one, or newer than this version."""
-    reader = Reader(state)
-    version, step = reader.whole(2)
+    version, step = whole(2)
     if version not in (1, 2, STATE_FORMAT):
         raise CheckpointError(
             f"{STATE}: written in format {version}, this version reads {STATE_FORMAT}; upgrade increlora"
         )
-    growth = [] if version == STATE_FORMAT else [reader.take(2)]  # sensitivity, uncertainty
-    count = reader.left // 3 if version == 1 else reader.one()
-    status, born, reserved = (reader.whole(count) for _ in range(3))
+    growth = [] if version == STATE_FORMAT else [take(2)]  # sensitivity, uncertainty
+    count = len(left) // 3 if version == 1 else one()
+    status, born, reserved = (whole(count) for _ in range(3))
     if count == 0 or not set(status) <= {0, 1, 2, 3}:
         raise damaged(f"states of blocks {status}")
-    if version == 1:
-        reader.end()
-        return ModuleState(step, status, born, reserved, statistics=[values for values in growth if values.any()])
-    settled, flags = bool(reader.one()), reader.whole(reader.one())
-    kept, closed = [flag > 0 for flag in flags], [flag < 0 for flag in flags]
-    statistics = (
-        [reader.take(reader.one()) for _ in range(reader.one())]
-        if version == STATE_FORMAT
-        else [reader.take(reader.left)]
-    )
-    reader.end()
-    return ModuleState(step, status, born, reserved, kept, settled, closed if any(closed) else [], statistics)
+    found = ModuleState(step, status, born, reserved, statistics=[values for values in growth if values.any()])
+    if version > 1:
+        found.settled, flags = bool(one()), whole(one())
+        found.kept, closed = [flag > 0 for flag in flags], [flag < 0 for flag in flags]
+        found.closed = closed if any(closed) else []
+        found.statistics = [take(len(left))] if version == 2 else [take(one()) for _ in range(one())]
+    if len(left):
+        raise damaged(f"{len(state)} entries")
+    return found
 
 
 def damaged(what: str) -> CheckpointError:
@@ -119,7 +104,3 @@ def without_statistics(state: Tensor, slots: Container[int]) -> Tensor:
     found = unpack(state)
     found.statistics = [values[:0] if i in slots else values for i, values in enumerate(found.statistics)]
     return found.pack()
-
-
-def vector(values: Sequence[float]) -> Tensor:
-    return torch.tensor([float(v) for v in values], dtype=torch.float64)

@@ -46,7 +46,7 @@ def warm_start(
         if n not in deltas:
             raise ConfigError(f"the source adapts {n}, this adapter does not: add it to `target_modules`")
     counts = {n: blocks_for(n, delta, given.factors.get(n)) for n, delta in deltas.items()}
-    held = [Holding(n, sum(d.sizes[: counts[n]]), tuple(d.sizes[counts[n] :]), d.cost) for n, d in deltas.items()]
+    held = [Holding(sum(d.sizes[: counts[n]]), tuple(d.sizes[counts[n] :]), d.cost) for n, d in deltas.items()]
     check_growth(held, handle.method.budget)
     saved = saved_tensors(model, name, given)
     for n, delta in deltas.items():

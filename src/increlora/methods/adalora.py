@@ -17,15 +17,15 @@ from ..decide.schedules import Time
 from ..decide.selection import keep_top
 from ..deltas import TripletDelta
 from ..rules import Keep
-from .base import Method, Penalty, Settings, Site, budget_of
-from .checks import check_choices, check_counts, check_shares, check_weight
+from .base import Method, Penalty, Site, budget_of
 from .falling import check_start, cubic_of, first_rank, pruned
 from .initial import lora_start, ones
+from .options import Count, LoraOptions, Share, Weight
 from .scaling import fixed, scale_of
 
 
 @dataclass(frozen=True)
-class AdaLoraOptions(Settings):
+class AdaLoraOptions(LoraOptions):
     """Every option of AdaLoRA. Counts are at least 1; times are steps (int) or shares of the run (float in [0, 1]).
 
     Budget, one of
@@ -45,27 +45,19 @@ class AdaLoraOptions(Settings):
         total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
     """
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
     use_rslora: bool = False
-    init_lora_weights: bool = True
-    total_ranks: int | None = None
-    init_r: int | None = None
+    total_ranks: Count | None = None
+    init_r: Count | None = None
     warmup_steps: Time = 0.1
     settle_steps: Time = 0.4
     interval_steps: Time = 0.01
-    beta: float = 0.85
-    beta_uncertainty: float = 0.85
-    orthogonality: float = 0.0
-    total_steps: int | None = None
-    seed: int = 0
+    beta: Share = 0.85
+    beta_uncertainty: Share = 0.85
+    orthogonality: Weight = 0.0
+    total_steps: Count | None = None
 
     def __post_init__(self) -> None:
-        check_counts(self, ("r", "init_r", "total_ranks", "total_steps"))
-        check_choices(self)
-        check_shares(self, ("beta", "beta_uncertainty", "lora_dropout"))
-        check_weight(self, "orthogonality")
+        super().__post_init__()
         check_start(self)
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from ..decide.allocation import Holding
-from ..decide.budget import Budget, resolve
+from ..decide.budget import Budget
 from ..decide.penalties import PenaltyForm
 from ..decide.schedules import Run
 from ..deltas import BlockDelta, Delta, Inputs, Patches, Status, Stored, Tokens, Vectors
 from ..deltas.inputs import VECTORS
-from ..errors import ConfigError
+from ..errors import BudgetError, ConfigError
 from ..rules import Rule
 
 Value = TypeVar("Value", int, float)
@@ -119,11 +119,17 @@ class Settings:
 
 
 def budget_of(settings: Any, sites: int, uniform_parameters: int) -> Budget:
-    """The budget that `r`, `total_ranks` and `total_parameters` ask for in a model with `sites` adapted modules."""
-    return resolve(
-        r=settings.r, total_ranks=settings.total_ranks, total_parameters=getattr(settings, "total_parameters", None),
-        uniform_parameters=uniform_parameters, modules=sites,
-    )  # fmt: skip
+    """The budget that `r`, `total_ranks` and `total_parameters` ask for; the most specific one is used.
+
+    `r` (average rank per module) replaces LoRA of rank r: r · sites ranks in total, and at most LoRA's parameters,
+    `r · uniform_parameters` with uniform_parameters = Σ_sites (in + out).
+    """
+    ranks, parameters = settings.total_ranks, getattr(settings, "total_parameters", None)
+    if ranks is not None and parameters is not None:
+        raise BudgetError(f"total_ranks={ranks} and total_parameters={parameters}: give one of the two")
+    if ranks is None and parameters is None:
+        return Budget(settings.r * sites, settings.r * uniform_parameters)
+    return Budget(ranks, parameters)
 
 
 def in_blocks(make: Callable[..., Made], settings: Any, site: Site, sizes: Sequence[int], **parts: Any) -> Made:

@@ -22,16 +22,16 @@ from ..decide.selection import grow_top
 from ..deltas import TripletDelta
 from ..errors import BudgetError
 from ..rules import Grow, Score
-from .base import Method, Penalty, Settings, Site, budget_of, in_blocks, matching
-from .checks import check_choices, check_counts, check_shares, check_weight
+from .base import Method, Penalty, Site, budget_of, in_blocks, matching
 from .initial import lora_start, ones
+from .options import Count, LoraOptions, Share, Weight
 from .scaling import fixed, scale_of
 
 DEFAULT_EVENTS = 10  # growth events of a run whose `top_h` is not set
 
 
 @dataclass(frozen=True)
-class IncreLoraOptions(Settings):
+class IncreLoraOptions(LoraOptions):
     """Every option of IncreLoRA. Counts are at least 1; times are steps (int) or shares of the run (float in [0, 1]).
 
     Budget, one of
@@ -56,35 +56,26 @@ class IncreLoraOptions(Settings):
         total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
     """
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
     use_rslora: bool = False
-    init_lora_weights: bool = True
-    total_ranks: int | None = None
-    total_parameters: int | None = None
-    init_r: int = 1
-    grow_by: int | None = None
-    top_h: int | None = None
+    total_ranks: Count | None = None
+    total_parameters: Count | None = None
+    init_r: Count = 1
+    grow_by: Count | None = None
+    top_h: Count | None = None
     warmup_steps: Time = 0.05
     interval_steps: Time = 0.03
-    capacity: int | None = None
+    capacity: Count | None = None
     capacity_pattern: Mapping[str, int] = field(default_factory=dict)
     score: Literal["delta", "signed"] = "delta"
-    beta: float = 0.85
-    beta_uncertainty: float = 0.85
+    beta: Share = 0.85
+    beta_uncertainty: Share = 0.85
     score_window: int | None = 8
     birth_warmup: Time = 0.03
-    orthogonality: float = 0.0
-    total_steps: int | None = None
-    seed: int = 0
+    orthogonality: Weight = 0.0
+    total_steps: Count | None = None
 
     def __post_init__(self) -> None:
-        counts = ("r", "init_r", "grow_by", "top_h", "capacity", "total_ranks", "total_parameters", "total_steps")
-        check_counts(self, counts)
-        check_choices(self)
-        check_shares(self, ("beta", "beta_uncertainty", "lora_dropout"))
-        check_weight(self, "orthogonality")
+        super().__post_init__()
         if self.total_ranks is None and self.total_parameters is None and self.r < self.init_r:
             raise BudgetError(f"r={self.r} is below the start of init_r={self.init_r} ranks per module: lower `init_r`")
 

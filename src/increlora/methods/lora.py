@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 
 from ..decide.budget import Budget
 from ..deltas import LowRankDelta
-from .base import Method, Settings, Site, in_blocks
-from .checks import check_counts, check_patterns, check_shares
+from .base import Method, Site, in_blocks
 from .initial import lora_start
+from .options import Count, LoraOptions
 from .scaling import rank_and_scale
 
 
 @dataclass(frozen=True)
-class PlainLora(Settings):
+class PlainLora(LoraOptions):
     """Settings of LoRA, named as in peft.
 
     Attributes:
@@ -27,19 +27,9 @@ class PlainLora(Settings):
         init_lora_weights: False draws B at random too (for tests).   seed: of the initial values.
     """
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
     use_rslora: bool = False
-    init_lora_weights: bool = True
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    rank_pattern: Mapping[str, Count] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_counts(self, ("r",))
-        check_patterns(self, ("rank_pattern",))
-        check_shares(self, ("lora_dropout",))
 
     def method(self, sites: int, uniform_parameters: int) -> Method:
         uniform = Budget(self.r * sites, self.r * uniform_parameters)

@@ -17,19 +17,20 @@ from typing import Literal
 from ..decide.budget import Budget
 from ..decide.projections import Group
 from ..decide.ramps import depths, first_of, ramp_ranks
-from ..decide.schedules import PruneSteps, Run, Time, in_steps
+from ..decide.schedules import Multiples, Run, Time, in_steps
 from ..deltas import LowRankDelta
+from ..errors import ScheduleError
 from ..rules import Entries
-from .base import Method, Settings, Site, budget_of, in_blocks
-from .checks import check_choices, check_counts, check_shares
+from .base import Method, Site, budget_of, in_blocks
 from .initial import lora_start
+from .options import Count, LoraOptions, Share
 from .scaling import scale_of
 
 Peers = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True)
-class PriLora(Settings):
+class PriLora(LoraOptions):
     """Every option of PRILoRA. Counts are at least 1; times are steps (int) or shares of the run (float in [0, 1]).
 
     Budget, one of
@@ -54,30 +55,23 @@ class PriLora(Settings):
         total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
     """
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
     use_rslora: bool = False
-    init_lora_weights: bool = True
-    total_ranks: int | None = None
+    total_ranks: Count | None = None
     first_r: float | None = None
     ramp: Literal["per_stack", "whole"] = "per_stack"
-    prune_share: float = 0.5
+    prune_share: Share = 0.5
     group: Group = "row"
     interval_steps: Time = 40
     warmup_steps: Time = 0
     settle_steps: Time = 0
     regrow: bool = True
-    beta: float = 0.9
-    statistic_interval: int = 1
+    beta: Share = 0.9
+    statistic_interval: Count = 1
     scaling: Literal["per_rank", "constant"] = "per_rank"
-    total_steps: int | None = None
-    seed: int = 0
+    total_steps: Count | None = None
 
     def __post_init__(self) -> None:
-        check_counts(self, ("r", "total_ranks", "statistic_interval", "total_steps"))
-        check_choices(self)
-        check_shares(self, ("prune_share", "beta", "lora_dropout"))
+        super().__post_init__()
         if self.total_ranks is None:
             first_of(Fraction(self.r), self.first_r)
 
@@ -86,13 +80,9 @@ class PriLora(Settings):
         mean = Fraction(budget.ranks or 0, sites)
         first = first_of(mean, self.first_r)
         rule = Entries(self._schedule, self.prune_share, self.group, self.beta, self.statistic_interval, self.regrow)
-        return Method(
-            name="prilora",
-            make_delta=partial(self._delta, first=first, budget=budget, mean=mean),
-            budget=budget,
-            rules=(rule,) if self.prune_share else (),
-            total_steps=self.total_steps,
-        )
+        delta = partial(self._delta, first=first, budget=budget, mean=mean)
+        rules = (rule,) if self.prune_share else ()
+        return Method("prilora", delta, budget, rules, total_steps=self.total_steps)
 
     def _delta(self, site: Site, *, first: Fraction, budget: Budget, mean: Fraction) -> LowRankDelta:
         # a site that is not among its peers is found by a checkpoint's keys; its tensors then say the rank
@@ -104,15 +94,22 @@ class PriLora(Settings):
     def _scale(self, mean: float, rank: int) -> float:
         return scale_of(self.lora_alpha, rank if self.scaling == "per_rank" else mean, rslora=self.use_rslora)
 
-    def _schedule(self, run: Run) -> PruneSteps:
+    def _schedule(self, run: Run) -> Multiples:
         if self.settle_steps and run.steps is None:
             in_steps(1.0, run, name="the end of the last pruning (settle_steps)")
-        return PruneSteps(
+        steps = Multiples(
             interval=in_steps(self.interval_steps, run, name="interval_steps", least=1),
             warmup=in_steps(self.warmup_steps, run, name="warmup_steps"),
             settle=in_steps(self.settle_steps, run, name="settle_steps"),
             total=run.steps,
         )
+        if steps.last is not None and steps.last < steps.first:
+            raise ScheduleError(
+                f"no pruning falls into a run of {run.steps} steps (interval_steps={steps.interval}, "
+                f"warmup_steps={steps.warmup}, settle_steps={steps.settle}): lower `interval_steps`, a share such as "
+                f"0.1 fits any run"
+            )
+        return steps
 
 
 @lru_cache(maxsize=1)  # all modules of a model ask the same

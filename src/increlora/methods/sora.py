@@ -22,15 +22,15 @@ from ..decide.selection import keep_top
 from ..deltas import TripletDelta
 from ..errors import ConfigError
 from ..rules import Shrink
-from .base import Method, Penalty, Settings, Site, budget_of
-from .checks import check_choices, check_counts, check_shares, check_weight
+from .base import Method, Penalty, Site, budget_of
 from .falling import check_start, cubic_of, first_rank, pruned
 from .initial import lora_start, normal, ones
+from .options import Count, LoraOptions, Weight
 from .scaling import fixed, scale_of
 
 
 @dataclass(frozen=True)
-class SoraOptions(Settings):
+class SoraOptions(LoraOptions):
     """Every option of SoRA. Counts are at least 1; times are steps (int) or shares of the run (float in [0, 1]).
 
     Budget
@@ -58,33 +58,24 @@ class SoraOptions(Settings):
         total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
     """
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
     use_rslora: bool = False
-    init_lora_weights: bool = True
-    total_ranks: int | None = None
-    init_r: int | None = None
+    total_ranks: Count | None = None
+    init_r: Count | None = None
     threshold: float | None = None
     threshold_unit: Literal["constant", "learning_rate"] = "constant"
-    levels: int = 1
-    first_threshold: float = 0.0
+    levels: Count = 1
+    first_threshold: Weight = 0.0
     spacing: Literal["linear", "geometric", "log_linear"] = "linear"
     warmup_steps: Time = 0.1
     settle_steps: Time = 0.4
     interval_steps: Time = 0.01
-    close_after: int | None = 10
+    close_after: Count | None = 10
     gate_init: Literal["normal", "ones"] = "normal"
-    gate_penalty: float = 0.0
-    total_steps: int | None = None
-    seed: int = 0
+    gate_penalty: Weight = 0.0
+    total_steps: Count | None = None
 
     def __post_init__(self) -> None:
-        check_counts(self, ("r", "init_r", "total_ranks", "levels", "close_after", "total_steps"))
-        check_choices(self)
-        check_shares(self, ("lora_dropout",))
-        check_weight(self, "gate_penalty")
-        check_weight(self, "first_threshold")
+        super().__post_init__()
         if self.threshold is None:
             self._check_budget()
         elif not 0 < self.threshold < float("inf"):

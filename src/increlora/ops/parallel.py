@@ -1,6 +1,6 @@
 """Several processes: averages over them, sharded parameters (FSDP2's DTensor), and idle parameters in DDP's graph."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,6 @@ def in_process_group() -> bool:
 
 
 TOGETHER = 256  # tensors that are concatenated for one check
-
-
-def batched(items: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]:
-    """The items, `size` at a time."""
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -64,7 +59,8 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
         return torch.tensor(True)
     parts = [local(t) for t in tensors]
     if all(t.is_cpu for t in parts):  # a call costs more than the few numbers it processes
-        rows = [torch.cat([t.reshape(-1) for t in some]) for some in batched(parts, TOGETHER)]
+        starts = range(0, len(parts), TOGETHER)
+        rows = [torch.cat([t.reshape(-1) for t in parts[start : start + TOGETHER]]) for start in starts]
         finite = torch.stack([row.isfinite().all() for row in rows]).all()
     else:
         norms = torch._foreach_norm(parts)

@@ -24,6 +24,7 @@ from ..decide.allocation import Holding, Kind
 from ..decide.budget import Budget
 from ..decide.schedules import Run
 from ..deltas import BlockDelta
+from ..errors import CheckpointError
 
 Sight = Literal["gradients", "inputs"]
 Deltas = Mapping[str, BlockDelta]
@@ -86,7 +87,7 @@ class Rule(Protocol):
 
     def check(self, holdings: Sequence[Holding], budget: Budget) -> None:
         """Raise BudgetError if the budget cannot be met from these holdings. No model is needed."""
-        ...
+        return None  # as where ranks stay what they are
 
     def bind(self, deltas: Deltas, budget: Budget, slot: int) -> "Runner":
         """The runner for the modules of one adapter; `slot` is its place in `delta.statistics`."""
@@ -115,7 +116,7 @@ class Runner:
     @property
     def done(self) -> bool:
         """Is nothing left to decide?"""
-        raise NotImplementedError
+        return all(delta.settled for delta in self.deltas)
 
     def forecast(self, holdings: Sequence[Holding], run: Run, first: int = 0) -> Forecast:
         """What will happen in this run from step `first` on. Raises ScheduleError if the schedule does not fit it."""
@@ -166,11 +167,19 @@ class Runner:
         """The numbers this rule remembers of every module."""
         return [delta.statistics[self.slot] for delta in self.deltas]
 
+    def check_statistics(self, sizes: Sequence[int]) -> None:
+        """Raise CheckpointError for statistics of another length than `sizes` says."""
+        for name, found, size in zip(self.names, self.statistics(), sizes, strict=True):
+            if len(found) != size:
+                raise CheckpointError(
+                    f"{name}: {len(found)} statistics were loaded, {size} are needed: the adapter file is damaged"
+                )
 
-def holding_of(name: str, delta: BlockDelta) -> Holding:
+
+def holding_of(delta: BlockDelta) -> Holding:
     """What a module holds, as allocators see it."""
     free = tuple(delta.sizes[i] for i in delta.free)
-    return Holding(name, delta.rank, free, delta.in_features + delta.out_features)
+    return Holding(delta.rank, free, delta.in_features + delta.out_features)
 
 
 def finished(deltas: Sequence[BlockDelta]) -> list[Change]:

@@ -15,17 +15,16 @@ from torch import Tensor, nn
 
 from ..decide.allocation import Holding
 from ..decide.budget import Budget
-from ..decide.projections import Group, nonzero_marks, zero_dropped, zero_least
-from ..decide.schedules import PruneSteps, Run
+from ..decide.projections import Group, nonzero_marks, zero_least
+from ..decide.schedules import Multiples, Run
 from ..decide.scores import weighted_magnitude
 from ..ops.parallel import full, laid_out_like, local
-from .base import Change, Deltas, Forecast, Runner, Sight, Step, finished
+from .base import Change, Deltas, Forecast, Rule, Runner, Sight, Step, finished
 from .input_norms import InputNorms
-from .kept import check_statistics
 
 
 @dataclass(frozen=True)
-class Entries:
+class Entries(Rule):
     """Set the entries of A to zero that matter least for the inputs there are, again and again; ranks stay.
 
     Attributes:
@@ -34,15 +33,12 @@ class Entries:
         regrow: the optimizer may move a zero until the next pruning; otherwise zeros are held.
     """
 
-    schedule: Callable[[Run], PruneSteps]
+    schedule: Callable[[Run], Multiples]
     share: float
     group: Group
     beta: float
     interval: int
     regrow: bool
-
-    def check(self, holdings: Sequence[Holding], budget: Budget) -> None:
-        """Ranks stay what they are."""
 
     def bind(self, deltas: Deltas, budget: Budget, slot: int) -> "EntryPruner":
         return EntryPruner(self, deltas, slot)
@@ -58,14 +54,9 @@ class EntryPruner(Runner):
         super().__init__(deltas, slot)
         self.rule = rule
         self.norms = InputNorms(self.deltas, slot, beta=rule.beta)
-        self.schedule: PruneSteps | None = None
         self.sound = True  # the step in progress has gradients
         self.marks: list[Tensor] = []  # during a step with held zeros: 1 where A is not zero
         self.reserve_statistics(self.norms.sizes)
-
-    @property
-    def done(self) -> bool:
-        return all(delta.settled for delta in self.deltas)
 
     def forecast(self, holdings: Sequence[Holding], run: Run, first: int = 0) -> Forecast:
         self.rule.schedule(run)
@@ -73,7 +64,7 @@ class EntryPruner(Runner):
 
     def start(self, run: Run, first: int) -> None:
         self.schedule, self.steps = self.rule.schedule(run), run.steps
-        check_statistics(self, self.norms.sizes)
+        self.check_statistics(self.norms.sizes)
         self.norms.lay_out(afresh=first == 0)
         self.parameters: list[nn.Parameter] = [delta.block(0)["A"] for delta in self.deltas]
         self.alike: dict[object, list[int]] = {}
@@ -83,7 +74,6 @@ class EntryPruner(Runner):
 
     def _settle(self, step: int) -> None:
         """Is anything left to be done once this step is over, and do the inputs of the next one count?"""
-        assert self.schedule is not None
         over = self.schedule.over(step)
         for delta in self.deltas:
             delta.settled = over
@@ -102,17 +92,15 @@ class EntryPruner(Runner):
 
     @torch.no_grad()
     def before_step(self, step: Step) -> None:
-        assert self.schedule is not None
         self.sound = any(p.grad is not None for p in self.parameters)  # a step that was judged bad has none
         held = not self.rule.regrow and step.number > self.schedule.first
         self.marks = nonzero_marks(self._values()) if held else []
 
     @torch.no_grad()
     def after_step(self, step: int) -> list[Change]:
-        assert self.schedule is not None
         done = self.done
         if self.marks:
-            zero_dropped(self._values(), self.marks)
+            torch._foreach_mul_(self._values(), self.marks)
         if not self.schedule.over(step - 1) and self.sound and step % self.rule.interval == 0:
             self.norms.update()
         if self.schedule.due(step):

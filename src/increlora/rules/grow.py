@@ -10,7 +10,7 @@ Statistics of a module: I, U.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from ..decide.selection import spent
 from ..deltas import BlockDelta, Status
 from ..ops.parallel import full, mean_over_processes
 from .base import Change, Deltas, Expected, Forecast, Runner, Sight, Step, dtype_of, finished, holding_of
-from .kept import check_statistics
 
 
 @dataclass(frozen=True)
@@ -72,15 +71,6 @@ class Grow:
         return Grower(self, deltas, budget, slot)
 
 
-@dataclass
-class Tally:
-    """Backward passes of a module since the last step: number, sum (or last) of scores; for exact ones (x, ∂L/∂y)."""
-
-    calls: int = 0
-    total: Tensor | None = None
-    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-
 class Grower(Runner):
     """Runner of `Grow`."""
 
@@ -90,16 +80,16 @@ class Grower(Runner):
         super().__init__(deltas, slot)
         self.rule, self.budget = rule, budget
         self.schedule: GrowthSteps | None = None
-        self.run = Run(None, len(self.deltas))
         self.scores: Tensor | None = None  # of the step in progress
-        self.tallies = [Tally() for _ in self.deltas]
+        # by module, of each backward pass since the last step: its score; for exact scores (x, ∂L/∂y)
+        self.seen: list[list[Any]] = [[] for _ in self.deltas]
         self.reserve_statistics([2] * len(self.deltas))
         fresh = all(delta.indices(Status.ACTIVE) == [0] for delta in self.deltas)
         if fresh or not self.done:  # a start above the budget is done, and an error
             rule.check(self.holdings(), budget)
 
     def holdings(self) -> list[Holding]:
-        return [holding_of(name, delta) for name, delta in zip(self.names, self.deltas, strict=True)]
+        return [holding_of(delta) for delta in self.deltas]
 
     @property
     def done(self) -> bool:
@@ -131,9 +121,9 @@ class Grower(Runner):
         return Forecast(tuple(events), tuple(holdings))
 
     def start(self, run: Run, first: int) -> None:
-        check_statistics(self, [2] * len(self.deltas))
+        self.check_statistics([2] * len(self.deltas))
         self.schedule = None if self.done else self.rule.schedule(run, self.holdings(), first)
-        self.run = run
+        self.steps = run.steps
         self._lay_out(next(self.deltas[0].parameters()).device)
         self._listen(first)
 
@@ -156,28 +146,24 @@ class Grower(Runner):
         if self.schedule is None or self.done:
             return False
         window, event = self.rule.score.window, self.schedule.next(step)
-        return window is None or (event - step < window and (self.run.steps is None or event < self.run.steps))
+        return window is None or (event - step < window and (self.steps is None or event < self.steps))
 
     # -- scores --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def see_gradients(self, module: int, x: Tensor, grad: Tensor) -> None:
-        delta, tally, score = self.deltas[module], self.tallies[module], self.rule.score
+        delta, seen, score = self.deltas[module], self.seen[module], self.rule.score
         if score.kind != "delta":
             return
-        tally.calls += 1
         x, grad = delta.inputs.rows(x), delta.inputs.gradients(grad)
-        if score.accumulate == "exact":
-            tally.parts.append((x, grad))
-            return
-        value = sensitivity(delta, *delta.factors(), x, grad, norm=score.norm)
-        tally.total = value if tally.total is None or score.accumulate == "last" else tally.total + value
+        if score.accumulate == "last":
+            seen.clear()
+        exact = score.accumulate == "exact"
+        seen.append((x, grad) if exact else sensitivity(delta, *delta.factors(), x, grad, norm=score.norm))
 
     def forget(self, module: int | None = None) -> None:
-        if module is None:
-            self.tallies = [Tally() for _ in self.deltas]
-        else:
-            self.tallies[module] = Tally()
+        for seen in self.seen if module is None else [self.seen[module]]:
+            seen.clear()
 
     @torch.no_grad()
     def observe(self, step: Step) -> None:
@@ -195,14 +181,14 @@ class Grower(Runner):
 
     def module_score(self, module: int) -> Tensor | None:
         """Score since the last step; None if the module took no part."""
-        tally, delta = self.tallies[module], self.deltas[module]
-        if tally.parts:  # outside the backward pass, where parameters may be sharded
-            x, grad = (torch.cat(parts) for parts in zip(*tally.parts, strict=True))
-            A, B = map(full, delta.factors())
-            return sensitivity(delta, A, B, x, grad, norm=self.rule.score.norm)
-        if tally.total is None:
+        seen, delta, score = self.seen[module], self.deltas[module], self.rule.score
+        if not seen:
             return None
-        return tally.total if self.rule.score.accumulate == "last" else tally.total / tally.calls
+        if score.accumulate == "exact":  # outside the backward pass, where parameters may be sharded
+            x, grad = (torch.cat(parts) for parts in zip(*seen, strict=True))
+            A, B = map(full, delta.factors())
+            return sensitivity(delta, A, B, x, grad, norm=score.norm)
+        return seen[-1] if score.accumulate == "last" else sum(seen[1:], seen[0]) / len(seen)
 
     def _signed(self, module: int) -> Tensor | None:
         delta = self.deltas[module]
@@ -262,10 +248,8 @@ class Grower(Runner):
         changes = [Change(i, 0, importance[i], "saturation") for i in plan.saturated]
         for grant in plan.grants:
             delta = self.deltas[grant.module]
-            free = delta.free
-            for position in grant.blocks:
-                delta.status[free[position]] = Status.ACTIVE
-                delta.born[free[position]] = step
+            block = delta.free[grant.block]
+            delta.status[block], delta.born[block] = Status.ACTIVE, step
             changes.append(Change(grant.module, grant.ranks, importance[grant.module]))
         changes += self._fill_reserve(step)
         return changes + self._finish() if plan.spent else changes

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..deltas import BlockDelta, Inputs
+from ..deltas import BlockDelta
 from ..ops.parallel import in_process_group
 from .base import dtype_of
 
@@ -26,9 +26,7 @@ class InputNorms:
         self.sizes = [delta.in_features + 1 for delta in deltas]
         self.dtype = dtype_of(deltas[0])  # squares of half precision overflow above 255
         self.sums: dict[int, Tensor] = {}
-        self.latest: tuple[Tensor, Inputs, int, Tensor] | None = (
-            None  # an input, how it is read, its version, its squares
-        )
+        self.latest: tuple[object, Tensor, Tensor] | None = None  # what tells an input apart, the input, its squares
 
     def lay_out(self, *, afresh: bool) -> None:
         """Gather the statistics in the flat tensor, where the parameters are; `afresh`: no module was used yet."""
@@ -51,9 +49,10 @@ class InputNorms:
     def collect(self, module: int, x: Tensor) -> None:
         """One use of a module with input x. Query, key and value read the same tensor, which is reduced once."""
         inputs = self.deltas[module].inputs
-        if self.latest is None or not same_input(x, inputs, *self.latest[:3]):
-            # x is kept: its address cannot be given away meanwhile
-            self.latest = x, inputs, x._version, inputs.square_sums(x, self.dtype)
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, inputs)
+        if self.latest is None or self.latest[0] != key:
+            # x stays here: its address cannot be given away meanwhile
+            self.latest = key, x, inputs.square_sums(x, self.dtype)
         squares = self.latest[-1]  # perhaps another module's: never add to it in place
         self.sums[module] = self.sums[module] + squares if module in self.sums else squares
 
@@ -73,9 +72,3 @@ class InputNorms:
         used = sums.index_select(0, self.flag).clamp_(max=1)
         before = self.flat.index_select(0, self.flag)
         self.flat.lerp_(new, used * (1 - self.beta * before))
-
-
-def same_input(x: Tensor, inputs: Inputs, other: Tensor, others: Inputs, version: int) -> bool:
-    """Is x the tensor `other`, unchanged since it had this version, and read in the same way?"""
-    like = (x.data_ptr(), x.shape, x.stride(), x.dtype) == (other.data_ptr(), other.shape, other.stride(), other.dtype)
-    return like and x._version == version and inputs == others

@@ -21,8 +21,8 @@ from ..decide.feasibility import check_pruning
 from ..decide.schedules import CubicDecay, Run
 from ..decide.scores import smooth_entries, triplet_scores
 from ..ops.parallel import full, mean_over_processes
-from .base import Change, Deltas, Forecast, Runner, Step, dtype_of, finished
-from .kept import KeptRanks, check_statistics, forecast_cuts, start_of
+from .base import Change, Deltas, Forecast, Step, dtype_of, finished
+from .kept import Pruner
 
 
 @dataclass(frozen=True)
@@ -49,40 +49,30 @@ class Keep:
         return Keeper(self, deltas, budget, slot)
 
 
-class Keeper(Runner):
-    """Runner of `Keep`, for one-block deltas with parameters A, E and B."""
-
-    forgets = True
+class Keeper(Pruner):
+    """Runner of `Keep`."""
 
     def __init__(self, rule: Keep, deltas: Deltas, budget: Budget, slot: int) -> None:
-        super().__init__(deltas, slot)
-        self.rule, self.ranks = rule, KeptRanks(budget, self.deltas)
-        self.schedule: CubicDecay | None = None
-        rule.check(start_of(deltas), budget)
-        self.reserve_statistics(self._sizes())
+        super().__init__(deltas, budget, slot)
+        self.rule = rule
 
-    def _sizes(self) -> list[int]:
-        """Two averages of every entry."""
+    def sizes(self) -> list[int]:
         return [2 * sum(p.numel() for p in delta.block(0).values()) for delta in self.deltas]
-
-    @property
-    def done(self) -> bool:
-        return self.ranks.settled
 
     def forecast(self, holdings: Sequence[Holding], run: Run, first: int = 0) -> Forecast:
         if self.done:
             return Forecast((), tuple(holdings))
-        return forecast_cuts(self.rule.schedule(run, *self.ranks.span), self.ranks, holdings, first)
+        return self.forecast_cuts(self.rule.schedule(run, *self.span), holdings, first)
 
     def start(self, run: Run, first: int) -> None:
         if not self.done:
-            self.schedule = self.rule.schedule(run, *self.ranks.span)
+            self.schedule = self.rule.schedule(run, *self.span)
             self._lay_out()
-        self.ranks.lay_out()
+        self.follow_kept()
 
     def _lay_out(self) -> None:
         """Views of each module's flat statistics: sensitivity, then uncertainty, of A, E and B."""
-        check_statistics(self, self._sizes())
+        self.check_statistics(self.sizes())
         self.parameters: list[nn.Parameter] = []
         self.sensitivity: list[Tensor] = []
         self.uncertainty: list[Tensor] = []
@@ -102,17 +92,16 @@ class Keeper(Runner):
     @torch.no_grad()
     def after_step(self, step: int) -> list[Change]:
         if self.done:
-            self.ranks.project()
+            self.project()
             return []
         if self.rule.observe == "after_step":
             self._observe(step, 1.0)  # fused optimizers leave gradients unscaled behind
-        assert self.schedule is not None
-        return self._cut(step, self.schedule) if self.schedule.due(step) else []
+        return self._cut(step) if self.schedule.due(step) else []
 
     @torch.no_grad()
     def _observe(self, step: int, scale: float) -> None:
         """Update the averages of every tensor that has a gradient; of the others they stay as they are."""
-        if self.done or self.schedule is None or not self.schedule.observed(step):
+        if self.done or not self.schedule.observed(step):
             return
         there = [i for i, p in enumerate(self.parameters) if p.grad is not None]
         if not there:  # a step that was judged bad
@@ -121,21 +110,15 @@ class Keeper(Runner):
         gradients = [full(self.parameters[i].grad).to(dtype) for i in there]  # type: ignore[arg-type]
         if scale != 1.0:
             gradients = list(torch._foreach_div(gradients, scale))
-        smooth_entries(
-            [self.sensitivity[i] for i in there],
-            [self.uncertainty[i] for i in there],
-            [full(self.parameters[i].detach()).to(dtype) for i in there],
-            gradients,
-            beta=self.rule.beta,
-            beta_uncertainty=self.rule.beta_uncertainty,
-        )
+        weights = [full(self.parameters[i].detach()).to(dtype) for i in there]
+        averages = [self.sensitivity[i] for i in there], [self.uncertainty[i] for i in there]
+        beta, beta_uncertainty = self.rule.beta, self.rule.beta_uncertainty
+        smooth_entries(*averages, weights, gradients, beta=beta, beta_uncertainty=beta_uncertainty)
 
-    def _cut(self, step: int, schedule: CubicDecay) -> list[Change]:
+    def _cut(self, step: int) -> list[Change]:
         """Keep as many ranks as the budget pays for now, and say which modules that changed."""
         scores = self.scores()
-        kept = self.rule.keep(scores, self.ranks.costs, self.ranks.budget(schedule.ranks(step)))
-        changes = self.ranks.decide(kept, scores, settled=step >= schedule.last_cut)
-        self.ranks.project()
+        changes = self.decide(self.rule.keep(scores, self.costs, self.budget(step)), scores, step)
         return changes + (finished(self.deltas) if self.done else [])
 
     def scores(self) -> list[list[float]]:

@@ -8,24 +8,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..decide.allocation import Holding, ranks_used
+from ..decide.allocation import Holding, parameters_used, ranks_used
 from ..decide.budget import Budget, falling
-from ..decide.projections import zero_dropped
+from ..decide.feasibility import check_pruning
 from ..decide.schedules import CubicDecay
 from ..deltas import BlockDelta
-from ..errors import CheckpointError
 from ..ops.parallel import laid_out_like, local
 from .base import Change, Deltas, Expected, Forecast, Runner
 
 
-class KeptRanks:
-    """The ranks of all modules, between those at the start (`first`) and the budget (`last`)."""
+class Pruner(Runner):
+    """Abstract runner for one-block deltas with parameters A, E and B.
 
-    def __init__(self, budget: Budget, deltas: Sequence[BlockDelta]) -> None:
-        self.deltas, self.last = deltas, budget
-        self.costs = [d.in_features + d.out_features for d in deltas]
-        counts = [len(delta.kept) for delta in deltas]
-        self.first = Budget(sum(counts), sum(n * cost for n, cost in zip(counts, self.costs, strict=True)))
+    Attributes:
+        first, last: what may be active at the start and at the end.   costs: parameters of one rank, by module.
+        schedule: of the run, unless all was settled before.
+    """
+
+    forgets = True
+    schedule: CubicDecay
+
+    def __init__(self, deltas: Deltas, target: Budget, slot: int) -> None:
+        super().__init__(deltas, slot)
+        start = [Holding(len(d.kept), (), d.in_features + d.out_features) for d in self.deltas]
+        check_pruning(start, target)
+        self.first, self.last = Budget(ranks_used(start), parameters_used(start)), target
+        self.costs = [holding.cost for holding in start]
+        self.reserve_statistics(self.sizes())
+
+    def sizes(self) -> list[int]:
+        """How many numbers it remembers of each module."""
+        raise NotImplementedError
 
     @property
     def span(self) -> tuple[int, int]:
@@ -33,15 +46,24 @@ class KeptRanks:
         assert self.first.ranks is not None and self.last.ranks is not None
         return self.first.ranks, self.last.ranks
 
-    def budget(self, ranks: int) -> Budget:
-        """What may stay when the schedule allows `ranks` ranks."""
-        return falling(self.first, self.last, ranks)
+    def budget(self, step: int) -> Budget:
+        """What may stay after this step."""
+        return falling(self.first, self.last, self.schedule.ranks(step))
 
-    @property
-    def settled(self) -> bool:
-        return all(delta.settled for delta in self.deltas)
+    def forecast_cuts(self, cubic: CubicDecay, holdings: Sequence[Holding], first: int) -> Forecast:
+        """Every cut from step `first` on that leaves fewer ranks; parameters assume even cuts."""
+        begin, target = self.span
+        even = (self.first.parameters or 0) * target // max(1, begin)
+        end = Budget(target, self.last.parameters or even)
+        events, left = list[Expected](), ranks_used(holdings)
+        for step in cubic.cuts(first):
+            now = falling(self.first, end, cubic.ranks(step))
+            if now.ranks != left:
+                left = now.ranks or 0
+                events.append(Expected(step, 0, left, now.parameters or 0))
+        return Forecast(tuple(events), tuple(holdings))
 
-    def lay_out(self) -> None:
+    def follow_kept(self) -> None:
         """Have `project` follow `kept`."""
         self.flags = self.flags_of([delta.kept for delta in self.deltas])
 
@@ -55,52 +77,25 @@ class KeptRanks:
         ]
 
     def project(self) -> None:
-        """e ← 0 for all ranks that do not count."""
-        zero_dropped(self.values(), self.flags)
+        """e ← 0 for all ranks that do not count; the optimizer may move it again at the next step."""
+        torch._foreach_mul_(self.values(), self.flags)
 
     def values(self) -> list[Tensor]:
         """e of every module, this process's part of it."""
         return [local(e_of(delta).detach()) for delta in self.deltas]
 
-    def decide(self, kept: Sequence[list[bool]], scores: Sequence[Sequence[float]], *, settled: bool) -> list[Change]:
-        """From now on these ranks count; says which modules that changed."""
+    def decide(self, kept: Sequence[list[bool]], scores: Sequence[Sequence[float]], step: int) -> list[Change]:
+        """From this step on these ranks count; says which modules that changed."""
         before = [delta.rank for delta in self.deltas]
         for delta, flags in zip(self.deltas, kept, strict=True):
-            delta.kept, delta.settled = flags, settled
-        self.lay_out()
+            delta.kept, delta.settled = flags, step >= self.schedule.last_cut
+        self.follow_kept()
+        self.project()
         return [
             Change(i, delta.rank - rank, sum(scores[i]) / len(scores[i]))
             for i, (delta, rank) in enumerate(zip(self.deltas, before, strict=True))
             if delta.rank != rank
         ]
-
-
-def forecast_cuts(cubic: CubicDecay, ranks: KeptRanks, holdings: Sequence[Holding], first: int) -> Forecast:
-    """Every cut from step `first` on that leaves fewer ranks; parameters assume even cuts."""
-    begin, target = ranks.span
-    even = (ranks.first.parameters or 0) * target // max(1, begin)
-    end = Budget(target, ranks.last.parameters or even)
-    events, left = list[Expected](), ranks_used(holdings)
-    for step in cubic.cuts(first):
-        now = falling(ranks.first, end, cubic.ranks(step))
-        if now.ranks != left:
-            left = now.ranks or 0
-            events.append(Expected(step, 0, left, now.parameters or 0))
-    return Forecast(tuple(events), tuple(holdings))
-
-
-def start_of(deltas: Deltas) -> list[Holding]:
-    """What the modules hold before anything is pruned."""
-    return [Holding(name, len(d.kept), (), d.in_features + d.out_features) for name, d in deltas.items()]
-
-
-def check_statistics(runner: Runner, sizes: Sequence[int]) -> None:
-    """Raise CheckpointError for statistics of another length than `sizes` says."""
-    for name, found, size in zip(runner.names, runner.statistics(), sizes, strict=True):
-        if len(found) != size:
-            raise CheckpointError(
-                f"{name}: {len(found)} statistics were loaded, {size} are needed: the adapter file is damaged"
-            )
 
 
 def e_of(delta: BlockDelta) -> nn.Parameter:

@@ -15,22 +15,19 @@ from torch.optim import Optimizer
 
 from ..decide.allocation import Holding
 from ..decide.budget import Budget
-from ..decide.schedules import RestartSteps, Run
-from .base import Change, Deltas, Forecast, Runner, Step
+from ..decide.schedules import Multiples, Run
+from .base import Change, Deltas, Forecast, Rule, Runner, Step
 
 
 @dataclass(frozen=True)
-class Restart:
+class Restart(Rule):
     """Begin a round in all modules at once, again and again.
 
     Attributes:
         schedule: run → when.
     """
 
-    schedule: Callable[[Run], RestartSteps]
-
-    def check(self, holdings: Sequence[Holding], budget: Budget) -> None:
-        """Ranks stay what they are."""
+    schedule: Callable[[Run], Multiples]
 
     def bind(self, deltas: Deltas, budget: Budget, slot: int) -> "Restarter":
         return Restarter(self, deltas, slot)
@@ -43,21 +40,21 @@ class Restarter(Runner):
         super().__init__(deltas, slot)
         self.rule = rule
         self.rounds: list[Any] = self.deltas
-        self.schedule: RestartSteps | None = None
+        self.schedule: Multiples | None = None
         self.optimizer: Optimizer | None = None  # during a step
-        self.next = 0
+        self.step = -1
         self.reserve_statistics([0] * len(self.deltas))
 
     @property
     def done(self) -> bool:
-        return self.schedule is not None and self.schedule.over(self.next)
+        return self.schedule is not None and self.schedule.over(self.step)
 
     def forecast(self, holdings: Sequence[Holding], run: Run, first: int = 0) -> Forecast:
         self.rule.schedule(run)
         return Forecast((), tuple(holdings))
 
     def start(self, run: Run, first: int) -> None:
-        self.schedule, self.next = self.rule.schedule(run), first
+        self.schedule, self.step = self.rule.schedule(run), first - 1
 
     def before_step(self, step: Step) -> None:
         self.optimizer = step.optimizer
@@ -66,7 +63,7 @@ class Restarter(Runner):
     def after_step(self, step: int) -> list[Change]:
         assert self.schedule is not None and self.optimizer is not None
         optimizer, self.optimizer = self.optimizer, None
-        self.next = step + 1
+        self.step = step
         if not self.schedule.due(step):
             return []
         for delta in self.rounds:

@@ -21,12 +21,12 @@ from torch import Tensor
 from ..decide.allocation import Holding
 from ..decide.budget import Budget
 from ..decide.feasibility import check_pruning
-from ..decide.projections import Projection, shrink_together, zero_dropped
+from ..decide.projections import Projection, shrink_together
 from ..decide.schedules import CubicDecay, Levels, Run
 from ..errors import BudgetError
 from ..ops.parallel import full, local
-from .base import Change, Deltas, Forecast, Runner, Step, dtype_of, finished
-from .kept import KeptRanks, check_statistics, e_of, forecast_cuts, start_of
+from .base import Change, Deltas, Forecast, Step, dtype_of, finished
+from .kept import Pruner, e_of
 
 
 @dataclass(frozen=True)
@@ -63,29 +63,21 @@ class Shrink:
         return Shrinker(self, deltas, budget, slot)
 
 
-class Shrinker(Runner):
-    """Runner of `Shrink`, for one-block deltas with gates e."""
+class Shrinker(Pruner):
+    """Runner of `Shrink`; e are the gates."""
 
-    forgets = True
+    levels: Levels | None
 
     def __init__(self, rule: Shrink, deltas: Deltas, budget: Budget, slot: int) -> None:
-        super().__init__(deltas, slot)
-        self.rule, self.ranks = rule, KeptRanks(rule.target(budget), self.deltas)
+        super().__init__(deltas, rule.target(budget), slot)
+        self.rule = rule
         self.gates: set[int] = set()  # ids of their parameters
-        self.schedule: CubicDecay | None = None
-        self.levels: Levels | None = None
         self.moved: list[tuple[list[Tensor], float | Tensor]] = []  # gates that this step moves, and at what rate
         self.open: list[Tensor] = []  # 0 for what is not computed; empty where all is
         self.decayed: list[tuple[list[Tensor], list[Tensor]]] = []
-        rule.check(start_of(deltas), budget)
-        self.reserve_statistics(self._sizes())
 
-    def _sizes(self) -> list[int]:
+    def sizes(self) -> list[int]:
         return [len(delta.kept) + 1 for delta in self.deltas]
-
-    @property
-    def done(self) -> bool:
-        return self.ranks.settled
 
     # -- one run -------------------------------------------------------------------------------------------------
 
@@ -96,10 +88,10 @@ class Shrinker(Runner):
         self._check_not_all_at_once(levels)
         if levels is not None:
             return Forecast((), tuple(holdings), exact=False)
-        return forecast_cuts(cubic, self.ranks, holdings, first)
+        return self.forecast_cuts(cubic, holdings, first)
 
     def _plan(self, run: Run) -> tuple[CubicDecay, Levels | None]:
-        schedule = self.rule.schedule(run, *self.ranks.span)
+        schedule = self.rule.schedule(run, *self.span)
         levels = self.rule.thresholds(run) if self.rule.thresholds is not None else None
         return schedule, levels
 
@@ -122,11 +114,11 @@ class Shrinker(Runner):
                 for delta in self.deltas:
                     delta.kept, delta.closed = [True] * len(delta.kept), []
                     delta.statistics[self.slot] = torch.zeros(len(delta.kept) + 1, dtype=dtype_of(delta))
-            check_statistics(self, self._sizes())
+            self.check_statistics(self.sizes())
             self.idle = [[int(count) for count in values[:-1].tolist()] for values in self.statistics()]
             self.threshold = float(self.statistics()[0][-1])
             self._lay_out_open()
-        self.ranks.lay_out()
+        self.follow_kept()
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -145,15 +137,14 @@ class Shrinker(Runner):
         for gates, decay in self.decayed:
             torch._foreach_add_(gates, decay)
         if self.done:
-            self.ranks.project()
+            self.project()
             return []
-        assert self.schedule is not None
         if self.moved:  # not in a step that was judged bad
             self._shrink(step)
         if self.schedule.due(step):
-            return self._cut(step, self.schedule)
+            return self._cut(step)
         if step == self.schedule.warmup:
-            self._choose_threshold(step, self.schedule, self._gate_sizes())
+            self._choose_threshold(step, self._gate_sizes())
         return []
 
     def _shrink(self, step: int) -> None:
@@ -162,11 +153,11 @@ class Shrinker(Runner):
             for gates, rate in self.moved:
                 shrink_together(gates, self.rule.shrink, threshold * float(rate))
         elif threshold > 0:
-            shrink_together(self.ranks.values(), self.rule.shrink, threshold)
+            shrink_together(self.values(), self.rule.shrink, threshold)
         if self.open:  # momentum still moves gates whose ranks are not computed
-            zero_dropped(self.ranks.values(), self.open)
+            torch._foreach_mul_(self.values(), self.open)
 
-    def _cut(self, step: int, schedule: CubicDecay) -> list[Change]:
+    def _cut(self, step: int) -> list[Change]:
         """Say which ranks count: those whose gate is left, or as many of the largest as the budget pays for now."""
         sizes = self._gate_sizes()
         if self.levels is not None:
@@ -177,12 +168,11 @@ class Shrinker(Runner):
                     f"train: lower `threshold` (or `gate_penalty`), or leave `threshold` out to meet a budget"
                 )
         else:
-            kept = self.rule.keep(sizes, self.ranks.costs, self.ranks.budget(schedule.ranks(step)))
+            kept = self.rule.keep(sizes, self.costs, self.budget(step))
         scores = [[max(0.0, size) for size in of_module] for of_module in sizes]
-        changes = self.ranks.decide(kept, scores, settled=step >= schedule.last_cut)
-        self.ranks.project()
+        changes = self.decide(kept, scores, step)
         self._close()
-        self._choose_threshold(step, schedule, sizes)
+        self._choose_threshold(step, sizes)
         return changes + (finished(self.deltas) if self.done else [])
 
     def _gate_sizes(self) -> list[list[float]]:
@@ -205,11 +195,11 @@ class Shrinker(Runner):
     def _lay_out_open(self) -> None:
         closed = [delta.closed or [False] * len(delta.kept) for delta in self.deltas]
         some = any(map(any, closed))
-        self.open = self.ranks.flags_of([[not c for c in of_module] for of_module in closed]) if some else []
+        self.open = self.flags_of([[not c for c in of_module] for of_module in closed]) if some else []
 
-    def _choose_threshold(self, step: int, schedule: CubicDecay, sizes: Sequence[Sequence[float]]) -> None:
+    def _choose_threshold(self, step: int, sizes: Sequence[Sequence[float]]) -> None:
         """ξ = |largest gate that must go by the next cut| / steps until then: without gradients it just vanishes."""
-        going = 0
+        going, schedule = 0, self.schedule
         if self.levels is None and step < schedule.last_cut:
             going = schedule.ranks(step) - schedule.ranks(schedule.next(step))
         pairs = (zip(delta.kept, of_module, strict=True) for delta, of_module in zip(self.deltas, sizes, strict=True))

@@ -52,14 +52,10 @@ def attach_controller(
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the optimizer that steps
     candidates = [c for c in controllers_of(model) if any(p.requires_grad for p in c.parameters())]
     if len(candidates) != 1:
-        raise DriveError(
-            f"attach: the model has {len(candidates)} trainable adaptive adapters, expected one: "
-            + (
-                "call get_peft_model with one of increlora's configs first"
-                if not candidates
-                else "set one with set_adapter"
-            )
+        remedy = (
+            "set one with set_adapter" if candidates else "call get_peft_model with one of increlora's configs first"
         )
+        raise DriveError(f"attach: the model has {len(candidates)} trainable adaptive adapters, expected one: {remedy}")
     return candidates[0].attach(optimizer, total_steps=total_steps, record=record)
 
 

@@ -92,6 +92,12 @@ def created(delta: BlockDelta, index: int, letter: str) -> int:
     return delta.reserved[index] if learnt_in_reserve and delta.reserved[index] >= 0 else delta.born[index]
 
 
+def births_of(delta: BlockDelta) -> dict[str, int]:
+    """{tensor: `created`} of the blocks that are computed or in reserve."""
+    blocks = delta.indices(Status.ACTIVE, Status.RESERVE)
+    return {f"lora_{letter}{i}": created(delta, i, letter) for i in blocks for letter in delta.letters}
+
+
 def unmoved(delta: BlockDelta, step: int) -> list[nn.Parameter]:
     """Newborn tensors that no optimizer step has moved when `step` of them are done."""
     blocks = [(i, letter, p) for i in delta.live for letter, p in delta.block(i).items()]

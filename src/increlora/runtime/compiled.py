@@ -25,46 +25,35 @@ def register(watcher: "Watcher") -> int:
     return number
 
 
-@torch.library.custom_op("increlora::tap_output", mutates_args=())
-def tap_output(y: Tensor, x: Tensor, watcher: int) -> Tensor:
-    """y; in the backward pass the watcher sees x and ∂L/∂y."""
-    return y.clone()
+@torch.library.custom_op("increlora::tap", mutates_args=())
+def tap(value: Tensor, x: Tensor, watcher: int, sight: str) -> Tensor:
+    """A layer's output (sight: "gradients") or A ("inputs"); in the backward pass the watcher sees what `see` shows."""
+    return value.clone()
 
 
-@torch.library.custom_op("increlora::see_gradients", mutates_args=())
-def see_gradients(grad: Tensor, x: Tensor, watcher: int) -> Tensor:
-    """∂L/∂y, once the watcher has seen it."""
-    _watchers[watcher].see_gradients(x.detach(), grad.detach())
+@torch.library.custom_op("increlora::see", mutates_args=())
+def see(grad: Tensor, x: Tensor, watcher: int, sight: str) -> Tensor:
+    """The gradient of what was tapped, once the watcher has seen it together with x ("gradients"), or x ("inputs")."""
+    if sight == "gradients":
+        _watchers[watcher].see_gradients(x.detach(), grad.detach())
+    else:
+        _watchers[watcher].see_inputs(x.detach())
     return grad.clone()
 
 
-@torch.library.custom_op("increlora::tap_input", mutates_args=())
-def tap_input(A: Tensor, x: Tensor, watcher: int) -> Tensor:
-    """A; in the backward pass the watcher sees x."""
-    return A.clone()
-
-
-@torch.library.custom_op("increlora::see_inputs", mutates_args=())
-def see_inputs(grad: Tensor, x: Tensor, watcher: int) -> Tensor:
-    """∂L/∂A, once the watcher has seen x."""
-    _watchers[watcher].see_inputs(x.detach())
-    return grad.clone()
-
-
-def _like_the_first(first: Tensor, x: Tensor, watcher: int) -> Tensor:
+def _like_the_first(first: Tensor, x: Tensor, watcher: int, sight: str) -> Tensor:
     return torch.empty_like(first)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int, str], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
-    ctx.watcher = inputs[2]
+    ctx.rest = inputs[2:]
 
 
-for operation in (tap_output, see_gradients, tap_input, see_inputs):
-    operation.register_fake(_like_the_first)
-tap_output.register_autograd(
-    lambda ctx, grad: (see_gradients(grad, *ctx.saved_tensors, ctx.watcher), None, None), setup_context=_keep
-)
-tap_input.register_autograd(
-    lambda ctx, grad: (see_inputs(grad, *ctx.saved_tensors, ctx.watcher), None, None), setup_context=_keep
-)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return see(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+
+tap.register_fake(_like_the_first)
+see.register_fake(_like_the_first)
+tap.register_autograd(_backward, setup_context=_keep)

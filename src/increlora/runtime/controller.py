@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import nn
 from torch.optim import Optimizer
 
-from ..decide.allocation import Event, Holding, Kind
+from ..decide.allocation import Event, Kind
 from ..decide.schedules import Run
 from ..deltas import BlockDelta
 from ..errors import ConfigError
@@ -35,7 +35,7 @@ class Controller:
     Attributes:
         names, deltas: adapted modules in model order.   rules: the method's rules at work, in its order.
         events: what happened so far.   records: one entry per step while `recording` (see `records.record`).
-        step: optimizer steps of this run so far.   run: its length and number of modules, once known.
+        step: optimizer steps of this run so far.   run: its length, once known.
         sees_inputs, sees_gradients: what backward passes hand to the rules before the next step.
         may_see_gradients: the same for the rest of the run, for compiled graphs.
     """
@@ -53,7 +53,7 @@ class Controller:
         self.step = self.restored_step = max(d.steps if d.observer is None else d.observer.step for d in self.deltas)
         self.expected_steps: int | None = None
         self.expected_start: int | None = None
-        self.run = Run(method.total_steps, len(self.names))
+        self.run = Run(method.total_steps)
         self.births: BirthRates | None = None
         self.health = Health()
         self.used = False  # a forward pass of ours since the last step
@@ -89,10 +89,6 @@ class Controller:
         for delta in self.deltas:
             yield from delta.block_parameters()
 
-    def holdings(self) -> list[Holding]:
-        """What every module holds, as allocators see it."""
-        return [holding_of(name, delta) for name, delta in zip(self.names, self.deltas, strict=True)]
-
     @property
     def ranks(self) -> dict[str, int]:
         """Active rank per module."""
@@ -104,7 +100,7 @@ class Controller:
 
     def forecast(self, steps: int) -> Forecast:
         """What the rules will do in a run of so many steps. Raises ScheduleError if a schedule does not fit it."""
-        run, holdings, exact = Run(steps, len(self.names)), tuple(self.holdings()), True
+        run, holdings, exact = Run(steps), tuple(map(holding_of, self.deltas)), True
         events: list[Expected] = []
         for rule in self.rules:
             expected = rule.forecast(holdings, run)
@@ -128,7 +124,7 @@ class Controller:
         again = self.follows(optimizer)
         total = total_steps or self.expected_steps or (self.run.steps if again else None) or self.method.total_steps
         start = self._first_step(optimizer, total)
-        run = Run(total, len(self.names))
+        run = Run(total)
         for rule in self.rules:
             rule.start(run, start)
         self.run, self.step = run, start

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..decide.penalties import mean_size, mean_size_grad, orthogonality, orthogonality_grad
 from ..deltas import BlockDelta, Status
+from ..deltas.blocks import joined
 from ..methods import Penalty
 from ..ops.parallel import full, laid_out_like
 
@@ -19,26 +20,21 @@ def components(deltas: Sequence[BlockDelta]) -> list[Tensor]:
     for delta in deltas:
         frozen = {id(p) for p in delta.frozen_parameters()}
         blocks = [
-            {letter: full(p.detach() if id(p) in frozen else p) for letter, p in delta.block(i).items()}
-            for i in penalised(delta)
+            {letter: full(p.detach() if id(p) in frozen else p) for letter, p in block.items()}
+            for block in penalised(delta)
         ]
-        matrices.append(joined([b["A"] for b in blocks], dim=0))
-        matrices.append(joined([b["B"] for b in blocks], dim=1).mT)
+        matrices.append(joined([b["A"] for b in blocks], 0))
+        matrices.append(joined([b["B"] for b in blocks], 1).mT)
     return matrices
 
 
-def joined(parts: list[Tensor], *, dim: int) -> Tensor:
-    """The parts as one tensor; a single one as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def penalised(delta: BlockDelta) -> list[int]:
-    return delta.indices(Status.ACTIVE, Status.RESERVE)
+def penalised(delta: BlockDelta) -> list[dict[str, nn.Parameter]]:
+    """The blocks that are computed or in reserve."""
+    return [delta.block(i) for i in delta.indices(Status.ACTIVE, Status.RESERVE)]
 
 
 def gates(deltas: Sequence[BlockDelta]) -> list[nn.Parameter]:
-    """e of every block that is computed or in reserve."""
-    return [delta.block(i)["E"] for delta in deltas for i in penalised(delta)]
+    return [block["E"] for delta in deltas for block in penalised(delta)]
 
 
 def penalty_value(deltas: Sequence[BlockDelta], rule: Penalty) -> Tensor:
@@ -75,8 +71,8 @@ def gradients(deltas: Sequence[BlockDelta], rule: Penalty, scale: float) -> list
     pairs = []
     for delta, grad_a, grad_b in zip(deltas, grads[0::2], grads[1::2], strict=True):
         start = 0
-        for i in penalised(delta):
-            block, rows = delta.block(i), slice(start, start + delta.sizes[i])
-            start += delta.sizes[i]
+        for block in penalised(delta):
+            rows = slice(start, start + len(block["A"]))
+            start = rows.stop
             pairs += [(block["A"], grad_a[rows]), (block["B"], grad_b[rows].mT)]
     return pairs

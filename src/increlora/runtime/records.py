@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..deltas import BlockDelta, Status
-from .births import created
+from .births import births_of
 
 if TYPE_CHECKING:
     from .controller import Controller
@@ -31,12 +30,7 @@ def birth_factors(controller: "Controller") -> dict[int, float]:
     births, step = controller.births, controller.step - 1
     if births is None:
         return {}
-    known = {
-        created(delta, i, letter)
-        for delta in controller.deltas
-        for i in delta.indices(Status.ACTIVE, Status.RESERVE)
-        for letter in delta.letters
-    }
+    known = {born for delta in controller.deltas for born in births_of(delta).values()}
     return {born: births.factors(born, step)[0] for born in sorted(known) if 0 <= born < step}
 
 
@@ -50,23 +44,11 @@ def record(controller: "Controller", ranks_before: dict[str, int]) -> dict[str, 
     each live tensor, in units of the host's peak (`published` clock) or of the host's current rate (`ramp`).
     score: of this step, None where none was taken; like the averages only there if a rule scores modules.
     """
-    details = [rule.details() for rule in controller.rules]
-    modules = {
-        name: now
-        | {
-            "grown": now["rank"] - ranks_before[name],
-            "lr_factor": _factors(controller, controller.deltas[i]),
-        }
-        | {key: values[i] for of_rule in details for key, values in of_rule.items()}
-        for i, (name, now) in enumerate(snapshot(controller).items())
-    }
-    return {"step": controller.step, "modules": modules}
-
-
-def _factors(controller: "Controller", delta: BlockDelta) -> dict[str, float]:
-    step, births = controller.step, controller.births
-    return {
-        f"lora_{letter}{i}": births.factors(created(delta, i, letter), step)[0] if births else 1.0
-        for i in delta.indices(Status.ACTIVE, Status.RESERVE)
-        for letter in delta.letters
-    }
+    step, births, modules = controller.step, controller.births, snapshot(controller)
+    details = {key: values for rule in controller.rules for key, values in rule.details().items()}
+    for i, (name, now) in enumerate(modules.items()):
+        now["grown"] = now["rank"] - ranks_before[name]
+        born = births_of(controller.deltas[i])
+        now["lr_factor"] = {tensor: births.factors(b, step)[0] if births else 1.0 for tensor, b in born.items()}
+        now |= {key: values[i] for key, values in details.items()}
+    return {"step": step, "modules": modules}

@@ -93,10 +93,12 @@ class Watcher:
     def tap_input(self, A: Tensor, x: Tensor) -> Tensor:
         if not self.controller.sees_inputs:
             return A
-        return compiled.tap_input(A, x, self.key) if torch.compiler.is_compiling() else InputTap.apply(A, x, self)
+        return compiled.tap(A, x, self.key, "inputs") if torch.compiler.is_compiling() else InputTap.apply(A, x, self)
 
     def tap_output(self, y: Tensor, x: Tensor) -> Tensor:
-        return compiled.tap_output(y, x, self.key) if torch.compiler.is_compiling() else OutputTap.apply(y, x, self)
+        if torch.compiler.is_compiling():
+            return compiled.tap(y, x, self.key, "gradients")
+        return OutputTap.apply(y, x, self)
 
     def see_inputs(self, x: Tensor) -> None:
         self.seen = True
@@ -127,10 +129,7 @@ class Watcher:
                 f"`increlora.attach(model, optimizer, total_steps=…)` before training"
             )
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "Orphan":
-        return Orphan(self.step)
-
-    def __reduce__(self) -> tuple[type["Orphan"], tuple[int]]:
+    def __reduce__(self) -> tuple[type["Orphan"], tuple[int]]:  # for copy.deepcopy, too
         return Orphan, (self.step,)
 
 
@@ -145,12 +144,6 @@ class Orphan:
             "this adaptive adapter is a copy (copy.deepcopy or pickle) and nobody drives it: call "
             "`increlora.attach(model, optimizer, total_steps=…)` before training it"
         )
-
-    def tap_input(self, A: Tensor, x: Tensor) -> Tensor:
-        return A
-
-    def tap_output(self, y: Tensor, x: Tensor) -> Tensor:
-        return y
 
     def loaded(self, step: int) -> None:
         self.step = step

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ..decide.budget import Budget
 from ..deltas import BlockDelta, LowRankDelta, Vectors
+from ..deltas.blocks import joined
 from ..errors import ConfigError
-from ..methods.base import Method, Settings, Site, in_blocks, matching
-from ..methods.checks import check_counts, check_patterns, check_shares
+from ..methods.base import Method, Site, in_blocks, matching
 from ..methods.initial import gaussian, kaiming, zeros
+from ..methods.options import Count, LoraOptions
 from ..methods.scaling import rank_and_scale
 from ..ops.fused_linear import Pending, computed, matched
 
@@ -63,7 +64,7 @@ class BlockDiagonalDelta(BlockDelta):
         """A (n, r, in/n) and B (n, out/n, r) of all mini adapters."""
         blocks = [self.block(i) for i in self.live]
         A, B = ([b[letter].unflatten(0, (self.minis, -1)) for b in blocks] for letter in self.letters)
-        a, b = (A[0], B[0]) if len(blocks) == 1 else (torch.cat(A, dim=1), torch.cat(B, dim=2))
+        a, b = joined(A, 1), joined(B, 2)
         if self.in_features <= self.out_features:
             return a * self.scale, b
         return a, b * self.scale
@@ -76,7 +77,7 @@ class BlockDiagonalDelta(BlockDelta):
 
 
 @dataclass(frozen=True)
-class MeLora(Settings):
+class MeLora(LoraOptions):
     """Settings of MELoRA; by name or its ending (regex, first match) a module may have its own.
 
     Attributes:
@@ -90,26 +91,16 @@ class MeLora(Settings):
 
     reads = (Vectors,)
 
-    r: int = 8
-    minis: int = 2
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
+    minis: Count = 2
     use_rslora: bool = False
-    init_lora_weights: bool = True
-    minis_pattern: Mapping[str, int] = field(default_factory=dict)
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    minis_pattern: Mapping[str, Count] = field(default_factory=dict)
+    rank_pattern: Mapping[str, Count] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    seed: int = 0
 
     @classmethod
     def paper(cls, r: int = 8, **overrides: Any) -> Self:
         """The published GLUE script: minis = 2, lora_alpha = 16, lora_dropout = 0.05, unless given."""
         return cls(**{"r": r, "minis": 2, "lora_alpha": 16, "lora_dropout": 0.05} | overrides)
-
-    def __post_init__(self) -> None:
-        check_counts(self, ("r", "minis"))
-        check_shares(self, ("lora_dropout",))
-        check_patterns(self, ("rank_pattern", "minis_pattern"))
 
     def method(self, sites: int, uniform_parameters: int) -> Method:
         uniform = Budget(self.r * sites, self.r * uniform_parameters)

@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from increlora.decide.budget import Budget, block_sizes, default_capacity, resolve
+from increlora.decide.budget import Budget, block_sizes, default_capacity
 from increlora.errors import BudgetError
+from increlora.methods import IncreLora
+from increlora.methods.base import budget_of
 
 REPEATABLE = settings(derandomize=True, deadline=None)  # a run never fails by chance
 DEBERTA = ([(768, 768)] * 4 + [(768, 3072), (3072, 768)]) * 12  # query, key, value, output, intermediate, output
@@ -23,14 +25,14 @@ def test_t12_parameters_of_one_rank_everywhere(shapes, modules: int, with_e: int
     """The specification counts the λ of every rank too; budgets count LoRA's form, without them."""
     assert len(shapes) == modules
     uniform = cost_of_one_rank(shapes)
-    budget = resolve(r=1, total_ranks=None, total_parameters=None, uniform_parameters=uniform, modules=modules)
+    budget = budget_of(IncreLora(r=1), modules, uniform)
     assert budget == Budget(modules, uniform)
     assert budget.parameters + budget.ranks == with_e
 
 
 def test_t12_uniform_rank_two_and_the_head() -> None:
     uniform = cost_of_one_rank(DEBERTA)
-    budget = resolve(r=2, total_ranks=None, total_parameters=None, uniform_parameters=uniform, modules=72)
+    budget = budget_of(IncreLora(r=2), 72, uniform)
     assert budget == Budget(144, 331_776)
     assert budget.parameters + budget.ranks == 331_920
     pooler, classifier = 768 * 768 + 768, 2 * 768 + 2
@@ -38,12 +40,11 @@ def test_t12_uniform_rank_two_and_the_head() -> None:
 
 
 def test_the_more_specific_budget_counts() -> None:
-    totals = {"uniform_parameters": 1000, "modules": 6}
-    assert resolve(r=3, total_ranks=None, total_parameters=None, **totals) == Budget(18, 3000)
-    assert resolve(r=3, total_ranks=11, total_parameters=None, **totals) == Budget(11, None)
-    assert resolve(r=3, total_ranks=None, total_parameters=999, **totals) == Budget(None, 999)
+    assert budget_of(IncreLora(r=3), 6, 1000) == Budget(18, 3000)
+    assert budget_of(IncreLora(r=3, total_ranks=11), 6, 1000) == Budget(11, None)
+    assert budget_of(IncreLora(r=3, total_parameters=999), 6, 1000) == Budget(None, 999)
     with pytest.raises(BudgetError, match="total_ranks=11 and total_parameters=999: give one"):
-        resolve(r=3, total_ranks=11, total_parameters=999, **totals)
+        budget_of(IncreLora(r=3, total_ranks=11, total_parameters=999), 6, 1000)
 
 
 @pytest.mark.parametrize(("start", "grow_by", "capacity", "tails", "expected"), [

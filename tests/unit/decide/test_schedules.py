@@ -38,24 +38,24 @@ def test_no_events_in_an_interval_that_runs_backwards() -> None:
     (0.03, 101, 3), (0.5, 3, 2), (0.25, 1, 0),
 ])  # fmt: skip
 def test_a_time_is_steps_or_a_share_of_the_run(time, steps, expected: int) -> None:
-    assert in_steps(time, Run(steps, 6), name="warmup_steps") == expected
+    assert in_steps(time, Run(steps), name="warmup_steps") == expected
 
 
 @pytest.mark.parametrize("time", [0, 0.0, 0.001])
 def test_a_time_has_a_least_value(time) -> None:
-    assert in_steps(time, Run(100, 6), name="interval_steps", least=1) == 1
-    assert in_steps(12, Run(100, 6), name="interval_steps", least=1) == 12
+    assert in_steps(time, Run(100), name="interval_steps", least=1) == 1
+    assert in_steps(12, Run(100), name="interval_steps", least=1) == 12
 
 
 @pytest.mark.parametrize("time", [-1, -0.1, 1.01, 2.0, True, False])
 def test_a_time_out_of_range_is_named(time) -> None:
     with pytest.raises(ScheduleError, match=rf"warmup_steps={time!r}"):
-        in_steps(time, Run(100, 6), name="warmup_steps")
+        in_steps(time, Run(100), name="warmup_steps")
 
 
 def test_a_share_of_an_unknown_run_names_the_three_remedies() -> None:
     with pytest.raises(ScheduleError) as caught:
-        in_steps(0.05, Run(None, 6), name="warmup_steps")
+        in_steps(0.05, Run(None), name="warmup_steps")
     for part in ("warmup_steps=0.05", "`total_steps`", "increlora.attach", "Trainer"):
         assert part in str(caught.value)
 

@@ -16,12 +16,12 @@ REPEATABLE = settings(derandomize=True, deadline=None)  # a run never fails by c
 COSTS = st.sampled_from([4, 7, 10, 10, 25])
 
 
-def holding(rank: int, free: tuple[int, ...], cost: int = 10, name: str = "m") -> Holding:
-    return Holding(name, rank, free, cost)
+def holding(rank: int, free: tuple[int, ...], cost: int = 10) -> Holding:
+    return Holding(rank, free, cost)
 
 
 def modules(count: int, free: tuple[int, ...], rank: int = 1, cost: int = 10) -> list[Holding]:
-    return [holding(rank, free, cost, f"m{i}") for i in range(count)]
+    return [holding(rank, free, cost)] * count
 
 
 def granted(holdings: list[Holding], plan: Plan) -> list[Holding]:
@@ -29,9 +29,9 @@ def granted(holdings: list[Holding], plan: Plan) -> list[Holding]:
     after = list(holdings)
     for grant in plan.grants:
         h = after[grant.module]
-        assert sum(h.free[b] for b in grant.blocks) == grant.ranks
-        free = tuple(size for i, size in enumerate(h.free) if i not in grant.blocks)
-        after[grant.module] = Holding(h.name, h.rank + grant.ranks, free, h.cost)
+        assert h.free[grant.block] == grant.ranks
+        free = tuple(size for i, size in enumerate(h.free) if i != grant.block)
+        after[grant.module] = Holding(h.rank + grant.ranks, free, h.cost)
     return after
 
 
@@ -53,10 +53,10 @@ def situations(draw, max_modules: int = 5, max_free: int = 6):
     grow_by = draw(st.sampled_from([1, 2, 3, 4]))
     tails = draw(st.integers(0, 2))
     result = []
-    for i in range(draw(st.integers(1, max_modules))):
+    for _ in range(draw(st.integers(1, max_modules))):
         capacity = 1 + draw(st.integers(0, max_free))
         sizes = block_sizes(start=1, grow_by=grow_by, capacity=capacity, tails=tails)
-        result.append(Holding(f"m{i}", 1, tuple(sizes[1:]), draw(COSTS)))
+        result.append(Holding(1, tuple(sizes[1:]), draw(COSTS)))
     importance = draw(st.lists(st.integers(0, 3).map(float), min_size=len(result), max_size=len(result)))
     return result, importance
 
@@ -100,44 +100,44 @@ def test_t6_published_overshoot_is_never_spent_strict_is() -> None:
 def test_the_most_important_grow_in_order_and_ties_go_to_the_earlier_module() -> None:
     plan = grow_top([2.0, 5.0, 2.0, 7.0, 2.0], modules(5, (2, 1)), top_h=4, budget=Budget(20))
     assert [g.module for g in plan.grants] == [3, 1, 0, 2]
-    assert all(g == Grant(g.module, (0,), 2) for g in plan.grants)
+    assert all(g == Grant(g.module, 0, 2) for g in plan.grants)
 
 
 def test_a_saturated_module_is_reported_and_the_next_best_gets_the_rank() -> None:
     holdings = [holding(3, ()), holding(1, (1,)), holding(3, ()), holding(1, (1,))]
     plan = grow_top([9.0, 1.0, 8.0, 5.0], holdings, top_h=1, budget=Budget(9))
-    assert plan == Plan((Grant(3, (0,), 1),), (0, 2), True)
+    assert plan == Plan((Grant(3, 0, 1),), (0, 2), True)
 
 
 def test_only_modules_that_would_have_grown_are_reported_saturated() -> None:
     plan = grow_top([1.0, 9.0], [holding(3, ()), holding(1, (1, 1))], top_h=1, budget=Budget(6))
-    assert plan == Plan((Grant(1, (0,), 1),), (), False)
+    assert plan == Plan((Grant(1, 0, 1),), (), False)
 
 
 def test_one_rank_blocks_fill_what_is_less_than_a_block() -> None:
     plan = grow_top([1.0, 2.0], modules(2, (4, 1)), top_h=2, budget=Budget(4))
-    assert plan == Plan((Grant(1, (1,), 1), Grant(0, (1,), 1)), (), True)
+    assert plan == Plan((Grant(1, 1, 1), Grant(0, 1, 1)), (), True)
 
 
 def test_a_block_is_refused_if_the_rest_could_then_not_be_met() -> None:
     """5 missing, blocks of 4 and a single tail: the tail must not go first where no second one is left."""
     holdings = [holding(1, (4, 1)), holding(1, (4,))]
     first = grow_top([2.0, 1.0], holdings, top_h=1, budget=Budget(7))
-    assert first.grants == (Grant(0, (0,), 4),)
-    assert grow_top([1.0, 2.0], granted(holdings, first), top_h=1, budget=Budget(7)).grants == (Grant(0, (0,), 1),)
+    assert first.grants == (Grant(0, 0, 4),)
+    assert grow_top([1.0, 2.0], granted(holdings, first), top_h=1, budget=Budget(7)).grants == (Grant(0, 0, 1),)
 
 
 def test_a_parameter_bound_moves_rank_to_cheaper_modules() -> None:
     holdings = [holding(1, (1, 1), cost=100), holding(1, (1, 1), cost=10)]
-    assert grow_top([9.0, 1.0], holdings, top_h=1, budget=Budget(4, 140)).grants == (Grant(1, (0,), 1),)
-    assert grow_top([9.0, 1.0], holdings, top_h=1, budget=Budget(4, 220)).grants == (Grant(0, (0,), 1),)
+    assert grow_top([9.0, 1.0], holdings, top_h=1, budget=Budget(4, 140)).grants == (Grant(1, 0, 1),)
+    assert grow_top([9.0, 1.0], holdings, top_h=1, budget=Budget(4, 220)).grants == (Grant(0, 0, 1),)
 
 
 def test_a_parameter_budget_is_short_by_less_than_the_smallest_grant() -> None:
     holdings = [holding(1, (2, 1), cost=30), holding(1, (2, 1), cost=10)]
     budget = Budget(None, 40 + 60 + 19)
     plan = grow_top([9.0, 1.0], holdings, top_h=2, budget=budget)
-    assert plan.grants == (Grant(0, (0,), 2), Grant(1, (1,), 1))  # a block of two would cost 20
+    assert plan.grants == (Grant(0, 0, 2), Grant(1, 1, 1))  # a block of two would cost 20
     assert plan.spent
     assert parameters_left(granted(holdings, plan), budget) == 9
 
@@ -158,7 +158,6 @@ def test_strict_invariants(data) -> None:
         order = [g.module for g in plan.grants]
         assert order == sorted(order, key=lambda i: (-importance[i], i))
         assert len(set(order)) == len(order)
-        assert all(len(g.blocks) == 1 for g in plan.grants)
         assert all(not holdings[i].free for i in plan.saturated)
         worst = (-importance[order[-1]], order[-1])
         if len(order) == top_h:
@@ -186,8 +185,8 @@ def test_permuting_the_modules_permutes_the_grants(data) -> None:
     order = data.draw(st.permutations(range(len(holdings))))
     plan = grow_top(importance, holdings, top_h=top_h, budget=budget)
     moved = grow_top([importance[i] for i in order], [holdings[i] for i in order], top_h=top_h, budget=budget)
-    assert [(order[g.module], g.blocks, g.ranks) for g in moved.grants] == [
-        (g.module, g.blocks, g.ranks) for g in plan.grants
+    assert [(order[g.module], g.block, g.ranks) for g in moved.grants] == [
+        (g.module, g.block, g.ranks) for g in plan.grants
     ]
     assert [order[i] for i in moved.saturated] == list(plan.saturated)
     assert moved.spent == plan.spent
@@ -239,7 +238,7 @@ def test_published_rule_equals_its_twin(importance: list[float], top_h: int, mis
     plan = grow_published(importance, holdings, top_h=top_h, budget=Budget(used + missing))
     expected = naive.chosen_published(importance, used, used + missing, top_h)
     assert [g.module for g in plan.grants] == expected
-    assert all(g == Grant(g.module, (0,), k) for g in plan.grants)
+    assert all(g == Grant(g.module, 0, k) for g in plan.grants)
     assert plan.spent == (len(expected) * k == missing)
 
 

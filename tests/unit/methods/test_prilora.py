@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from increlora import PriLoraConfig
-from increlora.decide.projections import nonzero_marks, zero_dropped, zero_least
-from increlora.decide.schedules import PruneSteps, Run
+from increlora.decide.projections import nonzero_marks, zero_least
+from increlora.decide.schedules import Multiples, Run
 from increlora.decide.scores import weighted_magnitude
 from increlora.deltas import LowRankDelta
 from increlora.errors import BudgetError, ConfigError, ScheduleError
@@ -153,7 +153,7 @@ def test_held_zeros_stay_and_everything_else_keeps_its_bits() -> None:
     values = [torch.tensor([0.0, -0.0, 1e-45, -3.0, torch.inf])]
     marks = nonzero_marks(values)
     moved = [torch.tensor([5.0, 6.0, 7.0, -0.1, 1e-45])]
-    zero_dropped(moved, marks)
+    torch._foreach_mul_(moved, marks)
     assert moved[0].tolist() == torch.tensor([0, 0, 7.0, -0.1, 1e-45]).tolist()
 
 
@@ -161,7 +161,7 @@ def test_held_zeros_stay_and_everything_else_keeps_its_bits() -> None:
 
 
 def test_p6_prunings_at_every_fortieth_step_and_nowhere_else() -> None:
-    assert [s + 1 for s in range(200) if PruneSteps(40).due(s)] == [40, 80, 120, 160, 200]
+    assert [s + 1 for s in range(200) if Multiples(40).due(s)] == [40, 80, 120, 160, 200]
 
 
 @pytest.mark.parametrize(("options", "steps"), [
@@ -172,7 +172,7 @@ def test_p6_prunings_at_every_fortieth_step_and_nowhere_else() -> None:
     ({"interval": 1, "warmup": 17, "total": 18}, [18]),
 ])  # fmt: skip
 def test_phases_without_prunings(options: dict, steps: list[int]) -> None:
-    schedule = PruneSteps(**options)
+    schedule = Multiples(**options)
     assert [s + 1 for s in range(40) if schedule.due(s)] == steps
     assert (schedule.first + 1, schedule.last + 1) == (steps[0], steps[-1])
     assert [s + 1 for s in range(18) if schedule.over(s)] == [*range(steps[-1], 19)]
@@ -182,15 +182,15 @@ def test_phases_without_prunings(options: dict, steps: list[int]) -> None:
 def test_a_run_without_any_pruning_is_refused(options: dict, run: int) -> None:
     method = PriLora(**options).method(2, 20)
     with pytest.raises(ScheduleError, match=f"no pruning falls into a run of {run} steps.*lower `interval_steps`"):
-        method.rules[0].schedule(Run(run, 2))
-    assert method.rules[0].schedule(Run(1000, 2)).first in (39, 79)
+        method.rules[0].schedule(Run(run))
+    assert method.rules[0].schedule(Run(1000)).first in (39, 79)
 
 
 @pytest.mark.parametrize("options", [{"interval_steps": 0.1}, {"warmup_steps": 0.1}, {"settle_steps": 10}])
 def test_an_unknown_length_names_the_remedies(options: dict) -> None:
     with pytest.raises(ScheduleError, match=r"`total_steps`.*increlora.attach.*Trainer"):
-        PriLora(**options).method(2, 20).rules[0].schedule(Run(None, 2))
-    assert PriLora().method(2, 20).rules[0].schedule(Run(None, 2)).last is None
+        PriLora(**options).method(2, 20).rules[0].schedule(Run(None))
+    assert PriLora().method(2, 20).rules[0].schedule(Run(None)).last is None
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

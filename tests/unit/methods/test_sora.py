@@ -135,11 +135,11 @@ def test_s5_levels() -> None:
 
 def test_a_threshold_rises_in_equal_phases_and_ends_with_the_settling() -> None:
     config = Sora(threshold=6.0, levels=3, warmup_steps=10, settle_steps=6, interval_steps=1)
-    levels = config.method(1, 4).rules[0].thresholds(Run(25, 1))
+    levels = config.method(1, 4).rules[0].thresholds(Run(25))
     assert levels == Levels((0.0, 2.0, 4.0, 6.0), 10, 20)
     expected = [0] * 10 + [2] * 4 + [4] * 3 + [6] * 3 + [0] * 5  # 10 steps in 3 phases
     assert [levels.at(step) for step in range(25)] == expected
-    constant = SoraPaper.paper(threshold=0.5).method(1, 4).rules[0].thresholds(Run(25, 1))
+    constant = SoraPaper.paper(threshold=0.5).method(1, 4).rules[0].thresholds(Run(25))
     assert [constant.at(step) for step in range(25)] == [0.5] * 25
 
 

@@ -1,7 +1,6 @@
 """ReMoRA: what a restart does to rank, function, optimizer and learning rate (C11), and when it is due."""
 
 import itertools
-from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from increlora.decide.schedules import RestartSteps, Run
+from increlora.decide.schedules import Multiples, Run
 from increlora.errors import CheckpointError, ScheduleError
 from increlora.methods import Site
 from increlora.registry import METHODS
@@ -83,7 +82,7 @@ def test_c11_a_restart_changes_nothing_and_later_rounds_add_to_it(options: dict)
         torch.testing.assert_close(delta(x), before, rtol=1e-13, atol=1e-13)
         assert not delta.lora_M0.any() and torch.equal(delta.lora_past[turn], M)
         alone = delta_of(14, 4, **options)
-        alone.form = partial(lambda form, _: form, delta.form(turn))
+        alone.maps = partial(lambda turn, _, *shape: delta.maps(turn, *shape), turn)
         with torch.no_grad():
             alone.lora_M0.copy_(M)
         parts.append(alone.weight())
@@ -232,21 +231,27 @@ def test_a_second_run_on_the_same_adapter_goes_on_with_its_past() -> None:
 
 
 def test_the_schedule() -> None:
-    due = [step for step in range(20) if RestartSteps(4, total=16).due(step)]
-    assert due == [3, 7, 11]
-    assert [step for step in range(20) if RestartSteps(4).due(step)] == [3, 7, 11, 15, 19]
-    assert [step for step in range(7) if RestartSteps(4, total=5).due(step)] == [3]
-    share = Mora(restart_steps=0.25, restart_warmup=0.1).method(1, 8).rules[0].schedule(Run(100, 1))
-    assert (share.interval, share.warmup, share.total) == (25, 10, 100)
+    def due(total: int | None, within: int = 20) -> list[int]:
+        return [step for step in range(within) if schedule_of(total, restart_steps=4, restart_warmup=0).due(step)]
+
+    assert due(16) == [3, 7, 11]
+    assert due(None) == [3, 7, 11, 15, 19]
+    assert due(5, within=7) == [3]
+    share = schedule_of(100, restart_steps=0.25, restart_warmup=0.1)
+    assert (share.interval, share.last, share.over(73), share.over(74)) == (25, 74, False, True)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ((16, 0, 16), "no restart falls into a run of 16 steps .restart_steps=16."),
-    ((10, 11, 16), "restart_warmup=11 is longer than a round of restart_steps=10"),
+def schedule_of(total: int | None, **options: float) -> Multiples:
+    return Mora(**options).method(1, 8).rules[0].schedule(Run(total))
+
+
+@pytest.mark.parametrize(("interval", "warmup", "total", "message"), [
+    (16, 0, 16, "no restart falls into a run of 16 steps .restart_steps=16."),
+    (10, 11, 16, "restart_warmup=11 is longer than a round of restart_steps=10"),
 ])  # fmt: skip
-def test_a_schedule_that_does_not_fit_is_refused(arguments: Sequence[int], message: str) -> None:
+def test_a_schedule_that_does_not_fit_is_refused(interval: int, warmup: int, total: int, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
-        RestartSteps(*arguments)
+        schedule_of(total, restart_steps=interval, restart_warmup=warmup)
 
 
 def test_tensors_say_how_many_rounds_there_were() -> None:

@@ -77,7 +77,7 @@ def test_the_birth_rate_equals_a_group_of_its_own(name: str, clock) -> None:
     optimizer = OPTIMIZERS[name](list(ours.parameters()))
     groups = [{"params": list(twin.block(i).values())} for i in range(2)]
     reference = OPTIMIZERS[name](groups)
-    run = Run(TOTAL, 1)
+    run = Run(TOTAL)
     births, peak = BirthRates(clock, run, optimizer), optimizer.param_groups[0]["lr"]
     optimizer.param_groups[0]["initial_lr"] = peak  # as a scheduler would
     shares = []
@@ -104,15 +104,15 @@ def test_the_birth_rate_equals_a_group_of_its_own(name: str, clock) -> None:
 
 def test_the_published_clock_names_the_schedule_it_was_made_for() -> None:
     clock = IncreLoraPaper.paper(2, warmup_steps=5, interval_steps=5).method(1, 8).clock
-    assert clock is not None and clock(12, 10, Run(60, 1)) == (0.2, pytest.approx(48 / 55))
+    assert clock is not None and clock(12, 10, Run(60)) == (0.2, pytest.approx(48 / 55))
     ramp_only = IncreLora(r=2, birth_warmup=4).method(1, 8).clock
-    assert ramp_only is not None and ramp_only(12, 10, Run(60, 1)) == (0.5, None)
+    assert ramp_only is not None and ramp_only(12, 10, Run(60)) == (0.5, None)
 
 
 def test_the_published_clock_is_absolute_whatever_the_hosts_schedule() -> None:
     """A scheduler notes the peak; a newborn follows its own linear curve to 0, also under a constant rate."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-    births = BirthRates(published, Run(60, 1), optimizer)
+    births = BirthRates(published, Run(60), optimizer)
     assert births.factors(10, 12)[1] == pytest.approx(0.2 / (48 / 55))  # no scheduler: taken to be the published one
     optimizer.param_groups[0]["initial_lr"] = 0.5
     assert births.factors(10, 12) == (0.2, 0.2)
@@ -128,7 +128,7 @@ def test_every_optimizer_called_exact_is_tested() -> None:
 
 
 def test_factors_without_a_host_rate_do_not_move() -> None:
-    births = BirthRates(published, Run(60, 1), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+    births = BirthRates(published, Run(60), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
     assert births.factors(-1, 0) == (0.0, 1.0)  # the host's own
     assert births.factors(-1, 3) == (0.6, 1.0)
     assert births.factors(10, 10) == (1.0, pytest.approx(1 / (50 / 55)))
@@ -145,7 +145,7 @@ def test_every_group_has_its_own_schedule(group: dict, multiplier: float) -> Non
     """The peak learning rate is what a scheduler noted in the tensor's group."""
     one, other = (nn.Parameter(torch.zeros(1)) for _ in range(2))
     optimizer = torch.optim.SGD([{"params": [one], "lr": 1.0, "initial_lr": 1.0}, {"params": [other], **group}])
-    births = BirthRates(published, Run(60, 1), optimizer)
+    births = BirthRates(published, Run(60), optimizer)
     assert births.factors(10, 12, other) == (0.2, pytest.approx(multiplier))
     assert births.factors(10, 12, one) == births.factors(10, 12) == (0.2, pytest.approx(0.2))
 
@@ -154,7 +154,7 @@ def one_birth_step(dtype: torch.dtype, kind: type[Optimizer]) -> None:
     delta = two_blocks(dtype)
     delta.status[1], delta.born[1] = Status.ACTIVE, 0
     optimizer = kind(list(delta.parameters()), lr=0.1)
-    births = BirthRates(ramp, Run(TOTAL, 1), optimizer)
+    births = BirthRates(ramp, Run(TOTAL), optimizer)
     for step in (1, 2):
         gradients(delta, step, 2)
         births.remember([delta], step)

@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from increlora.errors import ConfigError
 from increlora.methods import Site
-from increlora.structural.mora.delta import SquareDelta, SquareMaps
+from increlora.structural.mora.delta import SquareDelta
 from increlora.structural.mora.maps import angles, shuffled
 from increlora.structural.mora.method import Mora
 from tests.reference.naive_mora import TYPES, dense
@@ -130,7 +130,7 @@ def test_c4_dead_inputs_are_refused_named_and_counted(operator: str) -> None:
 @pytest.mark.parametrize(("k", "d", "seen"), [(11008, 4096, 4176), (14336, 4096, 4224), (4096, 1024, 1212)])
 def test_c4_what_the_published_code_leaves_of_real_layers(k: int, d: int, seen: int) -> None:
     settings = Mora.paper(8, mora_type=6)
-    assert k - SquareMaps(settings.round_form(0), k, d, settings.side_of(k, d)).dead == seen
+    assert k - settings.round_maps(0, k, d, settings.side_of(k, d)).dead == seen
 
 
 def test_c5_pairing() -> None:

@@ -90,7 +90,7 @@ def test_the_preset_is_the_published_code() -> None:
 def test_maps_of_the_rounds(maps: str, start: int, expected: list[int]) -> None:
     settings = Mora(mora_type=start, restart_steps=5, restart_maps=maps, pad="zero")
     for turn, number in enumerate(expected):
-        form = settings.round_form(turn)
-        assert (form.compress, form.expand) == TYPES[number] and not form.wrap and not form.shuffle
+        found = settings.round_maps(turn, 8, 8, 4)
+        assert (found.compress, found.expand) == TYPES[number] and not found.wrap and not found.shuffle
     permuted = Mora(mora_type=start, restart_steps=5)
-    assert [permuted.round_form(turn).shuffle for turn in range(3)] == ["", "0/1", "0/2"]
+    assert [permuted.round_maps(turn, 8, 8, 4).shuffle for turn in range(3)] == ["", "0/1", "0/2"]

@@ -30,7 +30,7 @@ def test_a_recipe_has_the_papers_schedule(path: Path) -> None:
     settings = read_recipe(path)
     config, task = settings.peft_config(), settings.task.removeprefix("glue/")
     steps = settings.total_steps(GLUE[task].train_size)
-    schedule = config.settings().method(72, 72).rules[0].schedule(Run(steps, 72), 72 * config.init_r, 72 * config.r)
+    schedule = config.settings().method(72, 72).rules[0].schedule(Run(steps), 72 * config.init_r, 72 * config.r)
     assert (steps, schedule.warmup, schedule.interval, schedule.settle, config.orthogonality) == PAPER[task]
     assert (config.r, config.init_r) in {(2, 4), (8, 12)}
     assert config.published == AdaLoraConfig.paper().published

@@ -276,7 +276,7 @@ def test_the_forecast_of_every_recipe_agrees_with_the_published_scripts(deberta)
         deltas = {name: made[site] for name, site in shapes.items()}  # one delta for all modules of a shape
         [rule] = [rule.bind(deltas, method.budget, slot) for slot, rule in enumerate(method.rules)]
         steps = settings.total_steps(GLUE[settings.task.removeprefix("glue/")].train_size)
-        found = rule.forecast(rule.holdings(), Run(steps, len(deltas))).events
+        found = rule.forecast(rule.holdings(), Run(steps)).events
         events, last, ranks = PUBLISHED[path.stem.removeprefix("increlora-")]
         assert (len(found), found[-1].step, found[-1].ranks) == (events, last, ranks), path.stem
 

@@ -32,7 +32,7 @@ def test_a_recipe_says_what_it_is_and_trains_as_adaloras_does(path: Path) -> Non
     for option in ("lora_alpha", "lora_dropout"):
         assert settings.options[option] == other.options[option]
     steps = settings.total_steps(GLUE[task].train_size)
-    schedule = settings.peft_config().settings().method(72, 72).rules[0].schedule(Run(steps, 72))
+    schedule = settings.peft_config().settings().method(72, 72).rules[0].schedule(Run(steps))
     assert (schedule.first, schedule.last) == (39, steps // 40 * 40 - 1)
     assert settings.peft_config().first_r == 4.0
 

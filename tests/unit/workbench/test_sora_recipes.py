@@ -21,7 +21,7 @@ def test_a_recipe_has_the_published_thresholds(name: str, steps: int, thresholds
     settings = read_recipe(RECIPES[name])
     rule = settings.peft_config().settings().method(72, 165_888).rules[0]
     assert settings.total_steps(GLUE[settings.task.removeprefix("glue/")].train_size) == steps
-    levels = rule.thresholds(Run(steps, 72))
+    levels = rule.thresholds(Run(steps))
     assert {step: levels.at(step) for step in thresholds} == pytest.approx(thresholds)
     assert rule.shrink is published_shrink and rule.close_after is None
     assert (settings.max_grad_norm, settings.weight_decay) == (0.1, 0.1)

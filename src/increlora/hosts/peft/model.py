@@ -56,7 +56,7 @@ class AdapterModel(BaseTuner):
         if contents and not getattr(model, "_checkpoint_conversion_mapping", None):  # its keys are renamed on loading
             checkpoint.check_contents(contents, self._handle.stored, model, peft_config.modules_to_save or ())
         if bases and not peft_config.inference_mode:
-            self._handle.method.check([holding_of(name, delta) for name, delta in self._handle.blocks.items()])
+            self._handle.method.check([*map(holding_of, self._handle.blocks.values())])
 
     def _own_shared(self, adapter_name: str, shared: Stored, like: AdapterLayer, inference_mode: bool) -> None:
         """Give the model what the modules of this adapter share, once: with the first of them."""

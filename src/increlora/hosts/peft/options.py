@@ -10,6 +10,8 @@ from typing import Any, get_type_hints
 from peft import LoraConfig, TaskType
 
 from ...errors import ConfigError
+from ...methods.base import Settings
+from ...methods.options import LoraOptions
 
 # Options of peft's LoraConfig that mean the same here: (type, meaning).
 Modules = str | list[str] | set[str] | None
@@ -98,13 +100,17 @@ def signature_of(settings_cls: type, preset: Any = None) -> Signature:
 
 def settings_doc(settings_cls: type) -> str:
     """The docstring of the class that has the fields."""
-    owner = next(c for c in settings_cls.__mro__ if "r" in vars(c).get("__annotations__", {}))
-    return inspect.cleandoc(owner.__doc__ or "")
+    return inspect.cleandoc(owner_of(settings_cls).__doc__ or "")
+
+
+def owner_of(settings_cls: type) -> type:
+    """The class that says what the method's options are; those below it add to them."""
+    return [c for c in settings_cls.__mro__ if issubclass(c, Settings) and c not in (LoraOptions, Settings)][-1]
 
 
 def switches_doc(paper_cls: Any) -> str:
     """The meaning of every switch of the published code; empty where there is none."""
-    own = paper_cls.__doc__ if "r" not in vars(paper_cls).get("__annotations__", {}) else ""
+    own = paper_cls.__doc__ if paper_cls is not owner_of(paper_cls) else ""
     return inspect.cleandoc(own or "").partition("\n\n")[2]
 
 

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from ...decide.budget import Budget
 from ...deltas import Vectors
 from ...errors import ConfigError
-from ...methods.base import Method, Settings, Site, in_blocks
-from ...methods.checks import check_choices, check_counts, check_patterns, check_shares
+from ...methods.base import Method, Site, in_blocks
 from ...methods.initial import Shape, gaussian, kaiming, zeros
+from ...methods.options import Count, LoraOptions
 from ...methods.scaling import rank_and_scale
 from .delta import FourFactorDelta
 
 
 @dataclass(frozen=True)
-class LoraMini(Settings):
+class LoraMini(LoraOptions):
     """Settings of LoRA-Mini. The published ones are not known: every default is ours.
 
     Attributes:
@@ -54,26 +54,18 @@ class LoraMini(Settings):
 
     reads = (Vectors,)
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
     use_rslora: bool = False
-    inner_in: int | None = None
-    inner_out: int | None = None
+    inner_in: Count | None = None
+    inner_out: Count | None = None
     reduction: float | None = None
     init: Literal["matched", "official_aux", "orthonormal"] = "matched"
     forward: Literal["auto", "composed", "sequential"] = "auto"
     save_projection: bool = True
-    init_lora_weights: bool = True
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    rank_pattern: Mapping[str, Count] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        check_counts(self, ("r", "inner_in", "inner_out"))
-        check_shares(self, ("lora_dropout",))
-        check_choices(self)
-        check_patterns(self, ("rank_pattern",))
+        super().__post_init__()
         if self.reduction is not None and not 1 <= self.reduction < float("inf"):
             raise ConfigError(
                 f"reduction={self.reduction!r}: give a number of at least 1 (LoRA's parameters ÷ trained)"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from ...deltas.base import Delta, Stored, check_shape
+from ...deltas.blocks import joined
 from ...errors import DriveError
 from ...ops.fused_linear import Pending, add_product
 from ...ops.parallel import in_process_group
@@ -96,8 +97,8 @@ class TensorDelta(Delta):
         g = [self.scale * bank.lora_C_matrix[m] * bank.lora_C_layer[self.layer] for m, _ in self.parts]
         if self.heads_out:
             heads = [grouped(C, n) * g_m for (_, n), g_m in zip(self.parts, g, strict=True)]
-            return bank.lora_A.t(), khatri_rao(stacked(heads), bank.lora_B)
-        return khatri_rao(C, bank.lora_B).t(), stacked([bank.lora_A * g_m for g_m in g])
+            return bank.lora_A.t(), khatri_rao(joined(heads, 0), bank.lora_B)
+        return khatri_rao(C, bank.lora_B).t(), joined([bank.lora_A * g_m for g_m in g], 0)
 
     def add_to(self, y: Tensor | Pending, x: Tensor) -> Tensor:
         refuse_reentrant_checkpointing()
@@ -113,10 +114,6 @@ def khatri_rao(C: Tensor, B: Tensor) -> Tensor:
 def grouped(C: Tensor, groups: int) -> Tensor:
     """The mean of the rows of each of so many groups of neighbours."""
     return C if groups == len(C) else C.unflatten(0, (groups, -1)).mean(1)
-
-
-def stacked(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def refuse_reentrant_checkpointing() -> None:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from ...decide.budget import Budget
 from ...deltas import Vectors
 from ...errors import ConfigError
-from ...methods.base import Method, Settings, Site, matching
-from ...methods.checks import check_choices, check_counts, check_shares, check_weight
+from ...methods.base import Method, Site, matching
+from ...methods.options import Count, LoraOptions, Weight
 from ...methods.scaling import scale_of
 from ...seeding import generator_of
 from .attention import ROLES, blocks, completed, find, interleaved, key_heads, projection
@@ -32,7 +32,7 @@ from .delta import TensorBank, TensorDelta
 
 
 @dataclass(frozen=True)
-class Lorta(Settings):
+class Lorta(LoraOptions):
     """Every option of LoRTA; by name or its ending (regex, first match) a module may have its own α.
 
     Attributes:
@@ -55,20 +55,15 @@ class Lorta(Settings):
 
     reads = (Vectors,)
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
     use_rslora: bool = False
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     orientation: Literal["head_aligned", "official_peft", "official_litgpt"] = "head_aligned"
     init: Literal["official", "lora_matched"] = "official"
-    init_scale: float = 0.0
-    init_lora_weights: bool = True
-    heads: int | None = None
-    head_dim: int | None = None
+    init_scale: Weight = 0.0
+    heads: Count | None = None
+    head_dim: Count | None = None
     layers: list[str] | None = None
     matrices: Mapping[str, str] = field(default_factory=dict)
-    seed: int = 0
 
     @classmethod
     def paper(cls, r: int = 8, **overrides: Any) -> Self:
@@ -77,10 +72,7 @@ class Lorta(Settings):
         return cls(r=r, **published | overrides)
 
     def __post_init__(self) -> None:
-        check_counts(self, ("r", "heads", "head_dim"))
-        check_choices(self)
-        check_shares(self, ("lora_dropout",))
-        check_weight(self, "init_scale")
+        super().__post_init__()
         for ending, roles in self.matrices.items():
             if roles != "o" and not (roles and set(roles) <= set(ROLES[:3]) and len(set(roles)) == len(roles)):
                 raise ConfigError(
@@ -153,15 +145,15 @@ class Lorta(Settings):
             read, inner = inner, read
         count = key_heads(roles.replace("o", "q"), inner, heads, head_dim)
         plain = self.orientation == "head_aligned" or (heads * head_dim == width and count == heads)
-        if read == width and plain and count is not None:
-            return count
         if read != width:
             problem = f"width {read}, but the factor that all modules share has {width}: adapt modules of one width"
         elif count is None:
             problem = f"{inner} features are not {roles} of {heads} heads of {head_dim}: set `heads` and `head_dim`"
-        else:
+        elif not plain:
             problem = (
                 f"orientation={self.orientation!r} wants heads · head_dim = {heads} · {head_dim} to be the width "
                 f"{width}, and as many heads for k and v: use orientation='head_aligned'"
             )
+        else:
+            return count
         raise ConfigError(f"{site.name}: {problem}, or leave the module out of `target_modules`")

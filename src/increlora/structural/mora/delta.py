@@ -31,106 +31,97 @@ PAST = "lora_past"
 
 
 @dataclass(frozen=True)
-class Form:
-    """Which maps, for any shape.
+class SquareMaps:
+    """C and D of a round for one shape.
 
     Attributes:
-        operator, compress, expand, pairing: see above and `maps`.
+        side: R.   operator, compress, expand, pairing: see above and `maps`.
         wrap: where R does not divide `in`, the first inputs fill the gap at the end, and count twice.
         fold: chunks that the output has no room for are added to others.
         shuffle: key of a random order of inputs and of outputs; empty: as they are.
     """
 
-    operator: Operator = "sharing"
-    compress: Layout = "stride"
-    expand: Layout = "stride"
-    wrap: bool = True
-    pairing: Pairing = "half"
-    fold: bool = False
+    in_features: int
+    out_features: int
+    side: int
+    operator: Operator
+    compress: Layout
+    expand: Layout
+    wrap: bool
+    pairing: Pairing
+    fold: bool
     shuffle: str = ""
 
     @property
     def chunked(self) -> bool:
         return self.operator in ("decoupling", "rotation")
 
-
-@dataclass(frozen=True)
-class SquareMaps:
-    """C and D of one form for one shape."""
-
-    form: Form
-    in_features: int
-    out_features: int
-    side: int
-
     @property
     def chunks(self) -> tuple[int, int]:
         """Chunks of the input that are used, and those that the matrix is applied to."""
-        if not self.form.chunked:
+        if not self.chunked:
             return 1, 1
         n, m = -(-self.in_features // self.side), -(-self.out_features // self.side)
-        return (n if self.form.fold else min(n, m)), min(n, m)
+        return (n if self.fold else min(n, m)), min(n, m)
 
     @property
     def dead(self) -> int:
         """Inputs that reach no output because it has no room for their chunk."""
-        return max(0, self.in_features - self.chunks[0] * self.side) if self.form.chunked else 0
+        return max(0, self.in_features - self.chunks[0] * self.side) if self.chunked else 0
 
     @property
     def padding(self) -> int:
         """Inputs that are missing in the last chunk or row, where the form has such."""
-        strided = self.form.operator == "sharing" and self.form.compress == "stride"
-        return -self.in_features % self.side if self.form.chunked or strided else 0
+        strided = self.operator == "sharing" and self.compress == "stride"
+        return -self.in_features % self.side if self.chunked or strided else 0
 
     @property
     def misfit(self) -> str | None:
         """Why a matrix of this side cannot be used, if so."""
         if self.side < 1:
             return "is empty: raise `r`, or leave the module out of `target_modules`"
-        if self.form.operator == "rotation" and self.side % 2:
+        if self.operator == "rotation" and self.side % 2:
             return "cannot be turned in pairs: give an even `side`"
-        if self.form.wrap and self.padding > self.in_features:
+        if self.wrap and self.padding > self.in_features:
             return "needs more than twice the inputs there are: lower `r`, or set pad='zero'"
         return None
 
     @property
     def inner(self) -> Groups:
         """Groups of inputs, chunks end to end."""
-        wrap = self.padding if self.form.wrap else 0
-        if self.form.operator == "sharing":
-            return Groups(self.in_features, self.side, self.form.compress, wrap)
+        wrap = self.padding if self.wrap else 0
+        if self.operator == "sharing":
+            return Groups(self.in_features, self.side, self.compress, wrap)
         used = self.side * self.chunks[0]
         return Groups(min(self.in_features, used), used, wrap=wrap if used >= self.in_features else 0)
 
     @property
     def outer(self) -> Groups:
         """Groups of outputs."""
-        if self.form.operator == "truncation":
+        if self.operator == "truncation":
             return Groups(min(self.out_features, self.side), self.side)
-        return Groups(self.out_features, self.chunks[1] * self.side, self.form.expand)
+        return Groups(self.out_features, self.chunks[1] * self.side, self.expand)
 
     def shorten(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """C x: (…, in) → (…, R), or (…, chunks, R)."""
-        form = self.form
-        if form.shuffle:
-            x = x.index_select(-1, shuffled(f"{form.shuffle}/in", self.in_features, x.device))
+        if self.shuffle:
+            x = x.index_select(-1, shuffled(f"{self.shuffle}/in", self.in_features, x.device))
         z: Tensor = Shorten.apply(x, self.inner, dtype)
-        if not form.chunked:
+        if not self.chunked:
             return z
         used, applied = self.chunks
-        if form.operator == "rotation":
-            z = Rotate.apply(z.unflatten(-1, (used, self.side)), form.pairing).flatten(-2)
+        if self.operator == "rotation":
+            z = Rotate.apply(z.unflatten(-1, (used, self.side)), self.pairing).flatten(-2)
         if used > applied:
             z = Shorten.apply(z, Groups(used * self.side, applied * self.side), z.dtype)
         return z.unflatten(-1, (applied, self.side))
 
     def add_lengthened(self, y: Tensor, h: Tensor) -> Tensor:
         """y + D h."""
-        form = self.form
-        h = h.flatten(-2) if form.chunked else h
-        if not form.shuffle:
+        h = h.flatten(-2) if self.chunked else h
+        if not self.shuffle:
             return Lengthen.apply(y, h, self.outer)
-        order = shuffled(f"{form.shuffle}/out", self.out_features, y.device)
+        order = shuffled(f"{self.shuffle}/out", self.out_features, y.device)
         added: Tensor = Lengthen.apply(torch.zeros_like(y), h, self.outer)
         return y + added.index_select(-1, order)
 
@@ -139,7 +130,8 @@ class SquareDelta(BlockDelta):
     """ΔW = Σ D_i M_i C_i with one trained block of R "ranks", M; rounds with the same maps are computed as one.
 
     Args:
-        form: number of a round → its form.   sizes: [R].   Further arguments as for `BlockDelta`; the scale is 1.
+        maps: (number of a round, in, out, R) → its maps.   sizes: [R].   Further arguments as for `BlockDelta`; the
+            scale is 1.
     Attributes:
         lora_past: (rounds, R, R), M at the end of each finished round, no longer trained; None before the first.
     """
@@ -148,9 +140,9 @@ class SquareDelta(BlockDelta):
     lora_M0: nn.Parameter
     lora_past: Tensor | None
 
-    def __init__(self, *args: Any, form: Callable[[int], Form], **options: Any) -> None:
+    def __init__(self, *args: Any, maps: Callable[[int, int, int, int], SquareMaps], **options: Any) -> None:
         super().__init__(*args, **options)
-        self.form = form
+        self.maps = maps
         self.register_buffer(PAST, None)
 
     def shape(self, letter: str, size: int) -> tuple[int, int]:
@@ -167,8 +159,8 @@ class SquareDelta(BlockDelta):
 
     @property
     def export_rank(self) -> int | None:
-        rounds = range(self.turns + 1)
-        return self.side * len(rounds) if any(self.form(i).chunked for i in rounds) else None
+        rounds = self._rounds(self.turns, self.side)
+        return self.side * len(rounds) if any(maps.chunked for maps in rounds) else None
 
     @property
     def turns(self) -> int:
@@ -193,10 +185,14 @@ class SquareDelta(BlockDelta):
     def _terms(self, M: Tensor) -> list[tuple[SquareMaps, Tensor]]:
         """(maps, matrix), rounds with the same maps added up."""
         alike: dict[SquareMaps, list[Tensor]] = {}
-        for turn, matrix in enumerate([*(self.lora_past if self.lora_past is not None else ()), M]):
-            maps = SquareMaps(self.form(turn), self.in_features, self.out_features, self.side)
+        matrices = [*(self.lora_past if self.lora_past is not None else ()), M]
+        for maps, matrix in zip(self._rounds(self.turns, self.side), matrices, strict=True):
             alike.setdefault(maps, []).append(matrix)
-        return [(maps, reduce(torch.add, matrices)) for maps, matrices in alike.items()]
+        return [(maps, reduce(torch.add, of_round)) for maps, of_round in alike.items()]
+
+    def _rounds(self, finished: int, side: int) -> list[SquareMaps]:
+        """The maps of so many finished rounds, and of the next one."""
+        return [self.maps(turn, self.in_features, self.out_features, side) for turn in range(finished + 1)]
 
     def _operands(self) -> tuple[Tensor, Tensor]:
         return self.lora_M0, self.lora_M0
@@ -222,7 +218,7 @@ class SquareDelta(BlockDelta):
     def _pair(self, maps: SquareMaps, M: Tensor) -> tuple[Tensor, Tensor]:
         A = maps.shorten(torch.eye(self.in_features, dtype=M.dtype, device=M.device), M.dtype)
         columns = M.t()
-        if maps.form.chunked:
+        if maps.chunked:
             chunks = A.shape[-2]
             columns = torch.block_diag(*[columns] * chunks).unflatten(-1, (chunks, -1))
             A = A.flatten(-2)
@@ -233,8 +229,8 @@ class SquareDelta(BlockDelta):
     def check(self, found: Mapping[str, Tensor]) -> None:
         super().check(found)
         side, turns = len(found["lora_M0"]), found[PAST].shape[:1] if PAST in found else ()
-        for turn in range(1 + sum(turns)):
-            if reason := SquareMaps(self.form(turn), self.in_features, self.out_features, side).misfit:
+        for maps in self._rounds(sum(turns), side):
+            if reason := maps.misfit:
                 raise CheckpointError(f"lora_M0: side {side} {reason}; the adapter is damaged or of another model")
         if PAST in found:
             check_shape(PAST, (*turns, side, side), found)

@@ -14,14 +14,14 @@ from functools import partial
 from typing import Any, Literal, Self
 
 from ...decide.budget import Budget
-from ...decide.schedules import RestartSteps, Run, Time, in_steps, ramp_clock
+from ...decide.schedules import Multiples, Run, Time, in_steps, ramp_clock
 from ...deltas import Vectors
-from ...errors import ConfigError
-from ...methods.base import Method, Settings, Site, in_blocks
-from ...methods.checks import check_choices, check_counts, check_shares
+from ...errors import ConfigError, ScheduleError
+from ...methods.base import Method, Site, in_blocks
 from ...methods.initial import gaussian, zeros
+from ...methods.options import Count, LoraOptions
 from ...rules import Restart
-from .delta import Form, Operator, SquareDelta, SquareMaps
+from .delta import Operator, SquareDelta, SquareMaps
 from .maps import Layout, Pairing
 
 # `mora_type` of the published code; its other numbers raise in the forward pass, and merge to something else.
@@ -38,7 +38,7 @@ GOES_WITH = {
 
 
 @dataclass(frozen=True)
-class Mora(Settings):
+class Mora(LoraOptions):
     """Every option of MoRA. Times are steps (int) or shares of the run (float in [0, 1]).
 
     Size
@@ -67,10 +67,6 @@ class Mora(Settings):
 
     reads = (Vectors,)
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    init_lora_weights: bool = True
     side: Literal["floor", "round"] | int = "floor"
     operator: Operator = "sharing"
     compress: Layout = "stride"
@@ -82,8 +78,7 @@ class Mora(Settings):
     restart_steps: Time | None = None
     restart_maps: Literal["permute", "cycle", "alternate", "same"] = "permute"
     restart_warmup: Time = 50
-    total_steps: int | None = None
-    seed: int = 0
+    total_steps: Count | None = None
 
     @classmethod
     def paper(cls, r: int = 8, **overrides: Any) -> Self:
@@ -95,9 +90,7 @@ class Mora(Settings):
         return cls(**{"r": r} | chosen | overrides)
 
     def __post_init__(self) -> None:
-        check_counts(self, ("r", "total_steps"))
-        check_choices(self)
-        check_shares(self, ("lora_dropout",))
+        super().__post_init__()
         self._check_maps()
         if self.side not in ("floor", "round") and (type(self.side) is not int or self.side < 1):
             raise ConfigError(f"side={self.side!r}: give 'floor', 'round' or an int of at least 1")
@@ -124,10 +117,10 @@ class Mora(Settings):
                 )
 
     def _check_restarts(self) -> None:
-        in_steps(self.restart_warmup, Run(1, 1), name="restart_warmup")
+        in_steps(self.restart_warmup, Run(1), name="restart_warmup")
         if self.restart_steps is None:
             return
-        in_steps(self.restart_steps, Run(1, 1), name="restart_steps")
+        in_steps(self.restart_steps, Run(1), name="restart_steps")
         if self.restart_steps == 0:
             raise ConfigError("restart_steps=0: give the length of a round, or none for no restarts")
         if self.restart_maps in ROUNDS and self.published not in ROUNDS[self.restart_maps]:
@@ -148,10 +141,10 @@ class Mora(Settings):
         """Number of these maps in the published code, if they have one."""
         return next((number for number, maps in TYPES.items() if maps == self.maps), None)
 
-    def round_form(self, turn: int) -> Form:
+    def round_maps(self, turn: int, in_features: int, out_features: int, side: int) -> SquareMaps:
         """Maps of a round, the first being 0."""
-        folded = self.dead_inputs == "fold"
-        first = Form(*self.maps, wrap=self.pad == "wrap", pairing=self.pairing, fold=folded)
+        wrap, fold = self.pad == "wrap", self.dead_inputs == "fold"
+        first = SquareMaps(in_features, out_features, side, *self.maps, wrap, self.pairing, fold)
         if turn == 0 or self.restart_maps == "same":
             return first
         if self.restart_maps == "permute":
@@ -175,22 +168,18 @@ class Mora(Settings):
 
     def method(self, sites: int, uniform_parameters: int) -> Method:
         parameters = self.side**2 * sites if isinstance(self.side, int) else self.r * uniform_parameters
-        restarts = self.restart_steps is not None
-        return Method(
-            name="mora",
-            make_delta=self._delta,
-            budget=Budget(None, None if self.side == "round" else parameters),
-            clock=self._clock if restarts else None,
-            rules=(Restart(self._schedule),) if restarts else (),
-            total_steps=self.total_steps,
-        )
+        budget = Budget(None, None if self.side == "round" else parameters)
+        if self.restart_steps is None:
+            return Method("mora", self._delta, budget, total_steps=self.total_steps)
+        rules = (Restart(self._schedule),)
+        return Method("mora", self._delta, budget, rules, clock=self._clock, total_steps=self.total_steps)
 
     def _delta(self, site: Site) -> SquareDelta:
         side = self.side_of(site.in_features, site.out_features)
         for turn in range(4 if self.restart_steps is not None else 1):  # later maps are no others
-            self._check_fits(site, SquareMaps(self.round_form(turn), site.in_features, site.out_features, side))
+            self._check_fits(site, self.round_maps(turn, site.in_features, site.out_features, side))
         init = {"M": zeros if self.init_lora_weights else gaussian}
-        return in_blocks(SquareDelta, self, site, [side], init=init, scale=float, form=partial(Mora.round_form, self))
+        return in_blocks(SquareDelta, self, site, [side], init=init, scale=float, maps=partial(Mora.round_maps, self))
 
     def _check_fits(self, site: Site, maps: SquareMaps) -> None:
         """Raise ConfigError, naming the module, if the maps leave inputs without any output or cannot pad so far."""
@@ -199,18 +188,25 @@ class Mora(Settings):
             raise ConfigError(f"{where} {reason}")
         if maps.dead and self.dead_inputs == "refuse":
             raise ConfigError(
-                f"{where} leaves {maps.dead} of the inputs without any output (operator={maps.form.operator!r}): set "
+                f"{where} leaves {maps.dead} of the inputs without any output (operator={maps.operator!r}): set "
                 f"dead_inputs='fold' to add them to other chunks, 'ignore' to do as the published code, or "
                 f"operator='sharing'"
             )
 
-    def _schedule(self, run: Run) -> RestartSteps:
-        assert self.restart_steps is not None
-        return RestartSteps(
-            interval=in_steps(self.restart_steps, run, name="restart_steps", least=1),
-            warmup=in_steps(self.restart_warmup, run, name="restart_warmup"),
-            total=run.steps,
-        )
+    def _schedule(self, run: Run) -> Multiples:
+        """After each round but the last. (The published code also restarts after the last step.)"""
+        interval = in_steps(self.restart_steps or 0, run, name="restart_steps", least=1)
+        warmup = in_steps(self.restart_warmup, run, name="restart_warmup")
+        if run.steps is not None and interval >= run.steps:
+            raise ScheduleError(
+                f"no restart falls into a run of {run.steps} steps (restart_steps={interval}): lower `restart_steps`, "
+                f"a share such as 0.2 fits any run"
+            )
+        if warmup > interval:
+            raise ScheduleError(
+                f"restart_warmup={warmup} is longer than a round of restart_steps={interval} steps: lower it"
+            )
+        return Multiples(interval, settle=1, total=run.steps)
 
     def _clock(self, step: int, created: int, run: Run) -> tuple[float, None]:
         return ramp_clock(step, created, warmup=in_steps(self.restart_warmup, run, name="restart_warmup")), None

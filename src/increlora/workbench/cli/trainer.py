@@ -55,7 +55,7 @@ def fit(
         eval_steps=math.ceil(total / settings.evaluations),
         learning_rate=settings.lr,
         lr_scheduler_type="linear",
-        warmup_steps=in_steps(settings.lr_warmup, Run(total, 0), name="--lr-warmup"),
+        warmup_steps=in_steps(settings.lr_warmup, Run(total), name="--lr-warmup"),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
