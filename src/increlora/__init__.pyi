@@ -65,7 +65,7 @@ class AdaLoraConfig(MethodConfig):
         init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
     Training
         orthogonality: weight of the penalty, ≥ 0; 0 turns it off.
-        total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
+        total_steps: optimizer steps of the run, for a loop without Trainer or `attach`.   seed: of the initial values.
     As in peft's LoraConfig
         target_modules: "all-linear", names of modules (or their endings), or a regular expression.
         exclude_modules: modules to leave out, named in the same way.
@@ -192,7 +192,7 @@ class IncreLoraConfig(MethodConfig):
     Training
         birth_warmup: new ranks take so long to reach the host's learning rate.
         orthogonality: weight of the penalty, ≥ 0; 0 turns it off.
-        total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
+        total_steps: optimizer steps of the run, for a loop without Trainer or `attach`.   seed: of the initial values.
     As in peft's LoraConfig
         target_modules: "all-linear", names of modules (or their endings), or a regular expression.
         exclude_modules: modules to leave out, named in the same way.
@@ -598,7 +598,7 @@ class MoraConfig(MethodConfig):
         lora_dropout: on the input of ΔW, in [0, 1).   init_lora_weights: False draws the matrix at random, for tests.
         lora_alpha: MoRA has no scale; anything but LoRA's default is refused.
     Run
-        total_steps: optimizer steps of the run, where nobody else can tell.   seed: of permutations.
+        total_steps: optimizer steps of the run, for a loop without Trainer or `attach`.   seed: of permutations.
     As in peft's LoraConfig
         target_modules: "all-linear", names of modules (or their endings), or a regular expression.
         exclude_modules: modules to leave out, named in the same way.
@@ -758,7 +758,7 @@ class PriLoraConfig(MethodConfig):
         use_rslora: α over the root of that.
         init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
     Run
-        total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
+        total_steps: optimizer steps of the run, for a loop without Trainer or `attach`.   seed: of the initial values.
     As in peft's LoraConfig
         target_modules: "all-linear", names of modules (or their endings), or a regular expression.
         exclude_modules: modules to leave out, named in the same way.
@@ -845,7 +845,7 @@ class SoraConfig(MethodConfig):
         init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
     Training
         gate_penalty: weight λ ≥ 0 of mean |gate|, as a gradient; 0 turns it off.
-        total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
+        total_steps: optimizer steps of the run, for a loop without Trainer or `attach`.   seed: of the initial values.
     As in peft's LoraConfig
         target_modules: "all-linear", names of modules (or their endings), or a regular expression.
         exclude_modules: modules to leave out, named in the same way.

@@ -90,9 +90,9 @@ class Tokens(Inputs):
     def used_columns(self, A: Tensor, X: Tensor, D: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         if self.padding is not None:
             D = D.masked_fill(X.eq(self.padding).unsqueeze(1), 0)
-        tokens, place = X.unique(return_inverse=True)
+        tokens, position = X.unique(return_inverse=True)
         D = D.to(torch.promote_types(D.dtype, torch.float32))  # as a product sums over rows
-        return A[:, tokens], None, D.new_zeros(len(tokens), D.shape[1]).index_add_(0, place, D)
+        return A[:, tokens], None, D.new_zeros(len(tokens), D.shape[1]).index_add_(0, position, D)
 
     def square_sums(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         found = torch.zeros(self.size, dtype=dtype, device=x.device)

@@ -138,7 +138,7 @@ def from_folder(path: Path) -> Adapter:
 
 
 def native(handle: Handle, state: Mapping[str, Tensor], every: frozenset[str] | None) -> Adapter:
-    """An adapter of ours; `state`: its state dict, whose entries beside our parameters are kept."""
+    """An adapter of ours; `state`: its state dict, whose entries beside our parameters come along."""
     deltas, ours = handle.deltas, tuple(f"{name}.lora_" for name in handle.stored)
     named = {key.removeprefix(PREFIX): value for key, value in state.items()}
     return Adapter(
@@ -167,8 +167,8 @@ def foreign(raw: Mapping[str, Any], state: Mapping[str, Tensor], where: str, eve
 
 def nonzero(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """(A, B) without the components that add exactly nothing: those with a zero row in A or a zero column in B."""
-    kept = (A != 0).any(dim=1) & (B != 0).any(dim=0)
-    return A[kept].cpu(), B[:, kept].cpu()
+    used = (A != 0).any(dim=1) & (B != 0).any(dim=0)
+    return A[used].cpu(), B[:, used].cpu()
 
 
 def sites_in(config: Any) -> list[Site]:

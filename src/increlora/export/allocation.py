@@ -64,8 +64,8 @@ def plain_config(adapter: Adapter, modules: Iterable[str], **options: Any) -> Lo
     for name, rank in ranks.items():
         if matching(ordered, name) != rank:
             raise ExportError(f"no pattern matches {name} alone: use layout='uniform' (--layout uniform)")
-    kept = ("modules_to_save", "lora_dropout", "fan_in_fan_out", "task_type")
-    described = {option: getattr(adapter.config, option) for option in kept}
+    shared = ("modules_to_save", "lora_dropout", "fan_in_fan_out", "task_type")
+    described = {option: getattr(adapter.config, option) for option in shared}
     return LoraConfig(target_modules=targets(set(modules), adapter), **described | options)
 
 

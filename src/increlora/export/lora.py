@@ -163,12 +163,12 @@ def laid_out(factors: Factors, layout: Layout) -> Factors:
             name: (pad(A, (0, 0, 0, top - A.shape[0])), pad(B, (0, top - B.shape[1])))
             for name, (A, B) in factors.items()
         }
-    kept = {name: pair for name, pair in factors.items() if pair[0].shape[0]}
-    if not kept:
+    ranked = {name: pair for name, pair in factors.items() if pair[0].shape[0]}
+    if not ranked:
         raise ExportError(
             "layout='pattern': no module has any rank yet; train first, or use layout='uniform' (--layout uniform)"
         )
-    return kept
+    return ranked
 
 
 def ranks(factors: Factors) -> dict[str, int]:

@@ -34,7 +34,7 @@ class IncreLoraCallback(TrainerCallback):
         for controller in self.controllers:
             controller.begin_step(state.global_step)
             rule = controller.method.penalty
-            if rule and rule.place == "before_clipping" and not controller.penalty_given:
+            if rule and rule.when == "before_clipping" and not controller.penalty_given:
                 add_penalty(controller.deltas, rule, scale=scaler.get_scale() if scaler else 1.0)
                 controller.penalty_given = True
 

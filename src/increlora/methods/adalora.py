@@ -42,7 +42,7 @@ class AdaLoraOptions(LoraOptions):
         init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
     Training
         orthogonality: weight of the penalty, ≥ 0; 0 turns it off.
-        total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
+        total_steps: optimizer steps of the run, for a loop without Trainer or `attach`.   seed: of the initial values.
     """
 
     use_rslora: bool = False

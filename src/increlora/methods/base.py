@@ -52,11 +52,11 @@ class Clock(Protocol):
 
 @dataclass(frozen=True)
 class Penalty:
-    """Orthogonality of the components, or size of the gates (`l1`); `place` says whether gradient clipping sees it."""
+    """Orthogonality of the components, or size of the gates (`l1`); `when` says whether gradient clipping sees it."""
 
     weight: float
     form: PenaltyForm = "trainer"
-    place: Literal["after_clipping", "before_clipping"] = "after_clipping"
+    when: Literal["after_clipping", "before_clipping"] = "after_clipping"
 
 
 @dataclass(frozen=True)

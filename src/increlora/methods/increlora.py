@@ -53,7 +53,7 @@ class IncreLoraOptions(LoraOptions):
     Training
         birth_warmup: new ranks take so long to reach the host's learning rate.
         orthogonality: weight of the penalty, ≥ 0; 0 turns it off.
-        total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
+        total_steps: optimizer steps of the run, for a loop without Trainer or `attach`.   seed: of the initial values.
     """
 
     use_rslora: bool = False

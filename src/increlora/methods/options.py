@@ -46,6 +46,6 @@ def check_options(settings: Any) -> None:
         table = get_origin(hint) is Mapping
         values = {f"{name}: {key}": entry for key, entry in value.items()} if table else {name: value}
         for mark in (mark for kind in kinds for mark in getattr(kind, "__metadata__", ())):
-            for place, entry in values.items():
+            for where, entry in values.items():
                 if not ((entry is None and NoneType in kinds) or mark.test(entry)):
-                    raise ConfigError(f"{place}={entry!r}: give {mark.remedy}")
+                    raise ConfigError(f"{where}={entry!r}: give {mark.remedy}")

@@ -52,7 +52,7 @@ class PriLora(LoraOptions):
         use_rslora: α over the root of that.
         init_lora_weights: False draws B at random, for tests.   lora_dropout: on the input of ΔW, in [0, 1).
     Run
-        total_steps: optimizer steps of the run, where nobody else can tell.   seed: of the initial values.
+        total_steps: optimizer steps of the run, for a loop without Trainer or `attach`.   seed: of the initial values.
     """
 
     use_rslora: bool = False

@@ -22,7 +22,7 @@ from ..decide.schedules import CubicDecay, Run
 from ..decide.scores import smooth_entries, triplet_scores
 from ..ops.parallel import full, mean_over_processes
 from .base import Change, Deltas, Forecast, Step, dtype_of, finished
-from .kept import Pruner
+from .pruner import Pruner
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ..decide.schedules import CubicDecay, Levels, Run
 from ..errors import BudgetError
 from ..ops.parallel import full, local
 from .base import Change, Deltas, Forecast, Step, dtype_of, finished
-from .kept import Pruner, e_of
+from .pruner import Pruner, e_of
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,8 @@ class RunFolder:
         done = checkpoint_step(checkpoint) if checkpoint else 0
         for name in ("metrics.jsonl", "trace.jsonl", "spectra.jsonl", "events.jsonl"):
             last = done - (name == "events.jsonl")  # events name their step, from 0; the others count steps done
-            kept = [row for row in self.rows(name) if row["step"] <= last]
-            write_text(self.path / name, "".join(map(json_line, kept)))
+            rows = [row for row in self.rows(name) if row["step"] <= last]
+            write_text(self.path / name, "".join(map(json_line, rows)))
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         write_text(self.path / "run.json", json.dumps(finite({"format": FORMAT, **state}), indent=2) + "\n")

@@ -99,10 +99,10 @@ class AdapterLayer(TunerLayer):
 
     def _mixed(self, y: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         if len(x) != len(adapter_names):
-            place = next((str(delta.name) for delta in self.lora_delta.values()), "a module whose adapters are deleted")
+            name = next((str(delta.name) for delta in self.lora_delta.values()), "a module whose adapters are deleted")
             raise ConfigError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
-                f"and {len(x)} respectively, in {place}: a module that all examples share (position embeddings) cannot "
+                f"and {len(x)} respectively, in {name}: a module that all examples share (position embeddings) cannot "
                 f"be mixed; of `num_beams` and `num_return_sequences` only what `generate` is called with is known"
             )
         if self.merged:

@@ -35,5 +35,5 @@ def translated(raw: dict[str, Any]) -> dict[str, Any]:
         return raw | {"peft_type": kind}
     switches = {name: raw.get(name, value) for name, value in usual.items()}
     departs = switches != usual or raw.get("score_accumulation") == "last"
-    kept = {name: value for name, value in raw.items() if name not in usual}
-    return kept | {"peft_type": kind, "published": switches if departs else {}}
+    others = {name: value for name, value in raw.items() if name not in usual}
+    return others | {"peft_type": kind, "published": switches if departs else {}}

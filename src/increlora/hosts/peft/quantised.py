@@ -97,12 +97,12 @@ class Rounding(NamedTuple):
 
     Attributes:
         error: ‖written − merged‖ / ‖change‖ in the Frobenius norm.
-        kept: ⟨written − original, change⟩ / ‖change‖²: 1 where errors are noise around the change, 0 where it was too
-            small for the grid and the weight did not change.
+        retained: ⟨written − original, change⟩ / ‖change‖²: 1 where errors are noise around the change, 0 where it was
+            too small for the grid and the weight did not change.
     """
 
     error: float
-    kept: float
+    retained: float
 
 
 def rounding(written: Tensor, merged: Tensor, change: Tensor) -> Rounding:
@@ -130,11 +130,11 @@ def warn_of_rounding(layers: Mapping[str, Any], stacklevel: int) -> None:
     if not found:
         return
     worst, errors = max(found, key=lambda name: found[name]), sorted(one.error for one in found.values())
-    poorest = min(found, key=lambda name: found[name].kept)
+    poorest = min(found, key=lambda name: found[name].retained)
     how = ", ".join(sorted({layers[name].quantization_backend.backend_name for name in found}))
     warnings.warn(
         f"merging rounded quantised weights ({how}) again: the error is {found[worst].error:.1%} of ‖ΔW‖ in {worst}, "
         f"its median over {len(errors)} modules {errors[len(errors) // 2]:.1%}; {poorest} keeps "
-        f"{found[poorest].kept:.1%} of its ΔW; to lose nothing, {REMEDY}",
+        f"{found[poorest].retained:.1%} of its ΔW; to lose nothing, {REMEDY}",
         stacklevel=stacklevel,
     )

@@ -62,7 +62,7 @@ class Mora(LoraOptions):
         lora_dropout: on the input of ΔW, in [0, 1).   init_lora_weights: False draws the matrix at random, for tests.
         lora_alpha: MoRA has no scale; anything but LoRA's default is refused.
     Run
-        total_steps: optimizer steps of the run, where nobody else can tell.   seed: of permutations.
+        total_steps: optimizer steps of the run, for a loop without Trainer or `attach`.   seed: of permutations.
     """
 
     reads = (Vectors,)

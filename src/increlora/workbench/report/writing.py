@@ -59,10 +59,10 @@ def save_figures(runs: Sequence[Run], folder: Path, *, kind: str) -> list[Path]:
     """Every figure as a file of this kind (`png` or `svg`), in a folder per run if there are several."""
     written = []
     for i, run in enumerate(runs):
-        place = folder if len(runs) == 1 else folder / f"{i + 1}-{run.path.resolve().name}"
-        place.mkdir(parents=True, exist_ok=True)
+        target = folder if len(runs) == 1 else folder / f"{i + 1}-{run.path.resolve().name}"
+        target.mkdir(parents=True, exist_ok=True)
         for figure in FIGURES:
             if (chart := figure.draw(run)) is not None:
-                written.append(place / f"{figure.name}.{kind}")
+                written.append(target / f"{figure.name}.{kind}")
                 themed(chart, ink=PRINT_INK, background="white").save(written[-1], scale_factor=PIXELS)
     return written
