@@ -39,7 +39,8 @@ def main() -> None:
         optimizer.zero_grad()
 
     for event in controller.events:
-        print(f"step {event.step}: {event.kind} of {event.ranks} ranks, now {event.rank}: {event.module}")
+        if event.ranks:
+            print(f"step {event.step}: {event.module} has {event.ranks} more ranks, {event.rank} now")
     print(task.evaluate(model), rank_summary(model).total)
     model.save_pretrained(options.out)
 

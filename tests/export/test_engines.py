@@ -378,3 +378,13 @@ def test_training_parameters_are_no_part_of_it(tmp_path: Path) -> None:
     assert adapter_only(model)
     model.save_pretrained(tmp_path / "lora")
     assert check_export(tmp_path / "lora").findings == ()
+
+
+def test_each_pattern_is_a_regular_expression_of_its_own(tmp_path: Path) -> None:
+    named = {"(?P<n>q_proj)": 2, "(?P<n>v_proj)": 3}  # together they would define one group twice
+    folder = lora(tmp_path, rank_pattern=named, alpha_pattern=dict(named))
+    assert export_lora(folder, tmp_path / "out").ranks
+    broken = json.loads((folder / "adapter_config.json").read_text()) | {"rank_pattern": {"q_proj": 2, "(": 3}}
+    (folder / "adapter_config.json").write_text(json.dumps(broken))
+    with pytest.raises(CheckpointError, match=r"adapter_config.json: rank_pattern: '\(' is no regular expression"):
+        export_lora(folder, tmp_path / "other")

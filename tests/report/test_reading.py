@@ -1,6 +1,7 @@
 """Run folders of every kind: what can be read is read, and what cannot is said in a sentence."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -81,6 +82,8 @@ def test_curves(folder):
     run = read(folder)
     assert len(column(run, "loss")) == STEPS
     assert [row["step"] for row in stairs(run, "ranks")] == [1, 9, 17, STEPS]
+    until_the_change = replace(run, metrics=[row for row in run.metrics if row["step"] <= 17])
+    assert [row["step"] for row in stairs(until_the_change, "ranks")] == [1, 9, 17]  # areas add up what is there twice
     flat = smoothed([{"step": i, "value": 2.0} for i in range(100)])
     assert {row["value"] for row in flat} == {2.0} and len(flat) == 100
     assert thin(list(range(1000)), 5) == [0, 250, 500, 749, 999]

@@ -255,7 +255,7 @@ def further_tensors(engine: Engine, folder: Folder) -> Iterator[Problem]:
     names = [n for n in names if engine.saved.isdisjoint(n.split(".")) and not any(part in n for part in engine.passes)]
     if names:
         ends = any(part in names[0] for part in ("embed", "lm_head"))
-        what = "token embeddings" if ends else "trained in full, or no linear map"
+        what = "token embeddings" if ends else "trained in full, or not a linear layer"
         only = f"only {' and '.join(sorted(engine.saved))}" if engine.saved else "low-rank factors only"
         yield "error", first_of(list(dict.fromkeys(names))), f"is {what}; it loads {only}", MERGE
 

@@ -64,10 +64,12 @@ def check_values(config: Config, path: str) -> None:
         pattern = {} if adalora else config.get(f"{kind}_pattern") or {}
         if not isinstance(pattern, dict):
             raise CheckpointError(f"{path}: {kind}_pattern={pattern!r}: expected a table; restore it from a copy")
-        try:
-            re.compile("|".join(f"({name})" for name in pattern))
-        except re.error as error:
-            raise CheckpointError(f"{path}: {kind}_pattern is no regular expression ({error}); restore it") from None
+        for name in pattern:
+            try:
+                re.compile(name)
+            except re.error as error:
+                problem = f"{kind}_pattern: {name!r} is no regular expression ({error})"
+                raise CheckpointError(f"{path}: {problem}; restore it from a copy") from None
         for found in (value, *pattern.values()):
             if type(found) not in types or (kind == "rank" and found < 1):
                 wanted = "an int of at least 1" if kind == "rank" else "a number"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
+from numbers import Real
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -19,8 +20,8 @@ class Allowed:
 
 
 Count = Annotated[int, Allowed(lambda value: type(value) is int and value >= 1, "an int of at least 1")]
-Share = Annotated[float, Allowed(lambda value: 0 <= value < 1, "a number in [0, 1)")]
-Weight = Annotated[float, Allowed(lambda value: 0 <= value < inf, "a finite weight ≥ 0")]
+Share = Annotated[float, Allowed(lambda value: isinstance(value, Real) and 0 <= value < 1, "a number in [0, 1)")]
+Weight = Annotated[float, Allowed(lambda value: isinstance(value, Real) and 0 <= value < inf, "a finite weight ≥ 0")]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ def check_options(settings: Any) -> None:
         if get_origin(hint) is Literal and value not in kinds:
             raise ConfigError(f"{name}={value!r}: give one of {', '.join(kinds[1:])}")
         table = get_origin(hint) is Mapping
+        if table and not isinstance(value, Mapping):
+            raise ConfigError(f"{name}={value!r}: give a table, such as {{'q_proj': 4}}")
         values = {f"{name}: {key}": entry for key, entry in value.items()} if table else {name: value}
         for mark in (mark for kind in kinds for mark in getattr(kind, "__metadata__", ())):
             for where, entry in values.items():

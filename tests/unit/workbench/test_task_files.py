@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from increlora.errors import TaskError
-from increlora.workbench.tasks.files import Rows, held_out, read_rows, read_splits, split_files
+from increlora.workbench.tasks.files import Rows, held_out, read_rows, read_splits, read_table, split_files
 
 ROWS = [{"text": f"row {i}", "n": i} for i in range(4)]
 
@@ -168,3 +168,10 @@ def test_files_with_other_columns_are_not_mixed(tmp_path):
     write(tmp_path, "train_b.json", [{"question": "?", "answer": "!"}])
     with pytest.raises(TaskError, match=r"train_b.json has the columns question, answer but train_a.json beside it"):
         read_splits(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "text.txt"])
+def test_a_mark_of_the_encoding_is_no_part_of_the_text(tmp_path, name):
+    text = "a b" if name.endswith("txt") else '{"text": "a b"}'
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert read_table(tmp_path / name).to_pylist() == [{"text": "a b"}]

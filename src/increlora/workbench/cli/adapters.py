@@ -94,7 +94,7 @@ def check(
         None, help="The rank limit that the server runs with.", show_default="one that fits"
     ),
 ) -> None:
-    """Report what an engine would refuse or compute wrongly, with the remedy. Exit code 1 if there is anything."""
+    """Report what an engine would refuse or compute wrongly, with the remedy. Exit code 1 if it would."""
     report = check_export(adapter_folder(path, "lora"), engine, max_lora_rank=max_lora_rank)
     Console(highlight=False, markup=False).print(verdicts(report))
     if not report.ok:

@@ -93,7 +93,7 @@ def measured(model: nn.Module, task: Task, rows: Sequence[dict[str, Any]]) -> di
             "ranks_used": summary.active,
             "parameters_target": summary.budget_parameters,
             "parameters_used": summary.parameters,
-            "parameters_peak": max(live, default=None),
+            "parameters_peak": max([*live, summary.parameters]) if live else None,
             "parameters_average": sum(live) / len(live) if live else None,
         },
         "ranks": {m.module: m.active for m in summary.modules},
@@ -118,8 +118,9 @@ def finish(state: dict[str, Any], folder: RunFolder, model: nn.Module, task: Tas
 
 
 def close(state: dict[str, Any], status: str, error: str, *, seconds: float) -> None:
-    """Say how the run ended, and add the time it took to that of earlier attempts."""
-    total = round((state["seconds"]["total"] or 0.0) + seconds, 3)
+    """Say how the run ended, and add the time it took to that of earlier attempts; of one that was killed only the
+    training is known."""
+    total = round(max((state["seconds"]["total"] or 0.0) + seconds, state["seconds"]["train"] or 0.0), 3)
     state |= {"status": status, "error": error}
     state["seconds"]["total"] = state["run_info"]["total_time"] = total
     state["train_info"]["status"], state["run_info"]["error_msg"] = PEFT_STATUS[status], error

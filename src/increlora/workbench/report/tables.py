@@ -87,7 +87,7 @@ def smoothed(rows: Sequence[Row]) -> list[Row]:
 def stairs(run: Run, name: str) -> list[Row]:
     """The same for a column that changes seldom: its changes, and the end."""
     rows = [(row["step"], row[name]) for row in run.metrics if name in row]
-    return [{"step": s, "value": v} for s, v in changes_only(rows) + rows[-1:]]
+    return [{"step": s, "value": v} for s, v in dict.fromkeys(changes_only(rows) + rows[-1:])]
 
 
 def thin(items: Sequence[Any], most: int) -> list[Any]:

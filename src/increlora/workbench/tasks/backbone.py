@@ -116,7 +116,7 @@ def meta_model(name: str, num_labels: int | None) -> transformers.PreTrainedMode
     options = {}
     if num_labels is not None:
         auto, options = transformers.AutoModelForSequenceClassification, {"num_labels": num_labels}
-    if name in KNOWN_SHAPES:
+    if name in KNOWN_SHAPES and not Path(name).is_dir():
         config = KNOWN_SHAPES[name](**options)
     else:
         remedy = "give the path of a local folder, or plan where the hub is in reach"

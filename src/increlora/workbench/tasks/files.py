@@ -112,7 +112,7 @@ def read_table(path: Path) -> pa.Table:
     try:
         if kind == ".parquet":
             return parquet.read_table(path)
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some programs put a mark of the encoding first
         if kind not in (".json", ".jsonl"):
             return pa.table({"text": [text]})
         rows: list[Any] = []
