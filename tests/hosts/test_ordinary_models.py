@@ -164,7 +164,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("doubled", "doubled of type Doubled is not a plain Linear, an adapter would compute something else"),
+        ("doubled", "doubled of type Doubled is not a plain nn.Linear, an adapter would compute something else"),
         ("normed", "normed of type ParametrizedLinear computes its weight from other parameters"),
     ],
 )

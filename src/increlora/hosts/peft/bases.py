@@ -62,7 +62,8 @@ def refusal(base: nn.Module) -> str | None:
         return None if quantised else f"{kind} cannot be adapted: name {names} modules in `target_modules`"
     packed = quantised or not is_plain(stored_dtype(base) or torch.float32)
     if type(base).forward is not parent.forward and not hasattr(base, "embed_scale") and not packed:
-        return f"{kind} is not a plain {parent.__name__}, an adapter would compute something else: {WHOLE}"
+        plain = parent.__name__ if parent is Conv1D else f"nn.{parent.__name__}"
+        return f"{kind} is not a plain {plain}, an adapter would compute something else: {WHOLE}"
     if "weight" not in base._parameters and not packed:  # weight_norm, spectral_norm, torch.nn.utils.parametrize
         return f"{kind} computes its weight from other parameters, which a merge would miss: {WHOLE}"
     if isinstance(base, nn.Embedding) and base.max_norm is not None:
