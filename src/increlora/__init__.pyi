@@ -179,7 +179,8 @@ class IncreLoraConfig(MethodConfig):
         total_parameters: bound on Σ rank · (in + out); short by less than one grant.
     Growth
         init_r: rank of every module at the start.   grow_by: ranks per grant; default max(1, r // 2).
-        top_h: modules per event; default: the budget is spent in 10 events.
+        top_h: modules per event, more where the run's last events would not meet the budget; default: the budget is
+            spent in 10 events, or in as many as a short run has.
         warmup_steps: no event at or before this step.   interval_steps: events at its multiples.
         capacity: most ranks a module can ever hold; default max(8, 4 r).   capacity_pattern: per module name (regex).
     Score
@@ -749,7 +750,7 @@ class PriLoraConfig(MethodConfig):
     Pruning
         prune_share: share p of the entries of A that a pruning sets to zero, in [0, 1); 0: nothing is pruned.
         group: p counts in each `row` of A, or in the `matrix`.
-        interval_steps: prunings after so many steps, and at the multiples.
+        interval_steps: prunings after so many steps, and at the multiples; default 40, in shorter runs half of the run.
         warmup_steps, settle_steps: no pruning in the first steps, and in the last.
         regrow: zeros may move again until the next pruning; False holds them at zero, from the first pruning of a run.
         beta: moving average of the input norms, in [0, 1).   statistic_interval: it is updated in each so many steps.

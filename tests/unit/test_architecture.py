@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # A part imports from itself and from lower levels; never from another part of its own level.
 LEVELS = [
-    {"errors", "files", "naming", "seeding"},
+    {"callers", "errors", "files", "naming", "seeding"},
     {"ops"},
     {"decide", "deltas"},
     {"rules"},

@@ -22,7 +22,7 @@ from ..errors import CheckpointError, ConfigError, ExportError
 from ..hosts.peft import checkpoint
 from ..hosts.peft.config import CONFIGS
 from ..hosts.peft.handle import Handle
-from ..hosts.peft.layer import adapter_of
+from ..hosts.peft.layer import adapted, adapter_of
 from ..methods import Site
 from ..naming import natural
 from .lora_format import PREFIX, description, read_config, read_factors
@@ -61,7 +61,7 @@ def read_adapter(source: nn.Module | str | os.PathLike[str], adapter_name: str |
     """The adapter of a live model, of its folder, or of a run folder. Raises ExportError if there is none by that name
     or of a kind we read, CheckpointError if a folder is damaged."""
     if isinstance(source, nn.Module):
-        return from_model(source, adapter_name)
+        return from_model(adapted(source), adapter_name)
     return from_folder(adapter_folder(Path(source)) / (adapter_name or ""))
 
 
@@ -139,6 +139,7 @@ def from_folder(path: Path) -> Adapter:
 
 def native(handle: Handle, state: Mapping[str, Tensor], every: frozenset[str] | None) -> Adapter:
     """An adapter of ours; `state`: its state dict, whose entries beside our parameters come along."""
+    handle.warn_of_budget()
     deltas, ours = handle.deltas, tuple(f"{name}.lora_" for name in handle.stored)
     named = {key.removeprefix(PREFIX): value for key, value in state.items()}
     return Adapter(

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from ..errors import ExportError
 from ..files import whole
 from ..hosts.peft.bases import read
+from ..hosts.peft.checkpoint import ends_of
+from ..hosts.peft.layer import adapted
 from ..hosts.peft.quantised import is_plain, is_quantised
 from .adapters import Adapter, check_elsewhere, read_adapter
 
@@ -48,9 +50,10 @@ def export_merged(
         raise ExportError(f"{out} exists: choose another folder or remove it")
     adapter = read_adapter(model_or_path, adapter_name)
     if base is None:
-        if not isinstance(model_or_path, PeftModel):
+        live = adapted(model_or_path) if isinstance(model_or_path, nn.Module) else None
+        if not isinstance(live, PeftModel):
             raise ExportError("an adapter folder has no weights to merge into: give the model as `base=`")
-        model = copy.deepcopy(model_or_path)
+        model = copy.deepcopy(live)
         for layer in model.modules():
             if isinstance(layer, BaseTunerLayer) and layer.merged:
                 layer.unmerge()
@@ -116,13 +119,13 @@ def untie(base: nn.Module, values: Mapping[str, Tensor]) -> None:
             split.append(tie)
     if not split:
         return
-    head = base.get_output_embeddings()
     ends = [base.get_submodule(name.rpartition(".")[0]) for name in split[0]]
-    if len(ties) > 1 or head not in ends or base.get_input_embeddings() not in ends or base.config.is_encoder_decoder:
+    if len(ties) > 1 or set(ends) != set(ends_of(base)) or base.config.is_encoder_decoder:
         raise ExportError(
             f"{' and '.join(split[0])} are one tensor in the base, and the adapter makes them different; this model "
             f"cannot be written untied: serve the adapter with peft"
         )
+    head = base.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.clone(), requires_grad=head.weight.requires_grad)
     for config in (base.config, base.config.get_text_config()):
         config.tie_word_embeddings = False

@@ -12,7 +12,7 @@ from ..decide.feasibility import check_growth
 from ..deltas import BlockDelta, LowRankDelta, Status, Tokens, TripletDelta
 from ..errors import ConfigError, DriveError
 from ..hosts.peft.handle import Handle
-from ..hosts.peft.layer import adapter_of
+from ..hosts.peft.layer import adapted, adapter_of
 from .adapters import Adapter, read_adapter
 
 BASE_LAYER = ".base_layer."  # in a key: peft's mark of the weights below an adapter
@@ -48,7 +48,7 @@ def warm_start(
     counts = {n: blocks_for(n, delta, given.factors.get(n)) for n, delta in deltas.items()}
     held = [Holding(sum(d.sizes[: counts[n]]), tuple(d.sizes[counts[n] :]), d.cost) for n, d in deltas.items()]
     check_growth(held, handle.method.budget)
-    saved = saved_tensors(model, name, given)
+    saved = saved_tensors(adapted(model), name, given)
     for n, delta in deltas.items():
         fill(delta, counts[n], given.factors.get(n))
     for tensor, value in saved:

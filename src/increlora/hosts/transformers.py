@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, trainer
 
+from ..callers import running
 from ..errors import ConfigError
 from ..runtime import Controller, controllers_of
 from ..runtime.penalty import add_penalty
@@ -51,6 +52,11 @@ class IncreLoraCallback(TrainerCallback):
             logs["budget/used"] = ranks.active / ranks.budget_ranks
         elif ranks.budget_parameters:
             logs["budget/used"] = ranks.parameters / ranks.budget_parameters
+
+
+def trainer_runs() -> bool:
+    """Is a Trainer training right now? What is saved meanwhile is one of its checkpoints."""
+    return running(trainer.Trainer.train) is not None
 
 
 def install() -> None:

@@ -40,7 +40,8 @@ class IncreLoraOptions(LoraOptions):
         total_parameters: bound on Σ rank · (in + out); short by less than one grant.
     Growth
         init_r: rank of every module at the start.   grow_by: ranks per grant; default max(1, r // 2).
-        top_h: modules per event; default: the budget is spent in 10 events.
+        top_h: modules per event, more where the run's last events would not meet the budget; default: the budget is
+            spent in 10 events, or in as many as a short run has.
         warmup_steps: no event at or before this step.   interval_steps: events at its multiples.
         capacity: most ranks a module can ever hold; default max(8, 4 r).   capacity_pattern: per module name (regex).
     Score
@@ -106,6 +107,8 @@ class IncreLoraOptions(LoraOptions):
         steps = GrowthSteps(warmup, in_steps(self.interval_steps, run, name="interval_steps", least=1))
         if budget.ranks is not None and run.steps is not None:
             missing, each = budget.ranks - ranks_used(holdings), top_h * self.step_ranks
+            if strict and self.top_h is None:  # one event is enough: events grant what the rest of the run needs
+                each = max(1, missing)
             check_reachable(steps, first, run.steps, missing=missing, per_event=each, strict=strict)
         return steps
 

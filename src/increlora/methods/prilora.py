@@ -43,7 +43,7 @@ class PriLora(LoraOptions):
     Pruning
         prune_share: share p of the entries of A that a pruning sets to zero, in [0, 1); 0: nothing is pruned.
         group: p counts in each `row` of A, or in the `matrix`.
-        interval_steps: prunings after so many steps, and at the multiples.
+        interval_steps: prunings after so many steps, and at the multiples; default 40, in shorter runs half of the run.
         warmup_steps, settle_steps: no pruning in the first steps, and in the last.
         regrow: zeros may move again until the next pruning; False holds them at zero, from the first pruning of a run.
         beta: moving average of the input norms, in [0, 1).   statistic_interval: it is updated in each so many steps.
@@ -97,8 +97,11 @@ class PriLora(LoraOptions):
     def _schedule(self, run: Run) -> Multiples:
         if self.settle_steps and run.steps is None:
             in_steps(1.0, run, name="the end of the last pruning (settle_steps)")
+        interval = in_steps(self.interval_steps, run, name="interval_steps", least=1)
+        if run.steps is not None and run.steps < interval and self.interval_steps == PriLora.interval_steps:
+            interval = max(1, run.steps // 2)  # the default fits any run
         steps = Multiples(
-            interval=in_steps(self.interval_steps, run, name="interval_steps", least=1),
+            interval=interval,
             warmup=in_steps(self.warmup_steps, run, name="warmup_steps"),
             settle=in_steps(self.settle_steps, run, name="settle_steps"),
             total=run.steps,

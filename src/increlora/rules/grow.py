@@ -8,7 +8,8 @@
 Statistics of a module: I, U.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -112,11 +113,13 @@ class Grower(Runner):
         step = schedule.next(first)
         while run.steps is not None and step < run.steps and not spent(holdings, self.budget):
             even = [1 / (1 + h.rank + i / len(holdings)) for i, h in enumerate(holdings)]
-            plan = self.rule.allocate(even, holdings)
-            if not plan.grants:
+            plans = list(self._plans(even, holdings, schedule.count(step, run.steps)))
+            if not plans[0].grants:
                 break
-            holdings = granted(holdings, plan)
-            events.append(Expected(step, len(plan.grants), ranks_used(holdings), parameters_used(holdings)))
+            for plan in plans:
+                holdings = granted(holdings, plan)
+            modules = {grant.module for plan in plans for grant in plan.grants}
+            events.append(Expected(step, len(modules), ranks_used(holdings), parameters_used(holdings)))
             step = schedule.next(step + 1)
         return Forecast(tuple(events), tuple(holdings))
 
@@ -215,7 +218,7 @@ class Grower(Runner):
             self._smooth()
             changes += self._fill_reserve(step)
             if self.schedule is not None and self.schedule.due(step):
-                changes += self._allocate(step)
+                changes += self._allocate(step, self.schedule)
         self._listen(step + 1)
         return changes
 
@@ -242,17 +245,31 @@ class Grower(Runner):
                 changes.append(Change(i, 0, kind="reserve"))
         return changes
 
-    def _allocate(self, step: int) -> list[Change]:
+    def _plans(self, importance: Sequence[float], holdings: Sequence[Holding], events: int | None) -> Iterator[Plan]:
+        """What one of the last so many events does (None: not known): one plan, and further ones of the same kind until
+        the rest of an exact budget fits into the events after it. Full modules and small blocks make one plan smaller
+        than its schedule counts on."""
+        least = 1
+        if self.budget.ranks is not None and self.budget.exact and events is not None:
+            least = math.ceil((self.budget.ranks - ranks_used(holdings)) / max(1, events))
+        while least > 0:
+            plan = self.rule.allocate(importance, holdings)
+            yield plan
+            if plan.spent or not plan.grants:
+                return
+            holdings, least = granted(holdings, plan), least - sum(grant.ranks for grant in plan.grants)
+
+    def _allocate(self, step: int, schedule: GrowthSteps) -> list[Change]:
         importance = self.importance()
-        plan = self.rule.allocate(importance, self.holdings())
-        changes = [Change(i, 0, importance[i], "saturation") for i in plan.saturated]
-        for grant in plan.grants:
+        plans = list(self._plans(importance, self.holdings(), self.steps and schedule.count(step, self.steps)))
+        changes = [Change(i, 0, importance[i], "saturation") for i in plans[0].saturated]
+        for grant in (grant for plan in plans for grant in plan.grants):
             delta = self.deltas[grant.module]
             block = delta.free[grant.block]
             delta.status[block], delta.born[block] = Status.ACTIVE, step
             changes.append(Change(grant.module, grant.ranks, importance[grant.module]))
         changes += self._fill_reserve(step)
-        return changes + self._finish() if plan.spent else changes
+        return changes + self._finish() if plans[-1].spent else changes
 
     @torch.no_grad()
     def _finish(self) -> list[Change]:

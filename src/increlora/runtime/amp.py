@@ -1,9 +1,9 @@
 """Loss scaling: how large it is, and whether this step overflowed."""
 
-import sys
-
 import torch
 from torch.optim import Optimizer
+
+from ..callers import running
 
 
 def loss_scale() -> float:
@@ -12,14 +12,10 @@ def loss_scale() -> float:
     Backward hooks see scaled gradients, and nothing on the optimizer says by how much once they are unscaled, so the
     scaler is looked up among the callers: `scaler.step(optimizer)` is always one of them. Reads one device scalar.
     """
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is torch.amp.GradScaler.step.__code__:
-            # `f_locals` of any other frame would keep its tensors alive
-            scaler = frame.f_locals["self"]
-            return float(scaler.get_scale()) if scaler.is_enabled() else 1.0
-        frame = frame.f_back  # type: ignore[assignment]
-    return 1.0
+    frame = running(torch.amp.GradScaler.step)
+    # `f_locals` of any other frame would keep its tensors alive
+    scaler = frame.f_locals["self"] if frame is not None else None
+    return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
 
 
 def gradient_scale(optimizer: Optimizer) -> float:

@@ -178,12 +178,20 @@ def test_phases_without_prunings(options: dict, steps: list[int]) -> None:
     assert [s + 1 for s in range(18) if schedule.over(s)] == [*range(steps[-1], 19)]
 
 
-@pytest.mark.parametrize(("options", "run"), [({}, 39), ({"warmup_steps": 40}, 79), ({"settle_steps": 0.6}, 80)])
+@pytest.mark.parametrize(("options", "run"), [
+    ({"interval_steps": 50}, 39), ({"warmup_steps": 40}, 79), ({"settle_steps": 0.6}, 80),
+])  # fmt: skip
 def test_a_run_without_any_pruning_is_refused(options: dict, run: int) -> None:
     method = PriLora(**options).method(2, 20)
     with pytest.raises(ScheduleError, match=f"no pruning falls into a run of {run} steps.*lower `interval_steps`"):
         method.rules[0].schedule(Run(run))
-    assert method.rules[0].schedule(Run(1000)).first in (39, 79)
+    assert method.rules[0].schedule(Run(1000)).first in (39, 49, 79)
+
+
+@pytest.mark.parametrize(("run", "steps"), [(1, [1]), (2, [1, 2]), (39, [19, 38]), (40, [40]), (100, [40, 80])])
+def test_the_default_interval_fits_any_run(run: int, steps: list[int]) -> None:
+    schedule = PriLora().method(2, 20).rules[0].schedule(Run(run))
+    assert [step + 1 for step in range(run) if schedule.due(step)] == steps
 
 
 @pytest.mark.parametrize("options", [{"interval_steps": 0.1}, {"warmup_steps": 0.1}, {"settle_steps": 10}])

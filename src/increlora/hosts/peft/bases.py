@@ -6,13 +6,15 @@ nn.Conv2d                     patches     channels · kh · kw, out channels
 """
 
 import difflib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -24,6 +26,7 @@ from .quantised import is_plain, is_quantised, stored_dtype, working_dtype
 
 LEAVE_OUT = "leave it out of `target_modules`"
 WHOLE = f"{LEAVE_OUT}, or train it whole (`modules_to_save`)"
+KNOWN = (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d)
 KINDS: Mapping[type[Inputs], str] = {Vectors: "nn.Linear or Conv1D", Tokens: "nn.Embedding", Patches: "nn.Conv2d"}
 
 
@@ -47,20 +50,22 @@ def read(base: nn.Module, name: str) -> Site:
 
 
 def refusal(base: nn.Module) -> str | None:
-    """Why a module cannot be adapted, with the remedy; None if it can. An embedding or convolution may compute
+    """Why a module cannot be adapted, with the remedy; None if it can. What is derived from a known class may compute
     something of its own, as position embeddings do; word embeddings that are multiplied by a constant say so, and
-    packed ones only store their weight otherwise."""
+    packed modules only store their weight otherwise."""
     kind = f"of type {type(base).__name__}"
     if isinstance(base, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention gives its weight to a function
         return f"{kind} is never called, its weight is read by the module around it: {WHOLE}"
-    parent = next((parent for parent in (nn.Embedding, nn.Conv2d) if isinstance(base, parent)), None)
+    quantised, names = is_quantised(base), "nn.Linear, Conv1D, nn.Embedding or nn.Conv2d"
+    parent = next((parent for parent in KNOWN if isinstance(base, parent)), None)
     if parent is None:
-        known = isinstance(base, nn.Linear | Conv1D) or is_quantised(base)
-        names = "nn.Linear, Conv1D, nn.Embedding or nn.Conv2d"
-        return None if known else f"{kind} cannot be adapted: name {names} modules in `target_modules`"
-    packed = is_quantised(base) or not is_plain(stored_dtype(base) or torch.float32)
+        return None if quantised else f"{kind} cannot be adapted: name {names} modules in `target_modules`"
+    packed = quantised or not is_plain(stored_dtype(base) or torch.float32)
     if type(base).forward is not parent.forward and not hasattr(base, "embed_scale") and not packed:
-        return f"{kind} is not a plain nn.{parent.__name__}, an adapter would compute something else: {WHOLE}"
+        plain = parent.__name__ if parent is Conv1D else f"nn.{parent.__name__}"
+        return f"{kind} is not a plain {plain}, an adapter would compute something else: {WHOLE}"
+    if "weight" not in base._parameters and not packed:  # weight_norm, spectral_norm, torch.nn.utils.parametrize
+        return f"{kind} computes its weight from other parameters, which a merge would miss: {WHOLE}"
     if isinstance(base, nn.Embedding) and base.max_norm is not None:
         return f"with max_norm={base.max_norm} changes its own weight in use and cannot be adapted: {LEAVE_OUT}"
     if isinstance(base, nn.Conv2d) and base.groups > 1:
@@ -81,16 +86,23 @@ def check_readable(config: Any, name: str, inputs: Inputs) -> None:
     )
 
 
-def check_matched(peft_config: Any, model: nn.Module) -> None:
-    """Raise ConfigError, with the nearest name there is, for target modules of which the model has none."""
+def check_matched(peft_config: Any, model: nn.Module, found: Collection[str]) -> None:
+    """Raise ConfigError, with the nearest name there is, for target modules of which the model has none, all together
+    or, in a list, one of them."""
     targets = peft_config.target_modules
     if targets == DUMMY_TARGET_MODULES:
         return
-    known = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
     wanted = [targets] if isinstance(targets, str) else sorted(targets or ())
-    near = next((n for t in wanted for n in difflib.get_close_matches(t.rpartition(".")[2], known, 1)), None)
+    names = {n.split(".", i)[-1] for n, _ in model.named_modules() for i in range(n.count(".") + 1)}  # and endings
+    missing = [t for t in wanted if t not in names] if found else wanted
+    if not missing or (found and isinstance(targets, str)):
+        return
+    known = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+    near = next((n for t in missing for n in difflib.get_close_matches(t.rpartition(".")[2], known, 1)), None)
     remedy = f"did you mean {near!r}?" if near and near not in wanted else f"it has {', '.join(known[:12])}"
-    raise ConfigError(f"Target modules {wanted} not found in the base model (after exclusions): {remedy}")
+    if any(".experts." in name and p.dim() == 3 for name, p in model.named_parameters()):
+        remedy += "; experts that are stored as one tensor cannot be adapted yet"
+    raise ConfigError(f"Target modules {missing} not found in the base model (after exclusions): {remedy}")
 
 
 def check_in_memory(bases: Mapping[str, nn.Module]) -> None:
@@ -103,3 +115,15 @@ def check_in_memory(bases: Mapping[str, nn.Module]) -> None:
                 f"{name} is offloaded, and an adapter beside it cannot be trained: load the model by a `device_map` "
                 f"that keeps it in memory, leave it out of `target_modules`, or load the adapter for inference"
             )
+
+
+def warn_of_statistics(model: nn.Module, modules_to_save: Collection[str]) -> None:
+    """Warn of running statistics that training changes and an adapter does not save."""
+    counted = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    lost = [n for n in counted if not any(f".{module}." in f".{n}." for module in modules_to_save)]
+    if lost:
+        warnings.warn(
+            f"{lost[0]} and {len(lost) - 1} more modules have running statistics, which change in training and are not "
+            f"saved with the adapter: name them in `modules_to_save`, or leave them in eval mode",
+            stacklevel=2,
+        )

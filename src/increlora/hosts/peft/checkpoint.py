@@ -9,6 +9,7 @@ A run resumes from these tensors alone, however they are loaded.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +134,19 @@ def check_parts(modules: Mapping[str, Stored], parts: Mapping[str, Mapping[str, 
             raise CheckpointError(f"{name}.{error}") from error
 
 
+def ends_of(model: nn.Module) -> list[nn.Module]:
+    """Its input and output embeddings; many classes that have none raise an error instead of saying so."""
+    ends = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):
+            ends.append(getattr(model, name)())
+    return [end for end in ends if end is not None]
+
+
 def check_ends_unmerged(model: nn.Module) -> None:
     """Raise CheckpointError while the adapter of an input or output embedding is merged: peft saves that weight beside
     the adapter, whose ΔW would then be there twice."""
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        end = getattr(model, get, lambda: None)()
+    for end in ends_of(model):
         if isinstance(end, AdapterLayer) and end.merged:
             name = end.delta(end.merged_adapters[0]).name
             raise CheckpointError(

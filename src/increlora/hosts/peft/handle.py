@@ -1,5 +1,6 @@
 """The one owner of an adapter: its config, the method made of it once, its deltas, and its controller."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -78,6 +79,22 @@ class Handle:
             self.controller = Controller(self.method, self.blocks, on_change=self.describe)
             register(self.controller)
         self.describe()
+
+    def warn_of_budget(self) -> None:
+        """Warn of an adapter that is saved or exported with other ranks than its budget, after a run that ended before
+        its schedule; not while a Trainer writes its checkpoints."""
+        steps = max((d.steps if d.observer is None else d.observer.step for d in self.deltas.values()), default=0)
+        ranks, budget = sum(delta.rank for delta in self.deltas.values()), self.method.budget
+        if not (steps and budget.exact) or budget.ranks in (None, ranks):
+            return
+        from ..transformers import trainer_runs
+
+        if not trainer_runs():
+            warnings.warn(
+                f"this adapter has {ranks} ranks and a budget of {budget.ranks}: after {steps} steps its schedule is "
+                f"not over; train on from here, or give the run that makes it the length that it really has",
+                stacklevel=2,
+            )
 
     def describe(self) -> None:
         """Have the config say what the deltas are now: their states are the truth, the config repeats them."""

@@ -185,6 +185,11 @@ def layer_over(base: nn.Module) -> AdapterLayer:
     return (AdapterLinear if isinstance(base, nn.Linear | Conv1D) else AdapterLayer)(base)
 
 
+def adapted(model: nn.Module) -> nn.Module:
+    """The model that peft has adapted: `model`, or the one inside it, where another module is around that."""
+    return next((module for module in model.modules() if hasattr(module, "peft_config")), model)
+
+
 def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, AdapterLayer]:
     """Adapter layers, or those that hold this adapter, by the module's name in `model`, in model order."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}

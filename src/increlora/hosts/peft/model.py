@@ -13,7 +13,7 @@ from ...deltas.base import NAMES
 from ...errors import ConfigError
 from ...rules import holding_of
 from . import checkpoint, weighted
-from .bases import check_in_memory, check_matched, read, refusal
+from .bases import check_in_memory, check_matched, read, refusal, warn_of_statistics
 from .handle import SHARED, Handle, described_states
 from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, check_name, layer_over
 from .mixed import mixed_batch
@@ -43,8 +43,9 @@ class AdapterModel(BaseTuner):
                     f"{peft_config.method_name} can adapt none of the linear modules of this model "
                     f"({next(iter(linear))}, …)"
                 )
-        if not bases and not self._by_state_dict:
-            check_matched(peft_config, model)
+        usual = self.target_module_mapping.get(self.get_model_config(model).get("model_type"), ())
+        if not (self._by_state_dict or (bases and {*usual} == {*(peft_config.target_modules or ())})):
+            check_matched(peft_config, model, bases)
         if not (peft_config.inference_mode or self._low_memory):
             check_in_memory(bases)
         for option, value in peft_config.settings().completed(model, bases).items():
@@ -127,6 +128,7 @@ class AdapterModel(BaseTuner):
         handle.deltas = {layer.delta(adapter_name).name: layer.delta(adapter_name)
                          for layer in adapter_layers(model, adapter_name).values()}  # fmt: skip
         if not config.inference_mode:
+            warn_of_statistics(model, config.modules_to_save or ())
             handle.drive()
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
@@ -169,6 +171,7 @@ class AdapterModel(BaseTuner):
         handle = adapters_of(model).get(adapter_name)
         if handle is not None:
             handle.describe()  # the config is written next
+            handle.warn_of_budget()
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return checkpoint.compact(model, adapter_name, selected)
 

@@ -9,13 +9,13 @@ So a module's ΔW is a product of two thin factors, computed again at every use.
 The bank owns the five factors, once per model; a delta refers to it and has no parameters of its own.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from ...callers import running
 from ...deltas.base import Delta, Stored, check_shape
 from ...deltas.blocks import joined
 from ...errors import DriveError
@@ -124,11 +124,8 @@ def refuse_reentrant_checkpointing() -> None:
         return
     if torch._C._current_graph_task_id() == -1:  # outside any backward pass
         return
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.backward.__code__:
-            raise DriveError(
-                "re-entrant activation checkpointing would let the processes' shared factors drift apart: use "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        frame = frame.f_back  # type: ignore[assignment]
+    if running(CheckpointFunction.backward) is not None:
+        raise DriveError(
+            "re-entrant activation checkpointing would let the processes' shared factors drift apart: use "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
