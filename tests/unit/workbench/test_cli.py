@@ -433,7 +433,10 @@ def test_a_failed_run_says_why(model, tmp_path, monkeypatch):
         (["--set", "capacity=1"], "capacity"),
         (["--report-to", "foo"], "--report-to foo: not known or not installed; choose one of none"),
         (["--target-modules", "("], r"--target-modules \(: no regular expression"),
-        (["--set", "interval_steps=15"], "leaves 1 growth events of 2 ranks in 20 steps, 6 are needed: 10 of 12"),
+        (
+            ["--set", "interval_steps=15", "--set", "top_h=2"],
+            "leaves 1 growth events of 2 ranks in 20 steps, 6 are needed: 10 of 12",
+        ),
     ),
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing_behind(model, tmp_path, words, message):
@@ -446,7 +449,7 @@ def test_a_run_in_the_way_is_kept_unless_overwrite_is_given(model, interrupted):
     before = state(interrupted)
     message = refused("train", "--model", model, "--out", interrupted, *TINY)
     assert "already holds a run (interrupted)" in message and "--overwrite" in message
-    schedule_error = ("--overwrite", "--set", "interval_steps=15")
+    schedule_error = ("--overwrite", "--set", "interval_steps=15", "--set", "top_h=2")
     refused("train", "--model", model, "--out", interrupted, *TINY, *schedule_error)
     assert state(interrupted) == before
     assert train(model, interrupted, "--overwrite", "--method", "lora", "--epochs", "0.1").exit_code == 0
