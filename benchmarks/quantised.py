@@ -65,7 +65,7 @@ def main(run: Path) -> None:
             model.merge_adapter()
         merged = states(model)
         found = [one for m in model.modules() if isinstance(m, AdapterLayer) for one in m.merge_errors.values()]
-        errors, kept = [one.error for one in found], [one.kept for one in found]
+        errors, kept = [one.error for one in found], [one.retained for one in found]
         share = float((merged - beside).norm() / (beside - without).norm())
         row = statistics.median(errors), max(errors), statistics.median(kept), min(kept), share
         print(" | ".join([f"| {name}", *(f"{value:.1%}" for value in row)]), "|", flush=True)

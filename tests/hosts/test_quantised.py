@@ -168,8 +168,8 @@ def test_the_warning_names_the_worst_module_and_the_way_out(kind: str, files: Pa
     found = rounding_of(files, kind)
     worst, errors = max(found, key=lambda name: found[name].error), sorted(one.error for one in found.values())
     assert f"{errors[-1]:.1%} of ‖ΔW‖ in {worst}, its median over 6 modules {errors[3]:.1%}" in message
-    poorest = min(found, key=lambda name: found[name].kept)
-    assert f"{poorest} keeps {found[poorest].kept:.1%} of its ΔW" in message
+    poorest = min(found, key=lambda name: found[name].retained)
+    assert f"{poorest} keeps {found[poorest].retained:.1%} of its ΔW" in message
 
 
 def rounding_of(files: Path, kind: str) -> dict[str, Rounding]:
@@ -186,7 +186,7 @@ def test_a_change_below_the_grid_is_lost_and_one_above_only_gets_noise(step: flo
     change = 0.01 * torch.randn(64, 64)
     written = ((weight + change) / step).round() * step
     found = rounding(written, weight + change, change)
-    assert found.kept == pytest.approx(kept, abs=0.05)
+    assert found.retained == pytest.approx(kept, abs=0.05)
     assert found.error == pytest.approx(float((written - weight - change).norm() / change.norm()))
 
 
