@@ -12,6 +12,9 @@ from torch.nn.utils import parametrizations
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    FalconConfig,
+    FalconForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3MoeConfig,
@@ -19,6 +22,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 from increlora import (
     AdaLoraConfig,
@@ -31,7 +35,7 @@ from increlora import (
     rank_summary,
     warm_start,
 )
-from increlora.errors import ConfigError
+from increlora.errors import ConfigError, ExportError
 
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 BUDGET = "this adapter has {} ranks and a budget of 56"
@@ -160,7 +164,7 @@ class Net(nn.Module):
         return self.statistics(self.normed(self.doubled(self.plain(x))))
 
 
-@pytest.mark.filterwarnings("ignore:statistics and 0 more modules")
+@pytest.mark.filterwarnings("ignore:statistics has running statistics")
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -173,6 +177,33 @@ def test_linear_layers_that_compute_something_else_are_refused_by_name(name: str
         get_peft_model(Net(), PlainLoraConfig(target_modules=["plain", name]))
 
 
+def test_linear_layers_that_only_say_it_otherwise_are_adapted() -> None:
+    """Falcon's linear layers are all of a class of its own."""
+    torch.manual_seed(0)
+    config = FalconConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    falcon = FalconForCausalLM(config)
+    model = get_peft_model(falcon, PlainLoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    assert len(rank_summary(model).modules) == 4
+    wanted = model(tokens()).logits
+    torch.testing.assert_close(model.merge_and_unload()(tokens()).logits, wanted)
+    with torch.device("meta"):
+        get_peft_model(FalconForCausalLM(config), PlainLoraConfig(target_modules=["query_key_value"]))
+
+
+def test_routers_are_refused_by_name() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain = nn.Linear(8, 8)
+            self.router = Llama4Router(Llama4TextConfig(hidden_size=8, num_local_experts=4, num_experts_per_tok=1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.plain(x) + self.router(x)[0].sum()
+
+    with pytest.raises(ConfigError, match="router of type Llama4Router is not a plain nn.Linear"):
+        get_peft_model(Routed(), PlainLoraConfig(target_modules=["plain", "router"]))
+
+
 def test_old_weight_norm_is_refused_too() -> None:
     net = Net()
     with warnings.catch_warnings():
@@ -183,7 +214,7 @@ def test_old_weight_norm_is_refused_too() -> None:
 
 
 def test_statistics_that_are_not_saved_are_told_once() -> None:
-    with pytest.warns(UserWarning, match="statistics and 0 more modules have running statistics.*modules_to_save"):
+    with pytest.warns(UserWarning, match="^statistics has running statistics.*modules_to_save"):
         get_peft_model(Net(), PlainLoraConfig(target_modules=["plain"]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -245,6 +276,16 @@ def test_a_trainer_that_fails_does_not_silence_what_is_saved_afterwards(tmp_path
         Failing(model=model, args=arguments, train_dataset=rows).train()
     with pytest.warns(UserWarning, match=BUDGET.format("[1-5].")):
         model.save_pretrained(tmp_path / "native")
+
+
+def test_of_two_adapted_models_in_one_module_none_is_taken_for_both(tmp_path: Path) -> None:
+    pair = nn.ModuleDict({"query": llama(), "document": llama(r=2)})
+    said = "2 adapted models in this ModuleDict: pass one of them"
+    with pytest.raises(ConfigError, match=said):
+        rank_summary(pair)
+    with pytest.raises(ExportError, match=said):
+        export_lora(pair, tmp_path / "lora")
+    assert rank_summary(pair["document"]).budget_ranks == 28
 
 
 def test_a_wrapped_model_is_attached_by_hand() -> None:

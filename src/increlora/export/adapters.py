@@ -61,7 +61,7 @@ def read_adapter(source: nn.Module | str | os.PathLike[str], adapter_name: str |
     """The adapter of a live model, of its folder, or of a run folder. Raises ExportError if there is none by that name
     or of a kind we read, CheckpointError if a folder is damaged."""
     if isinstance(source, nn.Module):
-        return from_model(adapted(source), adapter_name)
+        return from_model(source, adapter_name)
     return from_folder(adapter_folder(Path(source)) / (adapter_name or ""))
 
 
@@ -83,6 +83,10 @@ def adapter_folder(path: Path, part: str = "adapter") -> Path:
 @torch.no_grad()
 def from_model(model: nn.Module, adapter_name: str | None) -> Adapter:
     """The adapter of a live model. Raises ExportError if it has none by that name."""
+    try:
+        model = adapted(model)
+    except ConfigError as error:
+        raise ExportError(f"nothing to export: {error}") from None
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     active = [n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.active_adapters]
     name = adapter_name or next(iter(active), None)

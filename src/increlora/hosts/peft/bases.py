@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -61,7 +61,8 @@ def refusal(base: nn.Module) -> str | None:
     if parent is None:
         return None if quantised else f"{kind} cannot be adapted: name {names} modules in `target_modules`"
     packed = quantised or not is_plain(stored_dtype(base) or torch.float32)
-    if type(base).forward is not parent.forward and not hasattr(base, "embed_scale") and not packed:
+    own = type(base).forward is not parent.forward and not hasattr(base, "embed_scale") and not packed
+    if own and not (isinstance(base, nn.Linear) and is_linear_map(base)):
         plain = parent.__name__ if parent is Conv1D else f"nn.{parent.__name__}"
         return f"{kind} is not a plain {plain}, an adapter would compute something else: {WHOLE}"
     if "weight" not in base._parameters and not packed:  # weight_norm, spectral_norm, torch.nn.utils.parametrize
@@ -71,6 +72,22 @@ def refusal(base: nn.Module) -> str | None:
     if isinstance(base, nn.Conv2d) and base.groups > 1:
         return f"with channels in {base.groups} groups cannot be adapted: {WHOLE}"
     return None
+
+
+@torch.no_grad()
+def is_linear_map(base: nn.Linear) -> bool:
+    """Does a forward pass of its own compute x Wᵀ + b all the same, as Falcon's does? It is tried on two rows, without
+    hooks; on the meta device only the shape can be compared."""
+    x = torch.linspace(-1, 1, 2 * base.in_features, dtype=base.weight.dtype, device=base.weight.device).view(2, -1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            found = type(base).forward(base, x)
+        wanted = nn.functional.linear(x, base.weight, base.bias)
+        if not isinstance(found, Tensor) or found.shape != wanted.shape:
+            return False
+        return found.is_meta or torch.allclose(found, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max()))
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # it wants another input
+        return False
 
 
 def check_readable(config: Any, name: str, inputs: Inputs) -> None:
@@ -122,8 +139,9 @@ def warn_of_statistics(model: nn.Module, modules_to_save: Collection[str]) -> No
     counted = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     lost = [n for n in counted if not any(f".{module}." in f".{n}." for module in modules_to_save)]
     if lost:
+        others = f" (and {len(lost) - 1} modules like it)" if len(lost) > 1 else ""
         warnings.warn(
-            f"{lost[0]} and {len(lost) - 1} more modules have running statistics, which change in training and are not "
-            f"saved with the adapter: name them in `modules_to_save`, or leave them in eval mode",
+            f"{lost[0]}{others} has running statistics, which change in training and are not saved with the adapter: "
+            f"name it in `modules_to_save`, or train with it in eval mode",
             stacklevel=2,
         )

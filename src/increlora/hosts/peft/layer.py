@@ -186,8 +186,15 @@ def layer_over(base: nn.Module) -> AdapterLayer:
 
 
 def adapted(model: nn.Module) -> nn.Module:
-    """The model that peft has adapted: `model`, or the one inside it, where another module is around that."""
-    return next((module for module in model.modules() if hasattr(module, "peft_config")), model)
+    """The model that peft has adapted: `model`, or the one inside it, where another module is around that. Raises
+    ConfigError if there are several."""
+    if hasattr(model, "peft_config"):
+        return model
+    found = {name: module for name, module in model.named_modules() if hasattr(module, "peft_config")}
+    outer = [module for name, module in found.items() if not any(name.startswith(f"{other}.") for other in found)]
+    if len(outer) > 1:
+        raise ConfigError(f"{len(outer)} adapted models in this {type(model).__name__}: pass one of them")
+    return outer[0] if outer else model
 
 
 def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, AdapterLayer]:
@@ -203,6 +210,7 @@ def adapters_of(model: nn.Module) -> dict[str, Handle]:
 
 def adapter_of(model: nn.Module, adapter_name: str | None = None) -> tuple[str, Handle]:
     """An adapter, by default the active one: its name and its owner. Raises ConfigError if there is no such adapter."""
+    model = adapted(model)
     layers = adapter_layers(model).values()
     for name in [adapter_name] if adapter_name else [name for layer in layers for name in layer.active_adapters]:
         for layer in layers:
