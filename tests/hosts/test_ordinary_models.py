@@ -36,6 +36,7 @@ from increlora import (
     warm_start,
 )
 from increlora.errors import ConfigError, ExportError
+from increlora.export.adapters import read_adapter
 
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 BUDGET = "this adapter has {} ranks and a budget of 56"
@@ -238,6 +239,11 @@ def test_saving_and_exporting_a_run_that_ended_early_tells_both_numbers(config_c
         export_lora(model, tmp_path / "live")
     with pytest.warns(UserWarning, match=BUDGET.format(ranks)):
         export_lora(tmp_path / "native", tmp_path / "again")
+    with pytest.warns(UserWarning, match=BUDGET.format(ranks)):
+        export_merged(model, tmp_path / "merged")
+    with warnings.catch_warnings():  # who only looks is told by the numbers
+        warnings.simplefilter("error")
+        assert read_adapter(tmp_path / "native").steps == 6
 
 
 def test_a_finished_run_and_the_checkpoints_of_a_trainer_say_nothing(tmp_path: Path) -> None:

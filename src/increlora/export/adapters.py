@@ -42,7 +42,7 @@ class Adapter:
         inputs: module → what it reads.   others: further tensors (`modules_to_save`) by module path.
         every: names of all modules of the base model, None where only the adapter is known.
         limits: module → rank to which an export has to truncate it (`Delta.export_rank`); of the others it is exact.
-        budget: of ours; others have none.
+        budget, steps: of ours, the steps of its run so far; others have none.
     """
 
     kind: str
@@ -55,6 +55,7 @@ class Adapter:
     every: frozenset[str] | None
     limits: Mapping[str, int] = field(default_factory=dict)
     budget: Budget = field(default_factory=lambda: Budget(None))
+    steps: int = 0
 
 
 def read_adapter(source: nn.Module | str | os.PathLike[str], adapter_name: str | None = None) -> Adapter:
@@ -143,7 +144,6 @@ def from_folder(path: Path) -> Adapter:
 
 def native(handle: Handle, state: Mapping[str, Tensor], every: frozenset[str] | None) -> Adapter:
     """An adapter of ours; `state`: its state dict, whose entries beside our parameters come along."""
-    handle.warn_of_budget()
     deltas, ours = handle.deltas, tuple(f"{name}.lora_" for name in handle.stored)
     named = {key.removeprefix(PREFIX): value for key, value in state.items()}
     return Adapter(
@@ -157,6 +157,7 @@ def native(handle: Handle, state: Mapping[str, Tensor], every: frozenset[str] | 
         every=every,
         limits={name: delta.export_rank for name, delta in deltas.items() if delta.export_rank is not None},
         budget=handle.method.budget,
+        steps=handle.steps,
     )
 
 

@@ -26,6 +26,7 @@ from ..deltas.inputs import VECTORS
 from ..errors import CheckpointError, ExportError
 from ..files import whole
 from ..hosts.peft.checkpoint import read_contents
+from ..hosts.peft.handle import warn_of_budget
 from ..hosts.peft.layer import handle_of
 from ..hosts.peft.truncation import truncated
 from .adapters import Adapter, check_elsewhere, read_adapter
@@ -87,7 +88,7 @@ def export_lora(
             modules without a low rank, and whatever `max_rank` costs for the others.
         adapter_name: default the active adapter; of a folder: its subfolder.
     Warns: UserWarning if it holds what an engine refuses whatever the model is (`modules_to_save`; for some engines
-        embeddings and convolutions): it names the engines.
+        embeddings and convolutions): it names the engines. Also if the run ended with other ranks than its budget.
     Returns: what was written. Tensors keep their dtype; folded factors are rounded to it once. The folder appears in
         one piece or not at all.
     Raises: ExportError (no adapter that we read, unknown layout, more than low-rank, more lost than the tolerance, a
@@ -102,6 +103,7 @@ def export_lora(
     out = Path(out)
     check_replaceable(out)
     adapter = read_adapter(model_or_path, adapter_name)
+    warn_of_budget(adapter.ranks, adapter.budget, adapter.steps)
     factors, errors = limited(adapter, max_rank, tolerance)
     written = laid_out(factors, layout)
     write(out, adapter, written, layout)

@@ -16,6 +16,7 @@ from ..errors import ExportError
 from ..files import whole
 from ..hosts.peft.bases import read
 from ..hosts.peft.checkpoint import ends_of
+from ..hosts.peft.handle import warn_of_budget
 from ..hosts.peft.layer import adapted
 from ..hosts.peft.quantised import is_plain, is_quantised
 from .adapters import Adapter, check_elsewhere, read_adapter
@@ -49,6 +50,7 @@ def export_merged(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out} exists: choose another folder or remove it")
     adapter = read_adapter(model_or_path, adapter_name)
+    warn_of_budget(adapter.ranks, adapter.budget, adapter.steps)
     if base is None:
         live = adapted(model_or_path) if isinstance(model_or_path, nn.Module) else None
         if not isinstance(live, PeftModel):

@@ -1,10 +1,11 @@
 """The one owner of an adapter: its config, the method made of it once, its deltas, and its controller."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ...decide.budget import Budget
 from ...deltas import BlockDelta, Delta, Status, Stored, Vectors
 from ...deltas.inputs import as_json
 from ...methods import Site
@@ -80,21 +81,10 @@ class Handle:
             register(self.controller)
         self.describe()
 
-    def warn_of_budget(self) -> None:
-        """Warn of an adapter that is saved or exported with other ranks than its budget, after a run that ended before
-        its schedule; not while a Trainer writes its checkpoints."""
-        steps = max((d.steps if d.observer is None else d.observer.step for d in self.deltas.values()), default=0)
-        ranks, budget = sum(delta.rank for delta in self.deltas.values()), self.method.budget
-        if not (steps and budget.exact) or budget.ranks in (None, ranks):
-            return
-        from ..transformers import trainer_runs
-
-        if not trainer_runs():
-            warnings.warn(
-                f"this adapter has {ranks} ranks and a budget of {budget.ranks}: after {steps} steps its schedule is "
-                f"not over; train on from here, or give the run that makes it the length that it really has",
-                stacklevel=2,
-            )
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run so far."""
+        return max((d.steps if d.observer is None else d.observer.step for d in self.deltas.values()), default=0)
 
     def describe(self) -> None:
         """Have the config say what the deltas are now: their states are the truth, the config repeats them."""
@@ -115,3 +105,19 @@ def described_states(config: Any, name: str, delta: BlockDelta) -> list[Status] 
         return None
     rank = sum(size for size, state in zip(delta.sizes, states, strict=True) if state is Status.ACTIVE)
     return states if rank == config.ranks[name] else None
+
+
+def warn_of_budget(ranks: Mapping[str, int], budget: Budget, steps: int) -> None:
+    """Warn of an adapter that is saved or exported after so many steps with other ranks than its budget: its run ended
+    before its schedule. While a Trainer writes its checkpoints nothing is said."""
+    total = sum(ranks.values())
+    if not (steps and budget.exact) or budget.ranks in (None, total):
+        return
+    from ..transformers import trainer_runs
+
+    if not trainer_runs():
+        warnings.warn(
+            f"this adapter has {total} ranks and a budget of {budget.ranks}: after {steps} steps its schedule is not "
+            f"over; train on from here, or give the run that makes it the length that it really has",
+            stacklevel=2,
+        )

@@ -14,7 +14,7 @@ from ...errors import ConfigError
 from ...rules import holding_of
 from . import checkpoint, weighted
 from .bases import check_in_memory, check_matched, read, refusal, warn_of_statistics
-from .handle import SHARED, Handle, described_states
+from .handle import SHARED, Handle, described_states, warn_of_budget
 from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, check_name, layer_over
 from .mixed import mixed_batch
 from .quantised import backend_of, check_mergeable, keep_layout, warn_of_rounding
@@ -171,7 +171,7 @@ class AdapterModel(BaseTuner):
         handle = adapters_of(model).get(adapter_name)
         if handle is not None:
             handle.describe()  # the config is written next
-            handle.warn_of_budget()
+            warn_of_budget(config.ranks, handle.method.budget, handle.steps)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return checkpoint.compact(model, adapter_name, selected)
 
