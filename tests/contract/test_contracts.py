@@ -335,7 +335,7 @@ def test_a_cut_takes_the_dropped_components_away_and_nothing_else(row: Row) -> N
         parts, e = whole[name]
         left = torch.where(e != 0, delta.block(0)["E"].detach() / e, 0.0)
         assert ((left == 0) | (left == 1)).all() or (row.method.shrinks and (left >= 0).all() and (left < 1).all())
-        assert all(kept or share == 0 for kept, share in zip(delta.kept, left.flatten(), strict=True))
+        assert all(kept or share == 0 for kept, share in zip(delta.state.kept, left.flatten(), strict=True))
         assert close(delta.weight(), (torch.stack(parts) * left.unsqueeze(2)).sum(0))
 
 
@@ -351,8 +351,8 @@ def test_what_was_dropped_stays_dropped_once_the_budget_has_settled(row: Row, st
     model = trained(row, steps)
     for layer in layers(model).values():
         delta = layer.delta("default")
-        assert delta.settled
-        assert [bool(e) for e in delta.block(0)["E"].flatten()] == delta.kept
+        assert delta.state.settled
+        assert [bool(e) for e in delta.block(0)["E"].flatten()] == list(delta.state.kept)
 
 
 @pruned_rows

@@ -62,7 +62,7 @@ def train(
 def outcome(model: nn.Module) -> dict[str, Any]:
     (controller,) = controllers_of(model)
     return {
-        "kept": {name: list(d.kept) for name, d in zip(controller.names, controller.deltas, strict=True)},
+        "kept": {name: list(d.state.kept) for name, d in zip(controller.names, controller.deltas, strict=True)},
         "parameters": {n: full(p.detach()).clone() for n, p in model.named_parameters() if ".lora_delta." in n},
         "statistics": torch.cat([d.statistics[0] for d in controller.deltas]),
         "events": [(e.step, e.kind, e.module, e.ranks) for e in controller.events],

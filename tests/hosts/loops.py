@@ -130,8 +130,8 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     }
     return {
         "live": live,
-        "status": {n: list(map(int, d.status)) for n, d in zip(controller.names, controller.deltas)},
-        "born": {n: (list(d.born), list(d.reserved)) for n, d in zip(controller.names, controller.deltas)},
+        "status": {n: list(map(int, d.state.status)) for n, d in zip(controller.names, controller.deltas)},
+        "born": {n: (list(d.state.born), list(d.state.reserved)) for n, d in zip(controller.names, controller.deltas)},
         "averages": [values.clone() for values in controller.rules[0].statistics()],
         "step": controller.step,
     }

@@ -96,9 +96,9 @@ def test_a_file_holds_averages_only_while_they_can_matter(tmp_path: Path) -> Non
     }
     assert sizes["late"] < 20 and sizes["early"] > 2 * 3 * (16 + 16)
     again = PeftModel.from_pretrained(BUILDERS["bert"](), tmp_path / "late", is_trainable=True)
-    kept = [d.kept for d in deltas(again)]
+    kept = [d.state.kept for d in deltas(again)]
     train(again)  # another run on what has settled
-    assert kept == [d.kept for d in deltas(again)] == [d.kept for d in deltas(model)]
+    assert kept == [d.state.kept for d in deltas(again)] == [d.state.kept for d in deltas(model)]
 
 
 def test_another_methods_file_and_a_damaged_one_are_refused(tmp_path: Path) -> None:

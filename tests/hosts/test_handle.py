@@ -61,7 +61,7 @@ def test_a_resumed_run_saves_the_config_of_a_straight_one(stop: int, tmp_path: P
     steps(straight, optimizer_of(straight), 0, 10)
     found, expected = saved_config(second, tmp_path / "resumed"), saved_config(straight, tmp_path / "straight")
     assert found == expected and 1 in found["blocks"]["up"]
-    assert found["blocks"] == {n: [int(s) for s in d.status] for n, d in handle_of(second).blocks.items()}
+    assert found["blocks"] == {n: [int(s) for s in d.state.status] for n, d in handle_of(second).blocks.items()}
 
 
 def test_two_models_with_one_config_save_their_own_ranks(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_training_again_in_a_plain_loop_with_a_new_optimizer():
             optimizer.step()
             optimizer.zero_grad()
         assert controller.step == stop
-        assert all(max(delta.born) < stop for delta in controller.deltas)
+        assert all(max(delta.state.born) < stop for delta in controller.deltas)
         if stop == 7:
             assert sum(controller.ranks.values()) == 12
     assert_spent(model)

@@ -98,7 +98,7 @@ def test_newborns_ramp_up_to_the_rate_of_their_group() -> None:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         model(**inputs_for("llama")).logits.square().mean().backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        born = {f"{delta.name}.{i}": at for delta in deltas(model) for i, at in enumerate(delta.born)}
+        born = {f"{delta.name}.{i}": at for delta in deltas(model) for i, at in enumerate(delta.state.born)}
         optimizer.step()
         optimizer.zero_grad()
         for name, gradient in gradients.items():

@@ -63,9 +63,9 @@ class Swapper(Runner):
             values += 1
         if step != WHEN:
             return []
-        self.deltas[0].status[0] = Status.RETIRED
+        self.deltas[0].become(0, Status.RETIRED)
         born = self.deltas[-1].free[0]
-        self.deltas[-1].status[born], self.deltas[-1].born[born] = Status.ACTIVE, step
+        self.deltas[-1].become(born, Status.ACTIVE, step)
         return [Change(0, -1), Change(len(self.deltas) - 1, 1)]
 
 

@@ -44,7 +44,7 @@ def test_an_export_computes_the_same_in_stock_peft_rank_0_included(kind: str, tm
         reloaded = PeftModel.from_pretrained(BUILDERS[kind](), tmp_path / "native", is_trainable=trainable)
         assert torch.equal(logits(reloaded, kind), expected)
         assert [d.rank for d in deltas(reloaded)] == [d.rank for d in deltas(model)]
-        assert [d.closed for d in deltas(reloaded)] == [d.closed for d in deltas(model)]
+        assert [d.state.closed for d in deltas(reloaded)] == [d.state.closed for d in deltas(model)]
     assert_exports_compute_the_same(model, kind, tmp_path / "native", {d.name: d.rank for d in deltas(model)})
 
 

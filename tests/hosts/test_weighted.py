@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from increlora import PlainLoraConfig, SoraConfig, export_lora, rank_summary
+from increlora.deltas import Status
 from increlora.errors import ConfigError
 from increlora.hosts.peft.layer import adapter_layers
 from tests.catalogue import METHODS
@@ -92,7 +93,8 @@ def test_a_module_without_rank_adds_nothing() -> None:
     model = adapters("llama", "increlora")
     for adapter in ("one", "two"):
         for layer in list(adapter_layers(model.base_model.model, adapter).values())[:1]:
-            layer.delta(adapter).closed = [True] * 99  # as pruning leaves it
+            delta = layer.delta(adapter)
+            delta.assign(status=[Status.RETIRED] * len(delta.sizes))
     model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both", "cat")
     assert not next(iter(dense(model, "both").values())).any()
 

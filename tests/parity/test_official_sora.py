@@ -116,7 +116,7 @@ def test_the_paper_preset_is_the_published_code(case: Case) -> None:
     zeros = {
         name: int((d.block(0)["E"] == 0).sum()) for name, d in zip(controller.names, controller.deltas, strict=True)
     }
-    assert {name: len(d.kept) - zeros[name] for name, d in zip(controller.names, controller.deltas, strict=True)} == (
-        controller.ranks
-    )
-    assert 0 < sum(zeros.values()) < sum(len(d.kept) for d in controller.deltas)  # some went, some stayed
+    assert {
+        name: len(d.state.kept) - zeros[name] for name, d in zip(controller.names, controller.deltas, strict=True)
+    } == (controller.ranks)
+    assert 0 < sum(zeros.values()) < sum(len(d.state.kept) for d in controller.deltas)  # some went, some stayed

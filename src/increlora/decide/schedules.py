@@ -182,6 +182,11 @@ class Multiples:
         """0-based step of the last event; None in a run of unknown length, before `first` in a run without any."""
         return None if self.total is None else (self.total - self.settle) // self.interval * self.interval - 1
 
+    @property
+    def count(self) -> int:
+        """How many events there are; 0 where that is not known."""
+        return 0 if self.last is None else max(0, (self.last - self.first) // self.interval + 1)
+
     def due(self, step: int) -> bool:
         """Whether there is an event after this 0-based step."""
         return (step + 1) % self.interval == 0 and self.first <= step and not self.over(step - 1)

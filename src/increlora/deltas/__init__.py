@@ -4,8 +4,9 @@ from .base import Delta, Status, Stored
 from .blocks import BlockDelta, Init
 from .inputs import Inputs, Patches, Tokens, Vectors
 from .lowrank import LowRankDelta, TripletDelta
+from .state import ModuleState
 
 __all__ = [
-    "BlockDelta", "Delta", "Init", "Inputs", "LowRankDelta", "Patches", "Status", "Stored", "Tokens", "TripletDelta",
-    "Vectors",
+    "BlockDelta", "Delta", "Init", "Inputs", "LowRankDelta", "ModuleState", "Patches", "Status", "Stored", "Tokens",
+    "TripletDelta", "Vectors",
 ]  # fmt: skip

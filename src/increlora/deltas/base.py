@@ -38,7 +38,7 @@ class Observer(Protocol):
 
 class Stored(nn.Module):
     """What a checkpoint holds of a module. An entry has the name it has in the module's state dict (`lora_…`); the
-    extra state is called `lora_state`. By default that is all of it, in the shapes it has here."""
+    extra state is called `lora_statistics`. By default that is all of it, in the shapes it has here."""
 
     def entries(self) -> dict[str, tuple[int, ...]]:
         """Shape of every entry; empty: a checkpoint holds nothing of this module."""
@@ -62,7 +62,7 @@ class Stored(nn.Module):
         return {}
 
 
-NAMES = {"_extra_state": "lora_state"}  # in a state dict → on disk
+NAMES = {"_extra_state": "lora_statistics"}  # in a state dict → on disk
 
 
 def check_shape(name: str, shape: tuple[int, ...], found: Mapping[str, Tensor]) -> None:
@@ -81,7 +81,7 @@ class Delta(Stored):
         name: full name of the module it belongs to.   inputs: what the module reads: vectors, tokens, patches.
         observer: set by the runtime while a run is driven, else None.
         reserve_learns: blocks in reserve are part of the forward pass; otherwise they only wait.
-        steps: optimizer steps that the run behind a loaded checkpoint had taken; an observer knows better.
+        steps: optimizer steps of the run so far.
     """
 
     def __init__(
@@ -93,12 +93,15 @@ class Delta(Stored):
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.observer: Observer | None = None
         self.reserve_learns = True
-        self.steps = 0
 
     @property
     def rank(self) -> int:
         """Active rank: what counts against a budget."""
         raise NotImplementedError
+
+    @property
+    def steps(self) -> int:
+        return 0
 
     @property
     def reserve(self) -> int:

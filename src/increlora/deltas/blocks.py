@@ -5,6 +5,7 @@
 A block is born once and never reshaped: dormant → reserve → active, or retired. Only active and reserve blocks are
 computed; a dormant block has no gradient, hence no optimizer state, and cannot move. Pruning works within blocks: it
 says which ranks count (`kept`) and sets the others to zero.
+The buffer `lora_state` says all this; whoever writes into it, an average of weights for one, changes the module.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -17,25 +18,25 @@ from ..errors import CheckpointError
 from ..ops.fused_linear import Pending, computed
 from ..ops.parallel import ZeroGate, in_process_group
 from ..seeding import generator_of
-from .base import Delta, Status, check_shape
+from .base import Status, check_shape
 from .inputs import VECTORS, Inputs
-from .state import STATE, ModuleState, unpack, without_statistics
+from .state import STATISTICS, ModuleState, pack_statistics
+from .stateful import StatefulDelta
 
 Init = Callable[[tuple[int, int], torch.Generator, int], Tensor]
 
-FEW = 8  # statistics of a module that stay where nobody trains; averages of every entry are not
-
 
 class Derived(NamedTuple):
-    """What follows from the `state` of the blocks: which are computed, the active rank, names of frozen parameters."""
+    """What follows from the state of the blocks: which are computed, the active rank, names of frozen parameters."""
 
-    state: object
+    state: ModuleState
+    reserve_learns: bool
     live: list[int]
     rank: int
     frozen: list[str]
 
 
-class BlockDelta(Delta):
+class BlockDelta(StatefulDelta):
     """Abstract delta whose rank lives in blocks; subclasses name the parameters of a block in `letters`.
 
     Args:
@@ -44,10 +45,6 @@ class BlockDelta(Delta):
             and block alone, so every process and every order of construction draws the same numbers.
         scale: active rank → s.
         name: full module name; part of the seed.   inputs: what the module reads.
-    Attributes:
-        kept: of each rank, whether it counts, where ranks are pruned; else empty.   settled: this will not change.
-        closed: of each rank, whether it is left out of the forward pass; empty: none is. Its e is zero for good.
-        statistics: what each rule has to remember, while training.   idle_slots: those that files leave out.
     """
 
     letters: tuple[str, ...] = ()
@@ -66,21 +63,13 @@ class BlockDelta(Delta):
         dtype: torch.dtype | None = None,
         inputs: Inputs = VECTORS,
     ) -> None:
-        super().__init__(in_features, out_features, name=name, dropout=dropout, inputs=inputs)
-        self.init, self.scale_of, self.seed = init, scale, seed
-        self.sizes: list[int] = []
+        super().__init__(in_features, out_features, scale=scale, name=name, dropout=dropout, inputs=inputs)
+        self.init, self.seed = init, seed
         self._names: list[list[tuple[str, str]]] = []  # of the parameters of every block, by letter
         self._derived: Derived | None = None
-        self.status: list[Status] = []
-        self.born: list[int] = []  # step after which the block became active; -1: with the model
-        self.reserved: list[int] = []  # step after which it entered the reserve, else as `born`
-        self.kept: list[bool] = []
-        self.settled = False
-        self.closed: list[bool] = []
-        self.statistics: list[Tensor] = []
-        self.idle_slots: frozenset[int] = frozenset()
         for size in sizes:
             self._append_block(size, dtype or torch.get_default_dtype())
+        self.assign()
 
     # -- structure -----------------------------------------------------------------------------------------------
 
@@ -101,9 +90,7 @@ class BlockDelta(Delta):
         index = len(self.sizes)
         self.sizes.append(size)
         self._names.append([(letter, f"lora_{letter}{index}") for letter in self.letters])
-        self.status.append(Status.DORMANT)
-        self.born.append(-1)
-        self.reserved.append(-1)
+        self._derived = None
         self._make_parameters(index, dtype)
 
     def _make_parameters(self, index: int, like: torch.dtype | Tensor) -> None:
@@ -117,7 +104,7 @@ class BlockDelta(Delta):
 
     def indices(self, *wanted: Status) -> list[int]:
         """Indices of the blocks in one of the given states, in the order of birth."""
-        return [i for i, status in enumerate(self.status) if status in wanted]
+        return [i for i, status in enumerate(self.state.status) if status in wanted]
 
     @property
     def live(self) -> list[int]:
@@ -137,21 +124,21 @@ class BlockDelta(Delta):
         """Every use of the module asks, so it is derived anew only when something has changed. A graph that is being
         compiled keeps nothing: it would be compiled again for what it has kept."""
         if torch.compiler.is_compiling():
-            return self._derive(None)
-        state = tuple(self.status), tuple(self.sizes), tuple(self.kept), tuple(self.closed), self.reserve_learns
-        if self._derived is None or self._derived.state != state:
-            self._derived = self._derive(state)
-        return self._derived
+            return self._derive(self._state)
+        state, known = self.state, self._derived
+        if known is None or known.state is not state or known.reserve_learns != self.reserve_learns:
+            known = self._derived = self._derive(state)
+        return known
 
-    def _derive(self, state: object) -> Derived:
-        active = self.indices(Status.ACTIVE)
-        live = self.indices(Status.ACTIVE, Status.RESERVE) if self.reserve_learns else active
-        if self.closed and all(self.closed):
+    def _derive(self, state: ModuleState) -> Derived:
+        computed_states = (Status.ACTIVE, Status.RESERVE) if self.reserve_learns else (Status.ACTIVE,)
+        live = [i for i, status in enumerate(state.status) if status in computed_states]
+        if state.closed and all(state.closed):
             live = []
         frozen = [name for i, names in enumerate(self._names) if i not in live for _, name in names]
-        reserve = [i for i in live if self.status[i] == Status.RESERVE]
+        reserve = [i for i in live if state.status[i] is Status.RESERVE]
         frozen += [name for i in reserve for letter, name in self._names[i] if letter == "E"]
-        return Derived(state, live, sum(self.sizes[i] for i in active) - self.kept.count(False), frozen)
+        return Derived(state, self.reserve_learns, live, state.rank_of(self.sizes), frozen)
 
     @property
     def reserve(self) -> int:
@@ -159,17 +146,12 @@ class BlockDelta(Delta):
 
     @property
     def capacity(self) -> int:
-        return sum(self.sizes[i] for i in range(len(self.sizes)) if self.status[i] != Status.RETIRED)
+        return sum(self.sizes) - sum(self.sizes[i] for i in self.indices(Status.RETIRED))
 
     @property
     def scale(self) -> float:
         """s for the current active rank."""
         return self.scale_of(self.rank)
-
-    def copy_state_from(self, other: "BlockDelta") -> None:
-        """Take over what of `other` is no parameter and decides what is computed."""
-        self.status, self.settled = list(other.status), other.settled
-        self.kept, self.closed = list(other.kept), list(other.closed)
 
     def frozen_parameters(self) -> list[nn.Parameter]:
         """Parameters that must not move now: all of dormant and retired blocks, e of the reserve."""
@@ -179,12 +161,6 @@ class BlockDelta(Delta):
     def block_parameters(self) -> list[nn.Parameter]:
         """Parameters of all blocks."""
         return [p for p in self._parameters.values() if p is not None]
-
-    def reserve_statistics(self, slot: int, size: int, dtype: torch.dtype) -> None:
-        """Have `size` numbers for the rule at place `slot`, zeros unless there are so many already."""
-        self.statistics += [torch.zeros(0)] * (slot + 1 - len(self.statistics))
-        if len(self.statistics[slot]) != size:
-            self.statistics[slot] = torch.zeros(size, dtype=dtype)
 
     # -- computation ---------------------------------------------------------------------------------------------
 
@@ -222,16 +198,12 @@ class BlockDelta(Delta):
     def saved(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         idle = {name for i in self.indices(Status.DORMANT, Status.RETIRED) for _, name in self._names[i]}
         written = {name: value for name, value in values.items() if name not in idle}
-        if STATE in written:
-            written[STATE] = without_statistics(written[STATE], self.idle_slots)
-        return written
+        left = pack_statistics(self.statistics, self.idle_slots)
+        written.pop(STATISTICS, None)
+        return written | {STATISTICS: left} if len(left) > 1 + len(self.statistics) else written
 
     def check(self, found: Mapping[str, Tensor]) -> None:
-        if STATE not in found:
-            raise CheckpointError(f"{STATE} is missing: the adapter file is incomplete or not increlora's")
-        state = unpack(found[STATE])
-        if self.kept and not state.kept:
-            raise CheckpointError(f"{STATE} does not say which ranks count: it belongs to another method")
+        state = self.given(found)[0]
         for i, status in enumerate(state.status):
             if status not in (Status.ACTIVE, Status.RESERVE):
                 continue
@@ -240,12 +212,18 @@ class BlockDelta(Delta):
                 raise CheckpointError(f"{first}: expected a tensor, found nothing; the adapter file is incomplete")
             for letter in self.letters:
                 check_shape(f"lora_{letter}{i}", self.shape(letter, self.size_of(found[first])), found)
+        self.check_state(state, self.sizes_in(found))
+
+    def sizes_in(self, found: Mapping[str, Tensor]) -> list[int]:
+        """Ranks of the blocks among these entries, 0 for one that is not there."""
+        first = [found.get(f"lora_{self.letters[0]}{i}") for i in range(len(self.given(found)[0].status))]
+        return [0 if A is None else self.size_of(A) for A in first]
 
     def fit(self, found: Mapping[str, Tensor], *, keep_dormant: bool) -> None:
         first = f"lora_{self.letters[0]}"
         sizes = {int(name[len(first) :]): self.size_of(t) for name, t in found.items() if name.startswith(first)}
         like = next(iter(self.parameters()))
-        while len(self.sizes) < len(unpack(found[STATE]).status):
+        while len(self.sizes) < len(self.given(found)[0].status):
             self._append_block(sizes.get(len(self.sizes), 1), like.dtype)
         for i, size in sizes.items():
             if not self.block(i) or self.sizes[i] != size:
@@ -256,40 +234,18 @@ class BlockDelta(Delta):
                 self._parameters.pop(name, None)
         for p in self.parameters():
             p.requires_grad_(like.requires_grad)
+        self._derived = None
 
     @torch.no_grad()
     def left_out(self, given: Container[str]) -> dict[str, Tensor]:
         """Parameters of blocks: unchanged, or freshly drawn if they lie on the meta device or have been trained."""
         found = {}
-        for i, status in enumerate(self.status):
+        for i, status in enumerate(self.state.padded(len(self.sizes)).status):
             for letter, p in self.block(i).items():
                 drawn = status != Status.DORMANT or p.is_meta
                 if f"lora_{letter}{i}" not in given:
                     found[f"lora_{letter}{i}"] = self.draw(letter, i).to(p.dtype) if drawn else p.detach()
         return found
-
-    def get_extra_state(self) -> Tensor:
-        """All that a resumed run needs beside the parameters, see `state`. It travels inside the state dict, so any way
-        of saving a model saves it."""
-        steps = self.observer.step if self.observer is not None else self.steps
-        status = [int(s) for s in self.status]
-        pruned = self.kept, self.settled, self.closed
-        return ModuleState(steps, status, self.born, self.reserved, *pruned, self.statistics).pack()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        found = unpack(state)
-        spare = len(self.sizes) - len(found.status)  # blocks that the checkpoint did not know
-        self.status = [Status(s) for s in found.status] + [Status.DORMANT] * spare
-        self.born, self.reserved = found.born + [-1] * spare, found.reserved + [-1] * spare
-        self.kept, self.settled, self.closed = found.kept, found.settled, found.closed
-        for slot, own in enumerate(self.statistics):  # there are some while somebody trains here
-            given = found.statistics[slot] if slot < len(found.statistics) else own[:0]
-            self.statistics[slot] = given.to(own, copy=True) if len(given) else torch.zeros_like(own)
-        if not self.statistics and 0 < max(map(len, found.statistics), default=0) <= FEW:
-            self.statistics = [values.clone() for values in found.statistics]  # for who trains on, or saves it again
-        self.steps = found.step
-        if self.observer is not None:
-            self.observer.loaded(found.step)
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:

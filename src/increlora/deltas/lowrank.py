@@ -57,21 +57,23 @@ class TripletDelta(LowRankDelta):
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """A, e and B of what is computed."""
-        if self.closed:
+        if self.state.closed:
             A, E, B = map(whole, self.block(0).values())
             index = self._open_index(A.device)
             return A.index_select(0, index), E.index_select(0, index), B.index_select(1, index)
         live = self.live
         blocks = [self.block(i) for i in live]
-        e = [b["E"].detach() if self.status[i] == Status.RESERVE else b["E"] for i, b in zip(live, blocks, strict=True)]
+        status = self.state.status
+        e = [b["E"].detach() if status[i] == Status.RESERVE else b["E"] for i, b in zip(live, blocks, strict=True)]
         return joined([b["A"] for b in blocks], 0), joined(e, 0), joined([b["B"] for b in blocks], 1)
 
     def _open_index(self, device: torch.device) -> Tensor:
         """Kept, as copying it to the device at every use would wait for it; a compiled graph has it as a constant."""
-        made_for = (*self.closed, device)
+        closed = self.state.closed
+        made_for = (*closed, device)
         if self._opened is not None and self._opened[0] == made_for and not torch.compiler.is_compiling():
             return self._opened[1]
-        chosen = [i for i, closed in enumerate(self.closed) if not closed]
+        chosen = [i for i, out in enumerate(closed) if not out]
         index = torch.tensor(chosen, dtype=torch.int64, device=device)
         if not torch.compiler.is_compiling():
             self._opened = made_for, index

@@ -23,6 +23,7 @@ from ..hosts.peft import checkpoint
 from ..hosts.peft.config import CONFIGS
 from ..hosts.peft.handle import Handle
 from ..hosts.peft.layer import adapted, adapter_of
+from ..hosts.peft.states import check_together
 from ..methods import Site
 from ..naming import natural
 from .lora_format import PREFIX, description, read_config, read_factors
@@ -139,6 +140,7 @@ def from_folder(path: Path) -> Adapter:
     except ConfigError as error:
         raise CheckpointError(f"{error}: the adapter's config and weights do not belong together") from error
     checkpoint.load(handle.stored, state)
+    check_together(handle, checkpoint.split(state))
     return native(handle, state, None)
 
 

@@ -62,8 +62,7 @@ def check_fresh(handle: Handle) -> None:
         if not isinstance(delta, LowRankDelta | TripletDelta):
             kind = type(handle.config).__name__
             raise ConfigError(f"{name}: {kind} cannot hold a low-rank ΔW: train it from its own start")
-        steps = delta.observer.step if delta.observer is not None else delta.steps
-        if steps or delta.indices(Status.ACTIVE) != [0]:
+        if delta.steps or delta.indices(Status.ACTIVE) != [0]:
             raise DriveError(f"{name} has been trained already: call warm_start on a fresh adapter, before training")
 
 
@@ -85,7 +84,7 @@ def blocks_for(name: str, delta: BlockDelta, pair: tuple[Tensor, Tensor] | None)
 
 def fill(delta: BlockDelta, count: int, pair: tuple[Tensor, Tensor] | None) -> None:
     """Make the first `count` blocks active and equal to B A together."""
-    delta.status[:count] = [Status.ACTIVE] * count
+    delta.assign(status=[Status.ACTIVE] * count + [*delta.state.status[count:]])
     # The other one keeps its random start: with both at zero neither ever had a gradient.
     idle, done = "A" if isinstance(delta.inputs, Tokens) else "B", 0
     for i in range(count):

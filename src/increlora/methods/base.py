@@ -140,7 +140,7 @@ def in_blocks(make: Callable[..., Made], settings: Any, site: Site, sizes: Seque
         name=site.name, seed=settings.seed, dropout=settings.lora_dropout, dtype=site.dtype, inputs=site.inputs,
         **parts,
     )  # fmt: skip
-    delta.status[0] = Status.ACTIVE
+    delta.become(0, Status.ACTIVE)
     return delta
 
 

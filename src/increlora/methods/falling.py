@@ -26,7 +26,7 @@ def check_start(settings: Any) -> None:
 def pruned(settings: Any, site: Site, rank: int, **parts: Any) -> TripletDelta:
     """A delta of `rank` ranks that can be dropped one by one; see `in_blocks`."""
     delta = in_blocks(TripletDelta, settings, site, [rank], **parts)
-    delta.kept = [True] * rank
+    delta.assign(kept=[True] * rank)
     return delta
 
 

@@ -116,7 +116,7 @@ class Runner:
     @property
     def done(self) -> bool:
         """Is nothing left to decide?"""
-        return all(delta.settled for delta in self.deltas)
+        return all(delta.state.settled for delta in self.deltas)
 
     def forecast(self, holdings: Sequence[Holding], run: Run, first: int = 0) -> Forecast:
         """What will happen in this run from step `first` on. Raises ScheduleError if the schedule does not fit it."""

@@ -76,7 +76,8 @@ class EntryPruner(Runner):
         """Is anything left to be done once this step is over, and do the inputs of the next one count?"""
         over = self.schedule.over(step)
         for delta in self.deltas:
-            delta.settled = over
+            if delta.state.settled != over:
+                delta.assign(settled=over)
         last = self.steps is not None and step + 1 >= self.steps  # what comes now may be a new run
         wanted = last or (not over and (step + 1) % self.rule.interval == 0)
         self.wants = frozenset({"inputs"}) if wanted else frozenset()

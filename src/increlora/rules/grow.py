@@ -240,8 +240,7 @@ class Grower(Runner):
         for i, delta in enumerate(self.deltas):
             waiting = delta.indices(Status.DORMANT)
             if waiting and not delta.indices(Status.RESERVE):
-                delta.status[waiting[0]] = Status.RESERVE
-                delta.reserved[waiting[0]] = step
+                delta.become(waiting[0], Status.RESERVE, step)
                 changes.append(Change(i, 0, kind="reserve"))
         return changes
 
@@ -266,7 +265,7 @@ class Grower(Runner):
         for grant in (grant for plan in plans for grant in plan.grants):
             delta = self.deltas[grant.module]
             block = delta.free[grant.block]
-            delta.status[block], delta.born[block] = Status.ACTIVE, step
+            delta.become(block, Status.ACTIVE, step)
             changes.append(Change(grant.module, grant.ranks, importance[grant.module]))
         changes += self._fill_reserve(step)
         return changes + self._finish() if plans[-1].spent else changes
@@ -276,7 +275,7 @@ class Grower(Runner):
         for delta in self.deltas:
             for block in delta.indices(Status.RESERVE):
                 if self.rule.on_finish == "retire":
-                    delta.status[block] = Status.RETIRED
+                    delta.become(block, Status.RETIRED)
                 elif "E" in delta.letters:
                     delta.block(block)["E"].mul_(0)
         return finished(self.deltas)

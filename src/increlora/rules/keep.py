@@ -134,4 +134,4 @@ class Keeper(Pruner):
             found |= dict(zip(members, triplet_scores(A, e, B).unbind(), strict=True))
         device = found[0].device
         flat = mean_over_processes(torch.cat([found[i].to(device) for i in range(len(self.deltas))]))
-        return [part.tolist() for part in flat.cpu().split([len(d.kept) for d in self.deltas])]
+        return [part.tolist() for part in flat.cpu().split([len(d.state.kept) for d in self.deltas])]

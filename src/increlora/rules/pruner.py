@@ -30,7 +30,7 @@ class Pruner(Runner):
 
     def __init__(self, deltas: Deltas, target: Budget, slot: int) -> None:
         super().__init__(deltas, slot)
-        start = [Holding(len(d.kept), (), d.in_features + d.out_features) for d in self.deltas]
+        start = [Holding(len(d.state.kept), (), d.in_features + d.out_features) for d in self.deltas]
         check_pruning(start, target)
         self.first, self.last = Budget(ranks_used(start), parameters_used(start)), target
         self.costs = [holding.cost for holding in start]
@@ -65,7 +65,7 @@ class Pruner(Runner):
 
     def follow_kept(self) -> None:
         """Have `project` follow `kept`."""
-        self.flags = self.flags_of([delta.kept for delta in self.deltas])
+        self.flags = self.flags_of([delta.state.kept for delta in self.deltas])
 
     def flags_of(self, true: Sequence[Sequence[bool]]) -> list[Tensor]:
         """A flag for each rank, module by module: 1.0 or 0.0, where e is, in its dtype and sharded as it is."""
@@ -88,7 +88,7 @@ class Pruner(Runner):
         """From this step on these ranks count; says which modules that changed."""
         before = [delta.rank for delta in self.deltas]
         for delta, flags in zip(self.deltas, kept, strict=True):
-            delta.kept, delta.settled = flags, step >= self.schedule.last_cut
+            delta.assign(kept=flags, settled=step >= self.schedule.last_cut)
         self.follow_kept()
         self.project()
         return [

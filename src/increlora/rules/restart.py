@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ..decide.allocation import Holding
 from ..decide.budget import Budget
 from ..decide.schedules import Multiples, Run
+from ..deltas import Status
 from .base import Change, Deltas, Forecast, Rule, Runner, Step
 
 
@@ -55,6 +56,9 @@ class Restarter(Runner):
 
     def start(self, run: Run, first: int) -> None:
         self.schedule, self.step = self.rule.schedule(run), first - 1
+        left = self.schedule.count - first // self.schedule.interval
+        for delta in self.rounds:
+            delta.make_room(delta.turns + left)
 
     def before_step(self, step: Step) -> None:
         self.optimizer = step.optimizer
@@ -68,5 +72,5 @@ class Restarter(Runner):
             return []
         for delta in self.rounds:
             optimizer.state.pop(delta.restart(), None)
-            delta.born[0] = step
+            delta.become(0, Status.ACTIVE, step)
         return [Change(i, 0, kind="restart") for i in range(len(self.rounds))]

@@ -12,7 +12,7 @@ Statistics of a module: at how many cuts in a row each rank did not count, and t
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class Shrinker(Pruner):
         self.decayed: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def sizes(self) -> list[int]:
-        return [len(delta.kept) + 1 for delta in self.deltas]
+        return [len(delta.state.kept) + 1 for delta in self.deltas]
 
     # -- one run -------------------------------------------------------------------------------------------------
 
@@ -112,8 +112,8 @@ class Shrinker(Pruner):
             if first == 0:  # what an unfinished run before this one has taken may come back
                 self._check_not_all_at_once(self.levels)
                 for delta in self.deltas:
-                    delta.kept, delta.closed = [True] * len(delta.kept), []
-                    delta.statistics[self.slot] = torch.zeros(len(delta.kept) + 1, dtype=dtype_of(delta))
+                    delta.assign(kept=[True] * len(delta.state.kept), closed=[])
+                    delta.statistics[self.slot] = torch.zeros(len(delta.state.kept) + 1, dtype=dtype_of(delta))
             self.check_statistics(self.sizes())
             self.idle = [[int(count) for count in values[:-1].tolist()] for values in self.statistics()]
             self.threshold = float(self.statistics()[0][-1])
@@ -179,21 +179,21 @@ class Shrinker(Pruner):
         """|gate| of every rank, module by module, the same on every process; −1 for what is not computed."""
         parts = [full(e_of(delta).detach()).flatten() for delta in self.deltas]
         flat = torch.cat([part.to(parts[0].device) for part in parts]).cpu().double().abs().tolist()
-        closed = [c for delta in self.deltas for c in delta.closed or [False] * len(delta.kept)]
+        closed = [c for delta in self.deltas for c in delta.state.closed_flags]
         sizes = iter(-1.0 if c else size for size, c in zip(flat, closed, strict=True))
-        return [list(islice(sizes, len(delta.kept))) for delta in self.deltas]
+        return [list(islice(sizes, len(delta.state.kept))) for delta in self.deltas]
 
     def _close(self) -> None:
         """Take ranks out of the forward pass that have not counted for long, or never will again."""
         for delta, idle in zip(self.deltas, self.idle, strict=True):
-            idle[:] = [0 if kept else count + 1 for kept, count in zip(delta.kept, idle, strict=True)]
-            limit = 1 if delta.settled else self.rule.close_after or math.inf
+            idle[:] = [0 if kept else count + 1 for kept, count in zip(delta.state.kept, idle, strict=True)]
+            limit = 1 if delta.state.settled else self.rule.close_after or math.inf
             closed = [count >= limit for count in idle]
-            delta.closed = closed if any(closed) else []
+            delta.assign(closed=closed if any(closed) else [])
         self._lay_out_open()
 
     def _lay_out_open(self) -> None:
-        closed = [delta.closed or [False] * len(delta.kept) for delta in self.deltas]
+        closed = [delta.state.closed_flags for delta in self.deltas]
         some = any(map(any, closed))
         self.open = self.flags_of([[not c for c in of_module] for of_module in closed]) if some else []
 
@@ -202,8 +202,8 @@ class Shrinker(Pruner):
         going, schedule = 0, self.schedule
         if self.levels is None and step < schedule.last_cut:
             going = schedule.ranks(step) - schedule.ranks(schedule.next(step))
-        pairs = (zip(delta.kept, of_module, strict=True) for delta, of_module in zip(self.deltas, sizes, strict=True))
-        left = sorted(size for of_module in pairs for kept, size in of_module if kept)
+        flags = (kept for delta in self.deltas for kept in delta.state.kept)
+        left = sorted(size for kept, size in zip(flags, chain.from_iterable(sizes), strict=True) if kept)
         going = min(going, len(left))
         self.threshold = left[going - 1] / (schedule.next(step) - step) if going else 0.0
         for delta, idle in zip(self.deltas, self.idle, strict=True):

@@ -89,7 +89,8 @@ class BirthRates:
 def created(delta: BlockDelta, index: int, letter: str) -> int:
     """Step after which a tensor entered training: A and B of a learning reserve on entering it, all else at birth."""
     learnt_in_reserve = delta.reserve_learns and letter != "E"
-    return delta.reserved[index] if learnt_in_reserve and delta.reserved[index] >= 0 else delta.born[index]
+    state = delta.state
+    return state.reserved[index] if learnt_in_reserve and state.reserved[index] >= 0 else state.born[index]
 
 
 def births_of(delta: BlockDelta) -> dict[str, int]:

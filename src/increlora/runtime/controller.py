@@ -49,8 +49,7 @@ class Controller:
         self.events: list[Event] = []
         self.records: list[dict[str, object]] = []
         self.recording = False
-        # of a loaded adapter; the observer of a copied one knows better
-        self.step = self.restored_step = max(d.steps if d.observer is None else d.observer.step for d in self.deltas)
+        self.step = self.restored_step = max(d.steps for d in self.deltas)
         self.expected_steps: int | None = None
         self.expected_start: int | None = None
         self.run = Run(method.total_steps)
@@ -130,7 +129,7 @@ class Controller:
         self.run, self.step = run, start
         self.births = BirthRates(self.method.clock, run, optimizer) if self.method.clock else None
         for delta in self.deltas if start == 0 else ():  # in a new run every live tensor belongs to the model
-            delta.born, delta.reserved = [-1] * len(delta.sizes), [-1] * len(delta.sizes)
+            delta.assign(born=[-1] * len(delta.sizes), reserved=[-1] * len(delta.sizes))
         previous = self._optimizer() if self._optimizer is not None else None
         if previous is not None and previous is not optimizer:
             self._former.add(previous)

@@ -129,7 +129,7 @@ def deltas(kind: type[BlockDelta], *, learns: bool) -> list[BlockDelta]:
     options = {"init": dict.fromkeys("AEB", normal), "scale": lambda rank: 1.0, "dtype": torch.float64}
     made = [kind(n, m, [2, 1, 3], name=f"{n}", **options) for n, m in ((5, 4), (3, 6))]
     for delta in made:
-        delta.status = [Status.ACTIVE, Status.RESERVE, Status.DORMANT]
+        delta.assign(status=[Status.ACTIVE, Status.RESERVE, Status.DORMANT])
         delta.reserve_learns = learns
     return made
 

@@ -34,7 +34,7 @@ def t2() -> tuple[TripletDelta, Tensor, Tensor]:
         3, 2, [1], dtype=torch.float64, scale=lambda rank: 2 / (rank + 1e-5),
         init={letter: lambda *_, v=v: torch.tensor(v, dtype=torch.float64) for letter, v in values.items()},
     )  # fmt: skip
-    delta.status[0] = Status.ACTIVE
+    delta.become(0, Status.ACTIVE)
     X = torch.tensor([[1.0, 0, 2], [0, 1, -1]], dtype=torch.float64)
     D = torch.tensor([[1.0, -1], [2, 0.5]], dtype=torch.float64)
     return delta, X, D

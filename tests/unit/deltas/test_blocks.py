@@ -1,5 +1,6 @@
 """Deltas: states of blocks, and that dormant ranks do not move. T13."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from increlora import IncreLoraConfig, attach
 from increlora.deltas import LowRankDelta, TripletDelta, blocks
-from increlora.deltas.state import ModuleState
+from increlora.deltas.state import ModuleState, decimal
 from increlora.methods import PlainLora, Site
 from tests.switches import departing
 from tests.unit.deltas.test_deltas import ACTIVE, DORMANT, KINDS, RESERVE, RETIRED, TRAINED, build, increlora
@@ -28,7 +29,7 @@ def test_blocks_by_state(kind) -> None:
     delta.reserve_learns = False
     assert delta.live == [0]
     assert len(delta.frozen_parameters()) == 2 * len(delta.letters)
-    delta.status[2] = RETIRED
+    delta.become(2, RETIRED)
     assert delta.capacity == 3
 
 
@@ -40,7 +41,7 @@ def test_every_block_can_be_set_by_name() -> None:
     with torch.no_grad():
         for i, name in enumerate(names):
             parameters[name].fill_(i + 1.0)
-    delta.status = [ACTIVE] * 4
+    delta.assign(status=[ACTIVE] * 4)
     expected = 2.0 * sum((3 * i + 1) * (3 * i + 2) * (3 * i + 3) for i in range(4))
     torch.testing.assert_close(delta.weight().detach(), torch.full((3, 4), expected, dtype=torch.float64))
 
@@ -48,28 +49,30 @@ def test_every_block_can_be_set_by_name() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_extra_state_round_trip(kind) -> None:
     delta = build(kind, [ACTIVE, ACTIVE, RESERVE])
-    delta.born, delta.reserved, delta.steps = [-1, 12, 20], [-1, 0, 12], 21
+    delta.assign(born=[-1, 12, 20], reserved=[-1, 0, 12], step=21)
     copy = build(kind, [DORMANT, DORMANT, DORMANT], seed=1)
     missing = copy.load_state_dict(delta.state_dict())
     assert not missing.missing_keys and not missing.unexpected_keys
-    assert (copy.status, copy.born, copy.reserved) == (delta.status, delta.born, delta.reserved)
+    assert copy.state == replace(delta.state, scale=pytest.approx(delta.state.scale))
     assert copy.steps == delta.steps
     assert torch.equal(copy.get_extra_state(), delta.get_extra_state())
     assert torch.equal(copy.weight(), delta.weight())
-    assert delta.get_extra_state().tolist() == [3, 21, 3, 2, 2, 1, -1, 12, 20, -1, 0, 12, 0, 0, 0]
+    numbers = [4, 21, 0, 0, *decimal(delta.scale), 3, 2, 2, 1, -1, 12, 20, -1, 0, 12, 0]
+    assert delta.lora_state.tolist()[:-3] == [16 * number for number in numbers]
+    assert delta.get_extra_state().tolist() == [0]
 
 
 def test_blocks_unknown_to_a_checkpoint_stay_dormant() -> None:
     small, large = build(LowRankDelta, [ACTIVE, RESERVE]), build(LowRankDelta, [ACTIVE, ACTIVE, ACTIVE])
-    small.born, small.reserved = [-1, 4], [-1, 2]
-    large.set_extra_state(small.get_extra_state())
-    assert large.status == [ACTIVE, RESERVE, DORMANT]
-    assert (large.born, large.reserved) == ([-1, 4, -1], [-1, 2, -1])
+    small.assign(born=[-1, 4], reserved=[-1, 2], step=5)
+    large.load_state_dict(small.state_dict(), strict=False)
+    assert large.state.status == (ACTIVE, RESERVE, DORMANT)
+    assert (large.state.born, large.state.reserved) == ((-1, 4, -1), (-1, 2, -1))
 
 
 def checkpoint(sizes: dict[int, int], count: int) -> dict[str, Tensor]:
     """What a checkpoint with `count` blocks says of those in `sizes`."""
-    state = ModuleState(0, [int(ACTIVE)] * count, [-1] * count, [-1] * count)
+    state = ModuleState(0, (ACTIVE,) * count, (-1,) * count, (-1,) * count)
     return {"lora_state": state.pack()} | {f"lora_A{i}": torch.zeros(size, 5) for i, size in sizes.items()}
 
 
@@ -153,7 +156,7 @@ def test_e_of_the_reserve_and_retired_blocks_do_not_move(name: str) -> None:
         for delta, i, before in waiting:
             assert torch.equal(delta.block(i)["E"], torch.full((1, 1), 1e-5, dtype=torch.float64))
             moved = not torch.equal(delta.block(i)["A"], before)
-            assert moved == (controller.births.factors(delta.reserved[i], step)[1] > 0)
+            assert moved == (controller.births.factors(delta.state.reserved[i], step)[1] > 0)
         retired.append(
             [p.detach().clone() for d in controller.deltas for i in d.indices(RETIRED) for p in d.block(i).values()]
         )
@@ -194,7 +197,7 @@ def test_merging_adds_what_the_forward_pass_adds() -> None:
         for delta in controller.deltas:
             delta.block(0)["E"].fill_(30.0)
             delta.block(1)["E"].fill_(20.0)
-            delta.status[1] = RESERVE
+            delta.become(1, RESERVE)
     base_weights = {n: p.detach().clone() for n, p in model.named_parameters() if "base_layer.weight" in n}
     before = model(x).detach()
     model.merge_adapter()

@@ -36,7 +36,7 @@ def build(
     """A delta of random blocks in the given states, scale 3 / (rank + 1)."""
     options = {"init": dict.fromkeys("AEB", normal), "scale": lambda rank: 3 / (rank + 1)} | options
     delta = kind(*shape, sizes[: len(states)], dtype=dtype, **options)
-    delta.status = list(states)
+    delta.assign(status=list(states))
     delta.reserve_learns = reserve_learns
     return delta
 
@@ -47,7 +47,7 @@ def dense(delta: BlockDelta) -> Tensor:
     for i in delta.indices(ACTIVE, RESERVE) if delta.reserve_learns else delta.indices(ACTIVE):
         block = delta.block(i)
         e = block.get("E", total.new_ones(delta.sizes[i], 1))
-        e = e.detach() if delta.status[i] == RESERVE else e
+        e = e.detach() if delta.state.status[i] == RESERVE else e
         total = total + delta.scale * block["B"] @ torch.diag(e[:, 0]) @ block["A"]
     return total
 
@@ -188,7 +188,7 @@ def increlora(**settings) -> BlockDelta:
 def test_t1_growing_by_one_rank_halves_what_was_learnt(epsilon: float, ratio: float) -> None:
     delta = increlora(scaling="active_rank", scale_epsilon=epsilon, reserve="frozen")
     before = delta.weight().detach()
-    delta.status[1] = ACTIVE  # its e is 0
+    delta.become(1, ACTIVE)  # its e is 0
     torch.testing.assert_close(delta.weight().detach(), ratio * before, rtol=1e-14, atol=0)
 
 
@@ -207,7 +207,7 @@ def test_growth_moves_the_update_by_the_newborns_own_start_and_no_more(newborn: 
     delta = increlora(newborn=newborn, reserve=reserve)
     weights = []
     for status in (DORMANT, RESERVE, ACTIVE):
-        delta.status[1] = status
+        delta.become(1, status)
         weights.append(delta.weight().detach())
     assert torch.equal(weights[1], weights[2])
     own = 2.0 * delta.block(1)["B"].detach() @ (delta.block(1)["E"].detach() * delta.block(1)["A"].detach())
@@ -221,7 +221,7 @@ def test_growth_moves_the_update_by_the_newborns_own_start_and_no_more(newborn: 
 def test_without_a_trained_reserve_growth_moves_nothing(reserve: str) -> None:
     delta = increlora(reserve=reserve, newborn="published")
     before = delta.weight().detach()
-    delta.status[1] = ACTIVE
+    delta.become(1, ACTIVE)
     assert torch.equal(delta.weight().detach(), before)
     assert delta.block(1)["A"].abs().min() > 0
 

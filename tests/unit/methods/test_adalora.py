@@ -222,7 +222,7 @@ def test_the_published_start_is_that_of_the_papers_tables() -> None:
 def test_the_scale_does_not_follow_the_rank(config: AdaLora, scale: float) -> None:
     delta = delta_of(config)
     assert delta.scale == pytest.approx(scale, rel=1e-15)
-    delta.kept = [False] * len(delta.kept)
+    delta.assign(kept=[False] * len(delta.state.kept))
     assert delta.rank == 0 and delta.scale == pytest.approx(scale, rel=1e-15)
 
 

@@ -50,11 +50,11 @@ def test_s1_forward() -> None:
 def test_s6_a_rank_without_gate_goes_and_the_scale_stays() -> None:
     delta = worked_example([0.5, 0.0])
     assert delta(tensor([[1, 2]])).tolist() == [[1, 0]]
-    delta.kept, delta.closed = [True, False], [False, True]
+    delta.assign(kept=[True, False], closed=[False, True])
     A, B = delta.factors()
     assert A.shape == (1, 2) and B.shape == (2, 1) and delta.rank == 1
     assert delta(tensor([[1, 2]])).tolist() == [[1, 0]]
-    delta.kept, delta.closed = [False, False], [True, True]
+    delta.assign(kept=[False, False], closed=[True, True])
     assert delta.weight().tolist() == [[0, 0], [0, 0]] and [f.shape for f in delta.factors()] == [(0, 2), (2, 0)]
     assert delta(tensor([[1, 2]])).tolist() == [[0, 0]] and delta.rank == 0
 
@@ -164,9 +164,9 @@ def test_s7_penalty() -> None:
 ])  # fmt: skip
 def test_the_start_and_the_scale(config: Sora, rank: int, scale: float) -> None:
     delta = delta_of(config, in_features=20, out_features=30)
-    assert delta.sizes == [rank] and delta.kept == [True] * rank
+    assert delta.sizes == [rank] and delta.state.kept == (True,) * rank
     assert delta.scale == pytest.approx(scale)
-    delta.kept = [False] * rank
+    delta.assign(kept=[False] * rank)
     assert delta.rank == 0 and delta.scale == pytest.approx(scale)
 
 

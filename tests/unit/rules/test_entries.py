@@ -10,7 +10,7 @@ from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 from increlora import PlainLoraConfig, PriLoraConfig, attach
-from increlora.deltas.state import unpack
+from increlora.deltas.state import pack_statistics, unpack_statistics
 from increlora.errors import CheckpointError, DriveError
 from increlora.runtime import Controller
 from tests.reference.loop import adamw, controller_of, fused, trainable
@@ -296,11 +296,11 @@ def test_the_state_dict_alone_resumes_bitwise(stop: int, options: dict) -> None:
 
 
 def test_statistics_are_written_until_the_last_pruning_and_a_new_run_starts_afresh() -> None:
-    model, key = adapted(settle_steps=5), "base_model.model.blocks.0.up.lora_state"
+    model, key = adapted(settle_steps=5), "base_model.model.blocks.0.up.lora_statistics"
     optimizer = train(model, steps=11)
-    assert len(get_peft_model_state_dict(model)[key]) == 8 + 2 + 8
+    assert len(get_peft_model_state_dict(model)[key]) == 2 + 8
     train(model, optimizer=optimizer, start=11, steps=12)
-    assert len(get_peft_model_state_dict(model)[key]) == 8 + 2
+    assert key not in get_peft_model_state_dict(model)
     shapes = {k: v.shape for k, v in model.state_dict().items()}
     before = statistics(model)
     train(model, optimizer=optimizer, start=12)
@@ -309,7 +309,7 @@ def test_statistics_are_written_until_the_last_pruning_and_a_new_run_starts_afre
     x = toy_batches(1, STEPS)[0][0][0]
     found = controller_of(model).deltas[0].statistics[0]
     torch.testing.assert_close(found[:-1], torch.linalg.vector_norm(x, dim=0), rtol=1e-12, atol=0)
-    assert not controller_of(model).deltas[0].settled
+    assert not controller_of(model).deltas[0].state.settled
     assert {k: v.shape for k, v in model.state_dict().items()} == shapes
 
 
@@ -343,11 +343,10 @@ def test_damaged_statistics_are_refused() -> None:
     state = model.state_dict()
     key = next(k for k in state if k.endswith("_extra_state"))
     other = adapted()
-    with pytest.raises(CheckpointError, match=r"lora_state \(\d+ entries\): the adapter file is damaged"):
+    with pytest.raises(CheckpointError, match=r"lora_statistics \(\d+ entries\): the adapter file is damaged"):
         other.load_state_dict(state | {key: state[key][:-3]})
-    short = unpack(state[key])
-    short.statistics = [short.statistics[0][:-3]]
-    other.load_state_dict(state | {key: short.pack()})
+    short = [unpack_statistics(state[key])[0][:-3]]
+    other.load_state_dict(state | {key: pack_statistics(short)})
     with pytest.raises(CheckpointError, match="blocks.0.up: 5 statistics were loaded, 8 are needed"):
         train(other, steps=3, start=2)
 

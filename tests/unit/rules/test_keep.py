@@ -59,7 +59,7 @@ def e_values(model: nn.Module) -> Tensor:
 
 
 def kept(model: nn.Module) -> Tensor:
-    return torch.tensor([k for delta in controller_of(model).deltas for k in delta.kept])
+    return torch.tensor([k for delta in controller_of(model).deltas for k in delta.state.kept])
 
 
 def assert_equal_runs(one: nn.Module, other: nn.Module, *, rtol: float = 0.0) -> None:
@@ -127,7 +127,7 @@ def test_a_run_resumed_behind_the_last_cut_of_a_shorter_schedule_settles_at_once
     train(first, steps=15)
     second.load_state_dict(first.state_dict())  # at step 15 of 20, and nothing is settled
     train(second, start=15, steps=16)
-    assert all(delta.settled for delta in controller_of(second).deltas) and rank_summary(second).active == 12
+    assert all(delta.state.settled for delta in controller_of(second).deltas) and rank_summary(second).active == 12
 
 
 def test_the_keys_and_shapes_of_a_state_dict_never_change() -> None:

@@ -224,7 +224,7 @@ def test_a_second_run_on_the_same_adapter_goes_on_with_its_past() -> None:
         net(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert net.first.turns == 4 and torch.equal(net.first.lora_past[:3], learnt) and net.first.born == [3]
+    assert net.first.turns == 4 and torch.equal(net.first.lora_past[:3], learnt) and net.first.state.born == (3,)
 
 
 # ---- schedules and checkpoints
@@ -258,15 +258,15 @@ def test_tensors_say_how_many_rounds_there_were() -> None:
     delta, other = delta_of(14, 4), delta_of(14, 6)
     ranks(delta, 3)
     learn(delta, 9)
-    entries = {"lora_M0": delta.lora_M0.detach(), "lora_past": delta.lora_past, "lora_state": delta.get_extra_state()}
-    assert set(delta.entries()) == set(entries)
+    entries = {"lora_M0": delta.lora_M0.detach(), "lora_past": delta.lora_past, "lora_state": delta.lora_state}
+    assert set(delta.entries()) - set(entries) == {"lora_statistics"}
     other.check(entries)
     other.fit(entries, keep_dormant=True)
-    other.load_state_dict({"_extra_state" if n == "lora_state" else n: value for n, value in entries.items()})
+    other.load_state_dict(entries, strict=True)
     assert torch.equal(other.weight(), delta.weight()) and other.side == 4
-    fresh = {"lora_M0": torch.ones(6, 6), "lora_state": delta_of(14, 6).get_extra_state()}
+    fresh = {"lora_M0": torch.ones(6, 6), "lora_state": delta_of(14, 6).lora_state}
     other.fit(fresh, keep_dormant=False)
-    assert other.lora_past is None and set(other.state_dict()) == {"lora_M0", "_extra_state"}
+    assert other.lora_past is None and set(other.state_dict()) == {"lora_M0", "lora_state", "_extra_state"}
 
 
 @pytest.mark.parametrize(("past", "M", "message"), [
@@ -279,7 +279,7 @@ def test_tensors_say_how_many_rounds_there_were() -> None:
 ])  # fmt: skip
 def test_a_past_that_does_not_fit_is_refused(past: tuple, M: tuple, message: str) -> None:
     delta = delta_of(14, 4, operator="rotation")
-    found = {"lora_M0": torch.ones(M), "lora_past": torch.ones(past), "lora_state": delta.get_extra_state()}
+    found = {"lora_M0": torch.ones(M), "lora_past": torch.ones(past), "lora_state": delta.lora_state}
     with pytest.raises(CheckpointError, match=message):
         delta.check(found)
 

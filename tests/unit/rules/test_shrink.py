@@ -32,7 +32,7 @@ def gates(model: nn.Module) -> Tensor:
 
 def flags(model: nn.Module, which: str) -> Tensor:
     deltas = controller_of(model).deltas
-    return torch.tensor([f for d in deltas for f in (getattr(d, which) or [False] * len(d.kept))])
+    return torch.tensor([f for d in deltas for f in (getattr(d.state, which) or [False] * len(d.state.kept))])
 
 
 def still(params) -> SGD:
@@ -194,7 +194,7 @@ def test_a_gate_at_zero_may_come_back_until_it_is_closed() -> None:
     with torch.no_grad():
         revived.block(0)["E"].fill_(3.0)
     train(model, optimizer=optimizer, start=3, steps=5)
-    assert revived.rank == len(revived.kept) and not revived.closed
+    assert revived.rank == len(revived.state.kept) and not revived.state.closed
     closed = flags(model, "closed")
     assert closed.any() and not gates(model)[closed].any()
     train(model, optimizer=optimizer, start=5, steps=12)
@@ -219,7 +219,7 @@ def test_a_closed_rank_costs_nothing_and_a_module_without_any_is_skipped() -> No
     optimizer = train(model, steps=3)
     (empty, *_), full = [d for d in controller_of(model).deltas if d.rank == 0], controller_of(model).deltas
     assert empty.live == [] and empty.factors()[0].shape[0] == 0
-    assert all(d.factors()[0].shape[0] == len(d.kept) - sum(d.closed or [0]) for d in full)
+    assert all(d.factors()[0].shape[0] == len(d.state.kept) - sum(d.state.closed or [0]) for d in full)
     before = {n: p.detach().clone() for n, p in empty.named_parameters()}
     train(model, optimizer=optimizer, start=3, steps=6)
     assert all(torch.equal(p, before[n]) for n, p in empty.named_parameters())  # no gradient, no decay

@@ -54,7 +54,7 @@ def two_blocks(dtype: torch.dtype = torch.float64) -> TripletDelta:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     delta = TripletDelta(5, 3, [1, 2], init=dict.fromkeys(LETTERS, normal), scale=lambda rank: 1.0, dtype=dtype)
-    delta.status[0] = Status.ACTIVE
+    delta.become(0, Status.ACTIVE)
     return delta
 
 
@@ -96,7 +96,7 @@ def test_the_birth_rate_equals_a_group_of_its_own(name: str, clock) -> None:
         births.apply()
         reference.step()
         if step == BORN:
-            ours.status[1], ours.born[1] = Status.ACTIVE, step
+            ours.become(1, Status.ACTIVE, step)
     assert min(shares[BORN + 1 :]) < 0.2 and len({round(m, 6) for m in shares[BORN + 1 :]}) > 4
     for one, other in zip(ours.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-14)
@@ -152,7 +152,7 @@ def test_every_group_has_its_own_schedule(group: dict, multiplier: float) -> Non
 
 def one_birth_step(dtype: torch.dtype, kind: type[Optimizer]) -> None:
     delta = two_blocks(dtype)
-    delta.status[1], delta.born[1] = Status.ACTIVE, 0
+    delta.become(1, Status.ACTIVE, 0)
     optimizer = kind(list(delta.parameters()), lr=0.1)
     births = BirthRates(ramp, Run(TOTAL), optimizer)
     for step in (1, 2):
@@ -185,12 +185,13 @@ def test_exact_birth_rates_are_silent() -> None:
 
 def test_when_a_tensor_was_created() -> None:
     delta = two_blocks()
-    delta.reserved, delta.born = [-1, 4], [-1, 9]
+    delta.assign(reserved=[-1, 4], born=[-1, 9], step=10)
     assert [created(delta, 1, letter) for letter in LETTERS] == [4, 9, 4]
     delta.reserve_learns = False
     assert [created(delta, 1, letter) for letter in LETTERS] == [9, 9, 9]
     assert [created(delta, 0, letter) for letter in LETTERS] == [-1, -1, -1]
-    delta.reserve_learns, delta.reserved = True, [-1, -1]  # granted straight from dormant
+    delta.reserve_learns = True
+    delta.assign(reserved=[-1, -1])  # granted straight from dormant
     assert [created(delta, 1, letter) for letter in LETTERS] == [9, 9, 9]
 
 
@@ -257,8 +258,8 @@ def test_t9_activation_with_advance_learning() -> None:
     assert len(grown) == 2 and sum(toy.controller.ranks.values()) == 8
     for delta, i, block in grown:
         assert id(block["E"]) in waiting and filled(block["E"], 1e-5)
-        assert (delta.born[i], delta.reserved[i]) == (10, 0)
-        assert delta.indices(Status.RESERVE) == [i + 1] and delta.reserved[i + 1] == 10
+        assert (delta.state.born[i], delta.state.reserved[i]) == (10, 0)
+        assert delta.indices(Status.RESERVE) == [i + 1] and delta.state.reserved[i + 1] == 10
     toy.step(2)  # in step 11 the clock of a newborn e is still 0
     assert not any(filled(block["E"], 1e-5) for _, _, block in grown)
     assert all(filled(b["E"], 1e-5) for _, _, b in toy.blocks(Status.RESERVE))
@@ -304,7 +305,7 @@ def test_t10_finish() -> None:
     ]
     for delta in toy.controller.deltas:
         whole = delta.weight().detach()
-        delta.status = [s if s == Status.ACTIVE else Status.DORMANT for s in delta.status]
+        delta.assign(status=[s if s == Status.ACTIVE else Status.DORMANT for s in delta.state.status])
         assert torch.equal(whole, delta.weight().detach())
         assert whole.abs().max() > 1e-6
 

@@ -74,7 +74,7 @@ def test_a_rank_born_under_a_deleted_optimizer_goes_on_learning():
     born = next(d for d in controller.deltas if d.rank > 1)
     before = born.lora_A1.detach().clone()
     train(model, steps=10)
-    assert max(born.born) <= 10 and not torch.equal(born.lora_A1, before)
+    assert max(born.state.born) <= 10 and not torch.equal(born.lora_A1, before)
 
 
 # -- several of them ---------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def snapshot(model: nn.Module) -> dict:
     return {
         "parameters": {n: p.detach().clone() for n, p in model.named_parameters()},
         "step": controller.step, "ranks": dict(controller.ranks), "events": len(controller.events),
-        "status": [list(map(int, d.status)) for d in controller.deltas],
+        "status": [list(map(int, d.state.status)) for d in controller.deltas],
         "averages": [values.clone() for values in controller.rules[0].statistics()],
         "driven": controller.driven, "skipped": controller.health.skipped,
     }  # fmt: skip

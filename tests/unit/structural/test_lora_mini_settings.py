@@ -255,5 +255,5 @@ def test_nothing_breaks_the_graph(path: str) -> None:
 
 def test_one_block_that_is_active() -> None:
     delta = random(*SHAPES[0])
-    assert delta.status == [Status.ACTIVE] and delta.rank == delta.capacity == 3
+    assert delta.state.status == (Status.ACTIVE,) and delta.rank == delta.capacity == 3
     assert delta.size_of(delta.lora_A0) == 3

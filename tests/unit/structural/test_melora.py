@@ -270,9 +270,10 @@ def test_every_factor_tells_the_same_sum(shape: tuple[int, int]) -> None:
 def test_ranks_in_several_blocks_are_the_same_ranks_in_one(shape: tuple[int, int]) -> None:
     options = {"init": {"A": lambda s, g, i: torch.randn(s, generator=g), "B": lambda s, g, i: torch.ones(s)}}
     many = BlockDiagonalDelta(*shape, [2, 1, 3], minis=2, scale=lambda rank: 3 / rank, dtype=torch.float64, **options)
-    many.status[:2] = [Status.ACTIVE] * 2
+    many.become(0, Status.ACTIVE)
+    many.become(1, Status.ACTIVE)
     one = BlockDiagonalDelta(*shape, [3], minis=2, scale=lambda rank: 3 / rank, dtype=torch.float64, **options)
-    one.status[0] = Status.ACTIVE
+    one.become(0, Status.ACTIVE)
     with torch.no_grad():
         for letter, dim in (("A", 1), ("B", 2)):
             parts = [many.block(i)[letter].unflatten(0, (2, -1)) for i in (0, 1)]

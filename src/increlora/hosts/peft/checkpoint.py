@@ -1,7 +1,7 @@
 """The checkpoint format, through peft's state-dict hooks: compact, and read by tensor shapes alone.
 
     <module>.lora_A0 …  what the delta of a module says is worth writing (see `deltas.Stored`)
-    <module>.lora_state  what a resumed run needs beside it, see `deltas.state`
+    <module>.lora_state, <module>.lora_statistics  what a resumed run needs beside it, see `deltas.state`
     shared_factors.lora_…  parameters that all modules share, where the method has such
 
 A run resumes from these tensors alone, however they are loaded.
@@ -24,7 +24,11 @@ from ...errors import CheckpointError
 from .layer import AdapterLayer, TunerLayer
 
 PREFIX = "base_model.model."
-SMALL = (".lora_state", ".lora_digest")  # entries whose values are checked before loading, not their shapes alone
+SMALL = (
+    ".lora_state",
+    ".lora_statistics",
+    ".lora_digest",
+)  # entries whose values are checked before loading, not their shapes alone
 OURS = {entry: name for name, entry in NAMES.items()}  # on disk → in a state dict
 
 

@@ -122,10 +122,11 @@ def block_states(model: nn.Module, adapter_name: str | None = None) -> dict[str,
     names = {id(p): name for name, p in model.named_parameters()}
 
     def state_of(delta: BlockDelta, index: int) -> BlockState:
-        ranks, state = delta.sizes[index], delta.status[index]
-        counted = 0 if state is not Status.ACTIVE else delta.kept.count(True) if delta.kept else ranks
+        ranks, states = delta.sizes[index], delta.state
+        state, kept = states.status[index], states.kept
+        counted = 0 if state is not Status.ACTIVE else kept.count(True) if kept else ranks
         parameters = tuple(names[id(p)] for p in delta.block(index).values())
-        return BlockState(ranks, state.name.lower(), counted, delta.born[index], parameters)
+        return BlockState(ranks, state.name.lower(), counted, states.born[index], parameters)
 
     blocks = handle_of(model, adapter_name).blocks
     return {name: tuple(state_of(delta, i) for i in range(len(delta.sizes))) for name, delta in blocks.items()}

@@ -20,8 +20,8 @@ class Handle:
 
     Attributes:
         config: the peft config.   method: made of it, once.   deltas: by module name, in model order.
-        shared: parameters that all modules share, or None.   controller: drives the adapter while it can be trained;
-            copies of a model do not copy it.
+        start: ranks that a run begins with.   shared: parameters that all modules share, or None.
+        controller: drives the adapter while it can be trained; copies of a model do not copy it.
     Args:
         sites: the modules to adapt; their totals are filled in here.
     Raises: ConfigError, BudgetError if the method cannot be had at these sites.
@@ -38,6 +38,7 @@ class Handle:
         self.shared: Stored | None = None
         self.shared = settings.make_shared([self.completed(site) for site in sites])
         self.deltas: dict[str, Delta] = {site.name: self.make_delta(site) for site in sites}
+        self.start = sum(delta.rank for delta in self.deltas.values())
 
     def completed(self, site: Site) -> Site:
         """The site with the totals. Raises ConfigError if the method's deltas cannot read the module's input."""
@@ -84,7 +85,7 @@ class Handle:
     @property
     def steps(self) -> int:
         """Optimizer steps of the run so far."""
-        return max((d.steps if d.observer is None else d.observer.step for d in self.deltas.values()), default=0)
+        return max((delta.steps for delta in self.deltas.values()), default=0)
 
     def describe(self) -> None:
         """Have the config say what the deltas are now: their states are the truth, the config repeats them."""
@@ -92,7 +93,7 @@ class Handle:
         config.shapes = {name: [delta.in_features, delta.out_features] for name, delta in deltas.items()}
         config.inputs = {n: as_json(d.inputs) for n, d in deltas.items() if not isinstance(d.inputs, Vectors)}
         config.ranks = {name: delta.rank for name, delta in deltas.items()}
-        config.blocks = {name: [int(s) for s in delta.status] for name, delta in self.blocks.items()}
+        config.blocks = {name: [int(s) for s in delta.state.status] for name, delta in self.blocks.items()}
         config.parameters = self.parameters
         config.budget = {"ranks": budget.ranks, "parameters": budget.parameters}
 

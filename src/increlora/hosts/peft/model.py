@@ -18,6 +18,7 @@ from .handle import SHARED, Handle, described_states, warn_of_budget
 from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, check_name, layer_over
 from .mixed import mixed_batch
 from .quantised import backend_of, check_mergeable, keep_layout, warn_of_rounding
+from .states import check_together, watch
 
 
 class AdapterModel(BaseTuner):
@@ -56,6 +57,7 @@ class AdapterModel(BaseTuner):
         contents = vars(peft_config).pop("contents", None)
         if contents and not getattr(model, "_checkpoint_conversion_mapping", None):  # its keys are renamed on loading
             checkpoint.check_contents(contents, self._handle.stored, model, peft_config.modules_to_save or ())
+            check_together(self._handle, checkpoint.split(contents))
         if bases and not peft_config.inference_mode:
             self._handle.method.check([*map(holding_of, self._handle.blocks.values())])
 
@@ -108,7 +110,8 @@ class AdapterModel(BaseTuner):
         this very config object: so trainers make a reference, and then copy the parameters, but nothing else."""
         if not isinstance(delta, BlockDelta) or len(self.peft_config) == 1:
             return
-        delta.status = described_states(peft_config, name, delta) or delta.status
+        if states := described_states(peft_config, name, delta):
+            delta.assign(status=states)
         held: Any = getattr(self.model.get_submodule(name), "lora_delta", {})
         alike = [held[n] for n, config in self.peft_config.items() if config is peft_config and n in held]
         if alike:
@@ -122,6 +125,7 @@ class AdapterModel(BaseTuner):
         self._low_memory, self._by_state_dict = low_cpu_mem_usage, state_dict is not None
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         keep_layout(model)
+        watch(model)
         config = self.peft_config[adapter_name]
         config.increlora_version = version("increlora")
         handle = self.__dict__.pop("_handle")
@@ -177,7 +181,7 @@ class AdapterModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """`q.lora_delta.default.lora_A0` → `q.lora_A0`; `q.lora_delta.default._extra_state` → `q.lora_state`."""
+        """`q.lora_delta.default.lora_A0` → `q.lora_A0`; `q.lora_delta.default._extra_state` → `q.lora_statistics`."""
         module, mark, entry = key.rpartition(f".lora_delta.{adapter_name}.")
         return f"{module}.{NAMES.get(entry, entry)}" if mark else key
 
@@ -185,5 +189,8 @@ class AdapterModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: Any, adapter_name: str,
                                            state_dict: dict[str, Tensor]) -> dict[str, Tensor]:  # fmt: skip
         handle = adapters_of(model).get(adapter_name)
+        if handle is not None:
+            checkpoint.check_parts(handle.stored, parts := checkpoint.split(state_dict))
+            check_together(handle, parts)
         whole = checkpoint.fit(handle.stored if handle else {}, state_dict, trainable=not config.inference_mode)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, whole)

@@ -12,7 +12,7 @@ are not computed (their inputs are dead), or added to chunk b mod m (`fold`). On
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, Literal
 
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from ...deltas.base import check_shape
 from ...deltas.blocks import BlockDelta
+from ...deltas.state import STATE, ModuleState, is_old
+from ...deltas.stateful import StatefulDelta
 from ...errors import CheckpointError
 from ...ops.fused_linear import Pending, computed
-from ...ops.parallel import full
+from ...ops.parallel import full, local
 from .maps import Groups, Layout, Lengthen, Pairing, Rotate, Shorten, shuffled
 
 Operator = Literal["truncation", "sharing", "decoupling", "rotation"]
@@ -130,20 +132,23 @@ class SquareDelta(BlockDelta):
     """ΔW = Σ D_i M_i C_i with one trained block of R "ranks", M; rounds with the same maps are computed as one.
 
     Args:
-        maps: (number of a round, in, out, R) → its maps.   sizes: [R].   Further arguments as for `BlockDelta`; the
-            scale is 1.
+        maps: (number of a round, in, out, R) → its maps.   rounds: how many will be finished, as far as is known.
+            sizes: [R].   Further arguments as for `BlockDelta`; there is no scale.
     Attributes:
-        lora_past: (rounds, R, R), M at the end of each finished round, no longer trained; None before the first.
+        lora_past: (room, R, R), M at the end of each finished round, no longer trained, then zeros; None without room.
     """
 
     letters = ("M",)
     lora_M0: nn.Parameter
     lora_past: Tensor | None
 
-    def __init__(self, *args: Any, maps: Callable[[int, int, int, int], SquareMaps], **options: Any) -> None:
+    def __init__(
+        self, *args: Any, maps: Callable[[int, int, int, int], SquareMaps], rounds: int = 0, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
         self.maps = maps
         self.register_buffer(PAST, None)
+        self.make_room(rounds)
 
     def shape(self, letter: str, size: int) -> tuple[int, int]:
         return size, size
@@ -165,18 +170,30 @@ class SquareDelta(BlockDelta):
     @property
     def turns(self) -> int:
         """Finished rounds."""
-        return 0 if self.lora_past is None else len(self.lora_past)
+        return self.state.rounds
 
-    def copy_state_from(self, other: BlockDelta) -> None:
+    def make_room(self, rounds: int) -> None:
+        """Have room for so many finished rounds in all: the buffer keeps its shape from then on, so that whatever
+        copies buffers can copy it."""
+        missing = rounds - (0 if self.lora_past is None else len(self.lora_past))
+        if missing > 0:
+            M = local(self.lora_M0.detach())
+            room = M.new_zeros(missing, self.side, self.side)
+            self.lora_past = room if self.lora_past is None else torch.cat([self.lora_past, room])
+
+    def copy_state_from(self, other: StatefulDelta) -> None:
         super().copy_state_from(other)
         past = getattr(other, PAST)
         self.lora_past = None if past is None else past.clone()
+        self.assign(rounds=other.state.rounds)
 
     @torch.no_grad()
     def restart(self) -> nn.Parameter:
         """Begin a round: M joins the past, and is zero. ΔW stays what it is. Returns M."""
-        past = [] if self.lora_past is None else [self.lora_past]
-        self.lora_past = torch.cat([*past, full(self.lora_M0.detach()).unsqueeze(0)])
+        turns = self.turns
+        self.make_room(turns + 1)
+        self.lora_past[turns].copy_(full(self.lora_M0.detach()))  # type: ignore[index]
+        self.assign(rounds=turns + 1)
         self.lora_M0.zero_()
         return self.lora_M0
 
@@ -185,7 +202,7 @@ class SquareDelta(BlockDelta):
     def _terms(self, M: Tensor) -> list[tuple[SquareMaps, Tensor]]:
         """(maps, matrix), rounds with the same maps added up."""
         alike: dict[SquareMaps, list[Tensor]] = {}
-        matrices = [*(self.lora_past if self.lora_past is not None else ()), M]
+        matrices = [*(self.lora_past[: self.turns] if self.lora_past is not None else ()), M]
         for maps, matrix in zip(self._rounds(self.turns, self.side), matrices, strict=True):
             alike.setdefault(maps, []).append(matrix)
         return [(maps, reduce(torch.add, of_round)) for maps, of_round in alike.items()]
@@ -226,15 +243,40 @@ class SquareDelta(BlockDelta):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
+    def saved(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        written = super().saved(values)
+        if PAST in written:
+            written[PAST] = written[PAST][: self.turns].clone()
+        return written if self.turns else {name: value for name, value in written.items() if name != PAST}
+
+    def given(self, found: Mapping[str, Tensor]) -> tuple[ModuleState, list[Tensor]]:
+        state, statistics = super().given(found)
+        if is_old(found[STATE]) and PAST in found:
+            state = replace(state, rounds=len(found[PAST]))
+        return state, statistics
+
     def check(self, found: Mapping[str, Tensor]) -> None:
         super().check(found)
-        side, turns = len(found["lora_M0"]), found[PAST].shape[:1] if PAST in found else ()
-        for maps in self._rounds(sum(turns), side):
+        side, turns = len(found["lora_M0"]), self.given(found)[0].rounds
+        room = found[PAST].shape[:1] if PAST in found else ()
+        if turns > sum(room):
+            raise CheckpointError(f"{PAST}: {turns} finished rounds, found {sum(room)}; the adapter file is damaged")
+        if PAST in found:
+            check_shape(PAST, (*room, side, side), found)
+        for maps in self._rounds(turns, side):
             if reason := maps.misfit:
                 raise CheckpointError(f"lora_M0: side {side} {reason}; the adapter is damaged or of another model")
-        if PAST in found:
-            check_shape(PAST, (*turns, side, side), found)
 
     def fit(self, found: Mapping[str, Tensor], *, keep_dormant: bool) -> None:
         super().fit(found, keep_dormant=keep_dormant)
-        self.lora_past = self.lora_M0.new_zeros(found[PAST].shape) if PAST in found else None
+        room = 0 if self.lora_past is None else len(self.lora_past)
+        self.lora_past = None
+        self.make_room(max(room if keep_dormant else 0, len(found.get(PAST, ()))))
+
+    def laid_out(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        past = found.get(PAST, torch.zeros(0, self.side, self.side))
+        self.make_room(len(past))
+        if self.lora_past is None:
+            return found
+        room = past.new_zeros(len(self.lora_past) - len(past), self.side, self.side)
+        return found | {PAST: torch.cat([past, room])}

@@ -20,6 +20,7 @@ from ...errors import ConfigError, ScheduleError
 from ...methods.base import Method, Site, in_blocks
 from ...methods.initial import gaussian, zeros
 from ...methods.options import Count, LoraOptions
+from ...methods.scaling import fixed
 from ...rules import Restart
 from .delta import Operator, SquareDelta, SquareMaps
 from .maps import Layout, Pairing
@@ -179,7 +180,17 @@ class Mora(LoraOptions):
         for turn in range(4 if self.restart_steps is not None else 1):  # later maps are no others
             self._check_fits(site, self.round_maps(turn, site.in_features, site.out_features, side))
         init = {"M": zeros if self.init_lora_weights else gaussian}
-        return in_blocks(SquareDelta, self, site, [side], init=init, scale=float, maps=partial(Mora.round_maps, self))
+        maps, rounds = partial(Mora.round_maps, self), self._expected_rounds()
+        made = {"init": init, "scale": partial(fixed, 1.0), "maps": maps, "rounds": rounds}
+        return in_blocks(SquareDelta, self, site, [side], **made)
+
+    def _expected_rounds(self) -> int:
+        """How many rounds a run finishes, as far as the settings alone tell."""
+        if self.restart_steps is None or (self.total_steps is None and isinstance(self.restart_steps, int)):
+            return 0
+        run = Run(self.total_steps or 10**6)
+        interval = in_steps(self.restart_steps, run, name="restart_steps", least=1)
+        return Multiples(interval, settle=1, total=run.steps).count
 
     def _check_fits(self, site: Site, maps: SquareMaps) -> None:
         """Raise ConfigError, naming the module, if the maps leave inputs without any output or cannot pad so far."""
