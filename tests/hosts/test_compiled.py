@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from increlora import AdaLoraConfig, IncreLoraConfig, PlainLoraConfig, PriLoraConfig, SoraConfig
 from tests.hosts.tiny import Mlp, seeded
@@ -75,3 +76,19 @@ def test_a_score_that_is_not_due_costs_no_product(monkeypatch: pytest.MonkeyPatc
     controller = next(m.observer.controller for m in model.modules() if getattr(m, "observer", None) is not None)
     events = sorted({event.step for event in controller.events if event.kind == "birth"})
     assert len(taken) == 3 * (1 + 2 * len(events))  # nobody knows at the first step when scores will be due
+
+
+def test_a_compiled_average_of_weights_follows_the_ranks() -> None:
+    model = built("increlora")
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.0)).eval()
+    compiled = torch.compile(average.module, backend="eager")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for _ in range(STEPS):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-12, atol=0)
+    assert controller_events(model)

@@ -25,14 +25,17 @@ class Observer(Protocol):
 
     wants_gradients: called at every use in training; should the gradient of the output be tapped?
     tap_input: identity on A that sees the input x, before dropout.   tap_output: identity on the layer's output y that
-    sees x and ∂L/∂y.   step: optimizer steps so far.   loaded: a checkpoint of step `step` was loaded.
+    sees x and ∂L/∂y.   step: optimizer steps so far, None if it cannot know.   loaded: a checkpoint of step `step` was
+    loaded.   copied: does it watch a copy, whose state somebody may write into between any two uses?
     """
+
+    copied: bool
 
     def wants_gradients(self) -> bool: ...
     def tap_input(self, A: Tensor, x: Tensor) -> Tensor: ...
     def tap_output(self, y: Tensor, x: Tensor) -> Tensor: ...
     @property
-    def step(self) -> int: ...
+    def step(self) -> int | None: ...
     def loaded(self, step: int) -> None: ...
 
 

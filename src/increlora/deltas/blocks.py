@@ -69,6 +69,7 @@ class BlockDelta(StatefulDelta):
         self._derived: Derived | None = None
         for size in sizes:
             self._append_block(size, dtype or torch.get_default_dtype())
+        self.constant = len(self.sizes) == 1
         self.assign()
 
     # -- structure -----------------------------------------------------------------------------------------------
@@ -165,6 +166,8 @@ class BlockDelta(StatefulDelta):
     # -- computation ---------------------------------------------------------------------------------------------
 
     def add_to(self, y: Tensor | Pending, x: Tensor) -> Tensor:
+        if self.observer is not None and self.observer.copied and torch.compiler.is_compiling():
+            return self._add_outside_of_graphs(y, x)
         if not self.live:
             y = computed(y)
             return y + self._gate(y.new_zeros(()))
@@ -177,6 +180,11 @@ class BlockDelta(StatefulDelta):
         x = self.inputs.dropped(x, self.dropout)
         y = self._add_product(y, x, A, B)  # the same arithmetic, observed or not: resuming must not change a bit
         return observer.tap_output(y, x) if observer is not None and wanted else y
+
+    @torch.compiler.disable
+    def _add_outside_of_graphs(self, y: Tensor | Pending, x: Tensor) -> Tensor:
+        """A graph would not notice that an average of weights has got another state."""
+        return self.add_to(y, x)
 
     def _operands(self) -> tuple[Tensor, Tensor]:
         """What `_add_product` multiplies x with; a delta with structure has a cheaper form of it than its factors."""

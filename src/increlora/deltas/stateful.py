@@ -28,6 +28,7 @@ class StatefulDelta(Delta):
     Attributes:
         lora_state: the `state` of blocks and ranks, as integers.   sizes: ranks of each block, in the order of birth.
         statistics: what each rule has to remember, while training.   idle_slots: those that files leave out.
+        constant: is there but one state for it, which its tensors need not bring?
     """
 
     lora_state: Tensor
@@ -47,6 +48,7 @@ class StatefulDelta(Delta):
         self.sizes: list[int] = []
         self.statistics: list[Tensor] = []
         self.idle_slots: frozenset[int] = frozenset()
+        self.constant = False
         self._state = ModuleState(0, (), (), ())
         self.register_buffer(STATE, torch.empty(0, dtype=torch.int32, device="cpu"))
         self._read = self.lora_state, 0  # what `_state` was read from: the buffer and its version
@@ -58,7 +60,7 @@ class StatefulDelta(Delta):
         Raises CheckpointError if somebody wrote into the buffer what is no state of this module."""
         if torch.compiler.is_compiling():  # graphs read no tensors; they are compiled anew for another state
             return self._state
-        buffer = self.lora_state
+        buffer: Any = self._buffers[STATE]  # every use of the module asks, and this is quicker than the attribute
         if (buffer is self._read[0] and version_of(buffer) == self._read[1]) or not readable(buffer):
             return self._state
         with self._named_errors():
@@ -70,9 +72,9 @@ class StatefulDelta(Delta):
     @torch.no_grad()
     def assign(self, **changes: Any) -> None:
         """Change the state, by the names of `ModuleState`. The buffer stays the same tensor while its length does."""
-        step = self.state.step if self.observer is None else self.observer.step
+        state = self.state
         changed: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in changes.items()}
-        state = replace(self._state, **({"step": step} | changed)).padded(len(self.sizes))
+        state = replace(state, **({"step": self.steps} | changed)).padded(len(self.sizes))
         self._state = replace(state, scale=self.scale_of(max(1, state.rank_of(self.sizes))))
         packed, buffer = self._state.pack(), self.lora_state
         if buffer.shape == packed.shape and readable(buffer) and not buffer.is_inference():
@@ -111,7 +113,8 @@ class StatefulDelta(Delta):
 
     @property
     def steps(self) -> int:
-        return self.state.step if self.observer is None else self.observer.step
+        known = None if self.observer is None else self.observer.step
+        return self.state.step if known is None else known
 
     def copy_state_from(self, other: "StatefulDelta") -> None:
         """Take over what of `other` is no parameter and decides what is computed."""
@@ -135,10 +138,18 @@ class StatefulDelta(Delta):
         statistics = unpack_statistics(found[STATISTICS]) if STATISTICS in found else []
         return unpack(found[STATE]), statistics
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def note_step(self) -> None:
+        """Have the state say how far the run is."""
         if self.steps != self.state.step:
             self.assign()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.note_step()
         super()._save_to_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:  # for copy.deepcopy, too
+        self.note_step()
+        return self.__dict__.copy()
 
     def get_extra_state(self) -> Tensor:
         """What the rules remember; always of the same length, which distributed checkpoints need."""
@@ -185,11 +196,6 @@ class StatefulDelta(Delta):
     def laid_out(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """These entries of a state dict in the shapes that they have here."""
         return found
-
-    @property
-    def constant(self) -> bool:
-        """Does this module have but one state, which its tensors need not bring?"""
-        return len(self.sizes) == 1 and not self.state.kept
 
 
 def entries_at(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

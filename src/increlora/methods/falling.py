@@ -27,6 +27,7 @@ def pruned(settings: Any, site: Site, rank: int, **parts: Any) -> TripletDelta:
     """A delta of `rank` ranks that can be dropped one by one; see `in_blocks`."""
     delta = in_blocks(TripletDelta, settings, site, [rank], **parts)
     delta.assign(kept=[True] * rank)
+    delta.constant = False
     return delta
 
 

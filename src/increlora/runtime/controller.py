@@ -236,6 +236,8 @@ class Controller:
             name, rank = self.names[change.module], self.deltas[change.module].rank
             self.events.append(Event(self.step, kind, name, change.ranks, rank, change.importance))
         if changes:
+            for delta in self.deltas:
+                delta.note_step()  # who copies buffers now copies states of one step
             self.on_change()
             self.health.read()
 

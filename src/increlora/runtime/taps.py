@@ -59,6 +59,8 @@ class InputTap(torch.autograd.Function):
 class Watcher:
     """Observer of one module: hands what backward passes see of it to the rules that want it."""
 
+    copied = False
+
     def __init__(self, controller: "Controller", index: int) -> None:
         self.controller, self.index = controller, index
         self.key = compiled.register(self)
@@ -129,15 +131,14 @@ class Watcher:
                 f"`increlora.attach(model, optimizer, total_steps=…)` before training"
             )
 
-    def __reduce__(self) -> tuple[type["Orphan"], tuple[int]]:  # for copy.deepcopy, too
-        return Orphan, (self.step,)
+    def __reduce__(self) -> tuple[type["Orphan"], tuple[()]]:  # for copy.deepcopy, too
+        return Orphan, ()
 
 
 class Orphan:
     """Observer of a copied or unpickled module, which has no controller: training it is an error."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    copied, step = True, None  # the module's state says the step
 
     def wants_gradients(self) -> bool:
         raise DriveError(
@@ -146,4 +147,4 @@ class Orphan:
         )
 
     def loaded(self, step: int) -> None:
-        self.step = step
+        pass

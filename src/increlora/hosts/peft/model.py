@@ -18,7 +18,7 @@ from .handle import SHARED, Handle, described_states, warn_of_budget
 from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, check_name, layer_over
 from .mixed import mixed_batch
 from .quantised import backend_of, check_mergeable, keep_layout, warn_of_rounding
-from .states import check_together, watch
+from .states import check_dormant, check_together, watch
 
 
 class AdapterModel(BaseTuner):
@@ -174,6 +174,7 @@ class AdapterModel(BaseTuner):
         checkpoint.check_ends_unmerged(model)
         handle = adapters_of(model).get(adapter_name)
         if handle is not None:
+            check_dormant(handle)
             handle.describe()  # the config is written next
             warn_of_budget(config.ranks, handle.method.budget, handle.steps)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)

@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...deltas.base import NAMES
+from ...deltas.base import NAMES, Status
 from ...deltas.state import STATE
 from ...errors import CheckpointError
+from ...ops.parallel import local
 from .handle import Handle
 from .layer import adapters_of
 
@@ -38,6 +39,20 @@ def check_arriving(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: s
         for name, part in found.items():
             handle.blocks[name].arriving(part)
         check_together(handle, found)
+
+
+def check_dormant(handle: Handle) -> None:
+    """Raise CheckpointError if a dormant block adds anything: somebody has copied parameters here one by one, of an
+    adapter that had grown, and without the states of its blocks."""
+    if not getattr(handle.config, "init_lora_weights", True):  # all blocks begin at random
+        return
+    for name, delta in handle.blocks.items():
+        for block in map(delta.block, delta.indices(Status.DORMANT)):
+            if block and not any(p.is_meta for p in block.values()) and all(local(p).any() for p in block.values()):
+                raise CheckpointError(
+                    f"{name}: parameters were written into a block that is dormant: copy the buffers of the model with "
+                    f"its parameters, or use `load_state_dict`"
+                )
 
 
 def check_together(handle: Handle, parts: Mapping[str, Mapping[str, Tensor]]) -> None:

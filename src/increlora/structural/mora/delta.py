@@ -132,8 +132,8 @@ class SquareDelta(BlockDelta):
     """ΔW = Σ D_i M_i C_i with one trained block of R "ranks", M; rounds with the same maps are computed as one.
 
     Args:
-        maps: (number of a round, in, out, R) → its maps.   rounds: how many will be finished, as far as is known.
-            sizes: [R].   Further arguments as for `BlockDelta`; there is no scale.
+        maps: (number of a round, in, out, R) → its maps.   rounds: how many will be finished, as far as is known;
+            None: there is one.   sizes: [R].   Further arguments as for `BlockDelta`; there is no scale.
     Attributes:
         lora_past: (room, R, R), M at the end of each finished round, no longer trained, then zeros; None without room.
     """
@@ -143,12 +143,12 @@ class SquareDelta(BlockDelta):
     lora_past: Tensor | None
 
     def __init__(
-        self, *args: Any, maps: Callable[[int, int, int, int], SquareMaps], rounds: int = 0, **options: Any
+        self, *args: Any, maps: Callable[[int, int, int, int], SquareMaps], rounds: int | None = None, **options: Any
     ) -> None:
         super().__init__(*args, **options)
-        self.maps = maps
+        self.maps, self.constant = maps, rounds is None
         self.register_buffer(PAST, None)
-        self.make_room(rounds)
+        self.make_room(rounds or 0)
 
     def shape(self, letter: str, size: int) -> tuple[int, int]:
         return size, size

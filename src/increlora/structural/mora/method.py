@@ -184,9 +184,11 @@ class Mora(LoraOptions):
         made = {"init": init, "scale": partial(fixed, 1.0), "maps": maps, "rounds": rounds}
         return in_blocks(SquareDelta, self, site, [side], **made)
 
-    def _expected_rounds(self) -> int:
-        """How many rounds a run finishes, as far as the settings alone tell."""
-        if self.restart_steps is None or (self.total_steps is None and isinstance(self.restart_steps, int)):
+    def _expected_rounds(self) -> int | None:
+        """How many rounds a run finishes, as far as the settings alone tell; None: there is but one."""
+        if self.restart_steps is None:
+            return None
+        if self.total_steps is None and isinstance(self.restart_steps, int):
             return 0
         run = Run(self.total_steps or 10**6)
         interval = in_steps(self.restart_steps, run, name="restart_steps", least=1)
