@@ -91,10 +91,12 @@ def test_a_file_holds_averages_only_while_they_can_matter(tmp_path: Path) -> Non
     train(model, start=8, optimizer=optimizer)
     model.save_pretrained(tmp_path / "late")
     sizes = {
-        when: max(len(v) for k, v in load_file(tmp_path / when / "adapter_model.safetensors").items() if "state" in k)
+        when: max(
+            len(v) for k, v in load_file(tmp_path / when / "adapter_model.safetensors").items() if "lora_stat" in k
+        )
         for when in ("early", "late")
     }
-    assert sizes["late"] < 20 and sizes["early"] > 2 * 3 * (16 + 16)
+    assert sizes["late"] < 25 and sizes["early"] > 2 * 3 * (16 + 16)
     again = PeftModel.from_pretrained(BUILDERS["bert"](), tmp_path / "late", is_trainable=True)
     kept = [d.state.kept for d in deltas(again)]
     train(again)  # another run on what has settled

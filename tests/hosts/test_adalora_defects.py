@@ -151,11 +151,13 @@ def test_what_is_saved_whole_is_no_candidate() -> None:
 # -- state, names, merging ---------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_owns_no_buffer_that_could_stay_behind() -> None:
-    """On another device, or where buffers are broadcast."""
+def test_the_states_of_blocks_are_the_only_buffers_and_ddp_leaves_them_alone() -> None:
+    """Averages in buffers would stay behind on another device, and be broadcast in every forward pass."""
     model = get_peft_model(BUILDERS["mlp"](), AdaLoraConfig(**SCHEDULE, target_modules=["up", "down"]))
     train(model, "mlp", steps=4)
-    assert not list(model.buffers())
+    buffers = [name for name, _ in model.named_buffers()]
+    assert {name.rpartition(".")[2] for name in buffers} == {"lora_state"}
+    assert {*buffers} <= {*model._ddp_params_and_buffers_to_ignore}
     assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {
         "lora_A0", "lora_E0", "lora_B0",
     }  # fmt: skip

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from increlora import AdaLoraConfig, IncreLoraConfig, IncreLoraError, PlainLoraConfig, SoraConfig
-from increlora.deltas.state import STATE_FORMAT
+from increlora.deltas.state import FACTOR, STATE_FORMAT
 from increlora.errors import BudgetError, CheckpointError, ConfigError
 from increlora.hosts.peft.options import UnknownOptionError
 from tests.hosts.tiny import BUILDERS, grow, growing, logits
@@ -160,7 +160,7 @@ def rewrite(change: Callable[[dict], object]) -> Callable[[Path], None]:
 def newer(tensors: dict) -> None:
     for name, value in tensors.items():
         if name.endswith("lora_state"):
-            value[0] = STATE_FORMAT + 1
+            value[0] = FACTOR * (STATE_FORMAT + 1)
 
 
 def truncate(folder: Path) -> None:

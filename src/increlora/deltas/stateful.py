@@ -94,7 +94,8 @@ class StatefulDelta(Delta):
     def check_state(self, state: ModuleState, sizes: Sequence[int]) -> None:
         """Raise CheckpointError, beginning with the state's name, if blocks of these sizes cannot have it here."""
         if bool(state.kept) != bool(self._state.kept):
-            raise CheckpointError(f"{STATE} says other things about ranks: it belongs to another method")
+            says = "says" if state.kept else "does not say"
+            raise CheckpointError(f"{STATE} {says} which ranks count: it belongs to another method")
         if not (rank := state.rank_of(sizes)) >= 0 or len(state.kept) not in (0, sum(sizes)):
             raise CheckpointError(f"{STATE} counts {len(state.kept)} ranks, its tensors have {sum(sizes)}")
         here = self.scale_of(max(1, rank))

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ...deltas.base import NAMES, Status
+from ...deltas import BlockDelta, Status
+from ...deltas.base import NAMES
 from ...deltas.state import STATE
 from ...errors import CheckpointError
-from ...ops.parallel import local
+from ...ops.parallel import is_sharded
 from .handle import Handle
 from .layer import adapters_of
 
@@ -42,17 +44,26 @@ def check_arriving(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: s
 
 
 def check_dormant(handle: Handle) -> None:
-    """Raise CheckpointError if a dormant block adds anything: somebody has copied parameters here one by one, of an
-    adapter that had grown, and without the states of its blocks."""
-    if not getattr(handle.config, "init_lora_weights", True):  # all blocks begin at random
-        return
+    """Raise CheckpointError if a dormant block has been written into: somebody has copied the parameters of an adapter
+    that had grown one by one, without the states of its blocks."""
     for name, delta in handle.blocks.items():
-        for block in map(delta.block, delta.indices(Status.DORMANT)):
-            if block and not any(p.is_meta for p in block.values()) and all(local(p).any() for p in block.values()):
-                raise CheckpointError(
-                    f"{name}: parameters were written into a block that is dormant: copy the buffers of the model with "
-                    f"its parameters, or use `load_state_dict`"
-                )
+        if any(was_written(delta, block) for block in delta.indices(Status.DORMANT)):
+            raise CheckpointError(
+                f"{name}: parameters were written into a block that is dormant: copy the buffers of the model with its "
+                f"parameters, or use `load_state_dict`"
+            )
+
+
+def was_written(delta: BlockDelta, block: int) -> bool:
+    """Does it add anything, and is its last parameter (e, where there is one) not what it was made with?"""
+    parameters = delta.block(block)
+    if not parameters or any(p.is_meta or is_sharded(p) for p in parameters.values()):
+        return False
+    letter = "E" if "E" in parameters else [*parameters][-1]
+    if not all(p.any() for p in parameters.values()):
+        return False
+    made = delta.draw(letter, block).to(parameters[letter])
+    return not torch.allclose(parameters[letter], made, rtol=0.01, atol=0)  # as much as bfloat16 may have rounded
 
 
 def check_together(handle: Handle, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
