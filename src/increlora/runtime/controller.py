@@ -58,7 +58,7 @@ class Controller:
         self.health = Health()
         self.used = False  # a forward pass of ours since the last step
         self.penalty_given = False  # the penalty's gradient of this step is already there
-        self.stepping = False  # between the two hooks of a step
+        self.stepping = False  # between the two hooks of a step; still so if the optimizer raised
         self.trainer_step: int | None = None
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._former: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -155,8 +155,9 @@ class Controller:
         return self._optimizer is not None and self._optimizer() is optimizer
 
     def loaded(self, step: int) -> None:
-        """A checkpoint was loaded; the run goes on from there at the next step."""
+        """A checkpoint was loaded; the run goes on from there at the next step, and what was begun is not taken."""
         self.step = self.restored_step = step
+        self.used = self.penalty_given = self.stepping = False
         for rule in self.rules:
             rule.restored()
         if self.driven:
@@ -173,8 +174,12 @@ class Controller:
             self.trainer_step = number
 
     def before_step(self, optimizer: Optimizer) -> bool:
-        """First hook; returns whether this is a real step of ours."""
-        if not self.used or not any(p.grad is not None for p in self.parameters()):
+        """First hook; returns whether this is a real step of ours.
+
+        It comes again in the same step if the optimizer raised and steps anew, or calls the `step` of its base class:
+        what would then count twice is left out."""
+        again = self.stepping
+        if not self.used or not (again or any(p.grad is not None for p in self.parameters())):
             return False
         if amp.overflowed(optimizer):
             self._clear()
@@ -184,19 +189,21 @@ class Controller:
                 p.grad = None
         finite = all_finite([grad for p in self.parameters() if (grad := p.grad) is not None])
         step = Step(self.step, optimizer, finite, amp.gradient_scale(optimizer), amp.loss_scale)
-        for rule in self.rules:
+        for rule in self.rules if not again else ():
             rule.observe(step)
-        if not self.health.judge(finite, self.names[0]):
+        if again:
+            pass
+        elif not self.health.judge(finite, self.names[0]):
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     p.grad = None  # nothing moves in this step: clipping and the loss spread NaN to all parameters
         elif self.method.penalty and not self.penalty_given:
             add_penalty(self.deltas, self.method.penalty, scale=step.gradient_scale)
+        self.stepping = True
         if self.births is not None:
             self.births.remember(self.deltas, self.step)
         for rule in self.rules:
             rule.before_step(step)
-        self.stepping = True
         return True
 
     def after_step(self) -> None:
@@ -209,7 +216,6 @@ class Controller:
         if self.recording:
             self.records.append(record(self, before))
         self._clear()
-        self.stepping = False
         self.step += 1
         self._look()
 
@@ -248,7 +254,11 @@ class Controller:
                 optimizer.state.pop(p, None)
 
     def _clear(self) -> None:
-        self.used = self.penalty_given = False
+        self.used = self.penalty_given = self.stepping = False
+        self.forget()
+
+    def forget(self) -> None:
+        """What backward passes have shown since the last step leads to no step."""
         for watcher in self.watchers:
             watcher.seen = False
         for rule in self.rules:

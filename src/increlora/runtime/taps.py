@@ -76,19 +76,17 @@ class Watcher:
         self.controller.used, self.controller.stepping = True, False
         if torch.compiler.is_compiling():  # what changes with every step would make it compile with every step
             return self.controller.may_see_gradients
-        if self.seen and self._abandoned():
-            self.seen = False
-            for rule in self.controller.rules:
-                rule.forget(self.index)
         return self.controller.sees_gradients
 
-    def _abandoned(self) -> bool:
-        """Were the gradients of the last backward pass cleared without a step? (loss scaling skips, users drop batches)
-
-        Under FSDP2 gradients may wait elsewhere while they accumulate, and checkpointed forward passes run inside a
-        backward pass: nothing can be concluded there."""
-        p = self.controller.parameter(self.index)
-        return p.grad is None and not is_sharded(p) and torch._C._current_graph_task_id() < 0
+    def _begin(self) -> None:
+        """A backward pass: were the gradients of the one before cleared without a step? (Loss scaling skips, an
+        optimizer raises, users drop batches.) Under FSDP2 they may wait elsewhere: nothing can be concluded there."""
+        task, p = torch._C._current_graph_task_id(), self.controller.parameter(self.index)
+        if self.seen and task != self.task and p.grad is None and not is_sharded(p):
+            self.controller.forget()
+        if task != self.task and not self.controller.driven:
+            self.passes += 1
+        self.seen, self.task = True, task
 
     def tap_input(self, A: Tensor, x: Tensor) -> Tensor:
         if not self.controller.sees_inputs:
@@ -101,27 +99,23 @@ class Watcher:
         return OutputTap.apply(y, x, self)
 
     def see_inputs(self, x: Tensor) -> None:
-        self.seen = True
+        self._begin()
         for rule in self.controller.rules:
             if "inputs" in rule.wants:
                 rule.see_inputs(self.index, x)
 
     def see_gradients(self, x: Tensor, grad: Tensor) -> None:
         """One backward pass of the module: its input x, and the gradient of its output."""
-        self.seen = True
-        self._count_pass()
+        self._begin()
+        self._check_driven()
         for rule in self.controller.rules:
             if "gradients" in rule.wants:
                 rule.see_gradients(self.index, x, grad)
 
-    def _count_pass(self) -> None:
+    def _check_driven(self) -> None:
         """Raise DriveError if nobody steps."""
-        task = torch._C._current_graph_task_id()
         if self.controller.driven:
             self.passes = 0
-        elif task != self.task:
-            self.passes += 1
-        self.task = task
         if self.passes > PATIENCE:
             raise DriveError(
                 f"{self.controller.names[self.index]}: {PATIENCE} backward passes and no step of an optimizer that "
