@@ -23,12 +23,14 @@ class Status(IntEnum):
 class Observer(Protocol):
     """What the runtime installs on a delta while a run is driven.
 
-    wants_gradients: called at every use in training; should the gradient of the output be tapped?
+    wants_gradients: called at every use in training; should the gradient of the output be tapped?   rests: called
+    instead where all that is computed is frozen.
     tap_input: identity on A that sees the input x, before dropout.   tap_output: identity on the layer's output y that
     sees x and ∂L/∂y.   step: optimizer steps so far.   loaded: a checkpoint of step `step` was loaded.
     """
 
     def wants_gradients(self) -> bool: ...
+    def rests(self) -> None: ...
     def tap_input(self, A: Tensor, x: Tensor) -> Tensor: ...
     def tap_output(self, y: Tensor, x: Tensor) -> Tensor: ...
     @property

@@ -193,8 +193,11 @@ class BlockDelta(Delta):
             y = computed(y)
             return y + self._gate(y.new_zeros(()))
         A, B = self._operands()
+        observer = self.observer if torch.is_grad_enabled() else None
+        if observer is not None and not (A.requires_grad or B.requires_grad):
+            observer.rests()
+            observer = None
         B = self._gate(B)
-        observer = self.observer if B.requires_grad and torch.is_grad_enabled() else None
         wanted = observer is not None and observer.wants_gradients()
         if observer is not None:
             A = observer.tap_input(A, x)

@@ -63,7 +63,7 @@ class Watcher:
         self.controller, self.index = controller, index
         self.key = compiled.register(self)
         self.passes, self.task = 0, -1  # backward passes without an optimizer, and the last of them
-        self.seen = False  # a backward pass since the last step
+        self.seen, self.latest = False, -1  # a backward pass since the last step, and the last of them
 
     @property
     def step(self) -> int:
@@ -78,15 +78,16 @@ class Watcher:
             return self.controller.may_see_gradients
         return self.controller.sees_gradients
 
+    def rests(self) -> None:
+        self.controller.rested = True
+
     def _begin(self) -> None:
         """A backward pass: were the gradients of the one before cleared without a step? (Loss scaling skips, an
         optimizer raises, users drop batches.) Under FSDP2 they may wait elsewhere: nothing can be concluded there."""
         task, p = torch._C._current_graph_task_id(), self.controller.parameter(self.index)
-        if self.seen and task != self.task and p.grad is None and not is_sharded(p):
+        if self.seen and task != self.latest and p.grad is None and not is_sharded(p):
             self.controller.forget()
-        if task != self.task and not self.controller.driven:
-            self.passes += 1
-        self.seen, self.task = True, task
+        self.seen, self.latest = True, task
 
     def tap_input(self, A: Tensor, x: Tensor) -> Tensor:
         if not self.controller.sees_inputs:
@@ -107,15 +108,19 @@ class Watcher:
     def see_gradients(self, x: Tensor, grad: Tensor) -> None:
         """One backward pass of the module: its input x, and the gradient of its output."""
         self._begin()
-        self._check_driven()
+        self._count_pass()
         for rule in self.controller.rules:
             if "gradients" in rule.wants:
                 rule.see_gradients(self.index, x, grad)
 
-    def _check_driven(self) -> None:
+    def _count_pass(self) -> None:
         """Raise DriveError if nobody steps."""
+        task = torch._C._current_graph_task_id()
         if self.controller.driven:
             self.passes = 0
+        elif task != self.task:
+            self.passes += 1
+        self.task = task
         if self.passes > PATIENCE:
             raise DriveError(
                 f"{self.controller.names[self.index]}: {PATIENCE} backward passes and no step of an optimizer that "
@@ -138,6 +143,9 @@ class Orphan:
             "this adaptive adapter is a copy (copy.deepcopy or pickle) and nobody drives it: call "
             "`increlora.attach(model, optimizer, total_steps=…)` before training it"
         )
+
+    def rests(self) -> None:
+        pass
 
     def loaded(self, step: int) -> None:
         self.step = step
