@@ -150,8 +150,12 @@ ROWS = [
 
 
 def of(*ranks: str) -> pytest.MarkDecorator:
-    """Every row whose ranks do this; those beside a method's default are marked as variants."""
-    rows = [row for row in ROWS if row.method.ranks in ranks]
+    """Every row whose ranks do this."""
+    return each([row for row in ROWS if row.method.ranks in ranks])
+
+
+def each(rows: list[Row]) -> pytest.MarkDecorator:
+    """These rows; those beside a method's default are marked as variants."""
     marked = [pytest.param(row, id=row.name, marks=[pytest.mark.variant] * (row.name not in METHODS)) for row in rows]
     return pytest.mark.parametrize("row", marked)
 

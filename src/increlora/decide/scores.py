@@ -78,19 +78,23 @@ def smooth(
     return sensitivity_new, torch.where(finite, spread, uncertainty)
 
 
-def smooth_entries(
-    sensitivity: list[Tensor], uncertainty: list[Tensor], weights: list[Tensor], gradients: list[Tensor], *,
-    beta: float, beta_uncertainty: float,
-) -> None:  # fmt: skip
-    """Moving averages of the sensitivity of every entry, in place; for many tensors at once.
-
-        S = |w · g|        I ← β₁ I + (1 − β₁) S        U ← β₂ U + (1 − β₂) |S − I|      (the updated I)
-
-    Args: four lists of tensors of pairwise equal shapes, all of one floating dtype; β in [0, 1).
-    Source: AdaLoRA, published code. Differs: nothing; six calls for all tensors instead of eleven for each.
-    """
+def entry_sensitivity(weights: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    """S = |w · g| of every entry; for many tensors at once, all of one floating dtype."""
     score: list[Tensor] = list(torch._foreach_mul(weights, gradients))
     torch._foreach_abs_(score)
+    return score
+
+
+def smooth_entries(
+    sensitivity: list[Tensor], uncertainty: list[Tensor], score: list[Tensor], *, beta: float, beta_uncertainty: float
+) -> None:
+    """Moving averages of the sensitivity of every entry, in place; for many tensors at once.
+
+        I ← β₁ I + (1 − β₁) S        U ← β₂ U + (1 − β₂) |S − I|      (the updated I)
+
+    Args: three lists of tensors of pairwise equal shapes, all of one floating dtype; β in [0, 1). `score` is used up.
+    Source: AdaLoRA, published code. Differs: nothing; six calls for all tensors instead of eleven for each.
+    """
     torch._foreach_lerp_(sensitivity, score, 1 - beta)
     torch._foreach_sub_(score, sensitivity)
     torch._foreach_abs_(score)

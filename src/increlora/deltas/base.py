@@ -23,7 +23,8 @@ class Status(IntEnum):
 class Observer(Protocol):
     """What the runtime installs on a delta while a run is driven.
 
-    wants_gradients: called at every use in training; should the gradient of the output be tapped?
+    wants_gradients: called at every use in training; should the gradient of the output be tapped?   rests: called
+    instead where all that is computed is frozen.
     tap_input: identity on A that sees the input x, before dropout.   tap_output: identity on the layer's output y that
     sees x and ∂L/∂y.   step: optimizer steps so far, None if it cannot know.   loaded: a checkpoint of step `step` was
     loaded.   copied: does it watch a copy, whose state somebody may write into between any two uses?
@@ -32,6 +33,7 @@ class Observer(Protocol):
     copied: bool
 
     def wants_gradients(self) -> bool: ...
+    def rests(self) -> None: ...
     def tap_input(self, A: Tensor, x: Tensor) -> Tensor: ...
     def tap_output(self, y: Tensor, x: Tensor) -> Tensor: ...
     @property

@@ -26,6 +26,17 @@ from .stateful import StatefulDelta
 Init = Callable[[tuple[int, int], torch.Generator, int], Tensor]
 
 
+def zeros(shape: tuple[int, int], generator: torch.Generator | None, block: int) -> Tensor:
+    return torch.zeros(shape)
+
+
+def ones(shape: tuple[int, int], generator: torch.Generator | None, block: int) -> Tensor:
+    return torch.ones(shape)
+
+
+CONSTANT = (zeros, ones)  # they draw nothing, and a generator costs more than they do
+
+
 class Derived(NamedTuple):
     """What follows from the state of the blocks: which are computed, the active rank, names of frozen parameters."""
 
@@ -76,7 +87,7 @@ class BlockDelta(StatefulDelta):
 
     def shape(self, letter: str, size: int) -> tuple[int, int]:
         """Shape of one parameter of a block of `size` ranks."""
-        return {"A": (size, self.in_features), "E": (size, 1), "B": (self.out_features, size)}[letter]
+        return (self.out_features, size) if letter == "B" else (size, self.in_features if letter == "A" else 1)
 
     def size_of(self, A: Tensor) -> int:
         """Ranks of the block whose first parameter this is: the inverse of `shape`."""
@@ -96,12 +107,16 @@ class BlockDelta(StatefulDelta):
 
     def _make_parameters(self, index: int, like: torch.dtype | Tensor) -> None:
         for letter, name in self._names[index]:
-            setattr(self, name, nn.Parameter(self.draw(letter, index).to(like)))
+            drawn = self.draw(letter, index)
+            # a new name needs none of what nn.Module.__setattr__ does, and there may be 100,000 of them
+            self._parameters[name] = nn.Parameter(drawn if drawn.dtype is like else drawn.to(like))
 
     def draw(self, letter: str, index: int) -> Tensor:
         """Initial values of one parameter, the same on every machine."""
-        generator = generator_of(f"{self.seed}/{self.name}/{letter}{index}")
-        return self.init[letter](self.shape(letter, self.sizes[index]), generator, index)
+        init, shape = self.init[letter], self.shape(letter, self.sizes[index])
+        if init in CONSTANT:
+            return zeros(shape, None, index) if init is zeros else ones(shape, None, index)
+        return init(shape, generator_of(f"{self.seed}/{self.name}/{letter}{index}"), index)
 
     def indices(self, *wanted: Status) -> list[int]:
         """Indices of the blocks in one of the given states, in the order of birth."""
@@ -172,8 +187,11 @@ class BlockDelta(StatefulDelta):
             y = computed(y)
             return y + self._gate(y.new_zeros(()))
         A, B = self._operands()
+        observer = self.observer if torch.is_grad_enabled() else None
+        if observer is not None and not (A.requires_grad or B.requires_grad):
+            observer.rests()
+            observer = None
         B = self._gate(B)
-        observer = self.observer if B.requires_grad and torch.is_grad_enabled() else None
         wanted = observer is not None and observer.wants_gradients()
         if observer is not None:
             A = observer.tap_input(A, x)

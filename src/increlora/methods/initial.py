@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from ..deltas import Init, Inputs, Tokens
+from ..deltas.blocks import ones, zeros
+
+__all__ = ["gaussian", "kaiming", "lora_start", "normal", "ones", "zeros"]
 
 Shape = tuple[int, int]
 
@@ -13,20 +16,12 @@ Shape = tuple[int, int]
 def kaiming(shape: Shape, generator: torch.Generator, block: int) -> Tensor:
     """U(−1/√n, 1/√n) for n columns: Kaiming-uniform with a = √5, LoRA's A."""
     bound = 1 / math.sqrt(shape[1])
-    return torch.rand(shape, generator=generator) * (2 * bound) - bound
+    return torch.rand(shape, generator=generator).mul_(2 * bound).sub_(bound)
 
 
 def gaussian(shape: Shape, generator: torch.Generator, block: int) -> Tensor:
     """N(0, 0.02²): A and B of the published code."""
     return torch.randn(shape, generator=generator) * 0.02
-
-
-def zeros(shape: Shape, generator: torch.Generator, block: int) -> Tensor:
-    return torch.zeros(shape)
-
-
-def ones(shape: Shape, generator: torch.Generator, block: int) -> Tensor:
-    return torch.ones(shape)
 
 
 def normal(shape: Shape, generator: torch.Generator, block: int) -> Tensor:

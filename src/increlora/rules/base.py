@@ -9,6 +9,8 @@ A rule is a frozen record. `bind` gives it the modules of one adapter and return
     before_step    the gradients are as the optimizer will use them (penalty added, bad steps cleared)
     after_step     the optimizer has moved the parameters → changes, which the controller logs as events
 
+An optimizer may raise and step again: then `before_step` comes once more in the same step, and what is remembered for
+good is changed in `after_step` alone.
 What a rule remembers lies in `delta.statistics[slot]` and in the states of the blocks: it travels in every state dict.
 """
 

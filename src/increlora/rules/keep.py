@@ -19,7 +19,7 @@ from ..decide.allocation import Holding
 from ..decide.budget import Budget
 from ..decide.feasibility import check_pruning
 from ..decide.schedules import CubicDecay, Run
-from ..decide.scores import smooth_entries, triplet_scores
+from ..decide.scores import entry_sensitivity, smooth_entries, triplet_scores
 from ..ops.parallel import full, mean_over_processes
 from .base import Change, Deltas, Forecast, Step, dtype_of, finished
 from .pruner import Pruner
@@ -55,6 +55,7 @@ class Keeper(Pruner):
     def __init__(self, rule: Keep, deltas: Deltas, budget: Budget, slot: int) -> None:
         super().__init__(deltas, budget, slot)
         self.rule = rule
+        self.seen: tuple[list[int], list[Tensor]] = [], []  # which tensors have a gradient in this step, and |w ∘ g|
 
     def sizes(self) -> list[int]:
         return [2 * sum(p.numel() for p in delta.block(0).values()) for delta in self.deltas]
@@ -96,11 +97,13 @@ class Keeper(Pruner):
             return []
         if self.rule.observe == "after_step":
             self._observe(step, 1.0)  # fused optimizers leave gradients unscaled behind
+        self._smooth()
         return self._cut(step) if self.schedule.due(step) else []
 
     @torch.no_grad()
     def _observe(self, step: int, scale: float) -> None:
-        """Update the averages of every tensor that has a gradient; of the others they stay as they are."""
+        """Take the sensitivity of every tensor that has a gradient."""
+        self.seen = [], []
         if self.done or not self.schedule.observed(step):
             return
         there = [i for i, p in enumerate(self.parameters) if p.grad is not None]
@@ -111,9 +114,14 @@ class Keeper(Pruner):
         if scale != 1.0:
             gradients = list(torch._foreach_div(gradients, scale))
         weights = [full(self.parameters[i].detach()).to(dtype) for i in there]
-        averages = [self.sensitivity[i] for i in there], [self.uncertainty[i] for i in there]
-        beta, beta_uncertainty = self.rule.beta, self.rule.beta_uncertainty
-        smooth_entries(*averages, weights, gradients, beta=beta, beta_uncertainty=beta_uncertainty)
+        self.seen = there, entry_sensitivity(weights, gradients)
+
+    def _smooth(self) -> None:
+        """Update the averages of what was seen, once the step is done; of the others they stay as they are."""
+        (there, score), self.seen = self.seen, ([], [])
+        if there:
+            averages = [self.sensitivity[i] for i in there], [self.uncertainty[i] for i in there]
+            smooth_entries(*averages, score, beta=self.rule.beta, beta_uncertainty=self.rule.beta_uncertainty)
 
     def _cut(self, step: int) -> list[Change]:
         """Keep as many ranks as the budget pays for now, and say which modules that changed."""

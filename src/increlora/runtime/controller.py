@@ -7,6 +7,7 @@ groups and the loss stay what they are.
     after the step    birth rates · rules → changes → events
 """
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from ..decide.allocation import Event, Kind
 from ..decide.schedules import Run
 from ..deltas import BlockDelta
-from ..errors import ConfigError
+from ..errors import ConfigError, DriveError
 from ..methods import Method
 from ..ops.parallel import all_finite
 from ..rules import Expected, Forecast, Rule, Runner, Step, holding_of
@@ -55,9 +56,9 @@ class Controller:
         self.run = Run(method.total_steps)
         self.births: BirthRates | None = None
         self.health = Health()
-        self.used = False  # a forward pass of ours since the last step
+        self.used = self.rested = False  # a forward pass since the last step: of what is trained, of what is frozen
         self.penalty_given = False  # the penalty's gradient of this step is already there
-        self.stepping = False  # between the two hooks of a step
+        self.stepping = False  # between the two hooks of a step; still so if the optimizer raised
         self.trainer_step: int | None = None
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._former: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -154,8 +155,9 @@ class Controller:
         return self._optimizer is not None and self._optimizer() is optimizer
 
     def loaded(self, step: int) -> None:
-        """A checkpoint was loaded; the run goes on from there at the next step."""
+        """A checkpoint was loaded; the run goes on from there at the next step, and what was begun is not taken."""
         self.step = self.restored_step = step
+        self.used = self.penalty_given = self.stepping = False
         for rule in self.rules:
             rule.restored()
         if self.driven:
@@ -172,9 +174,16 @@ class Controller:
             self.trainer_step = number
 
     def before_step(self, optimizer: Optimizer) -> bool:
-        """First hook; returns whether this is a real step of ours."""
-        if not self.used or not any(p.grad is not None for p in self.parameters()):
+        """First hook; returns whether this is a real step of ours.
+
+        It comes again in the same step if the optimizer raised and steps anew, or calls the `step` of its base class:
+        what would then count twice is left out."""
+        again = self.stepping
+        if self.rested and not self.finished:
+            self._check_trained()
+        if not self.used or not (again or any(p.grad is not None for p in self.parameters())):
             return False
+        self._check_newborn()
         if amp.overflowed(optimizer):
             self._clear()
             return False
@@ -183,20 +192,43 @@ class Controller:
                 p.grad = None
         finite = all_finite([grad for p in self.parameters() if (grad := p.grad) is not None])
         step = Step(self.step, optimizer, finite, amp.gradient_scale(optimizer), amp.loss_scale)
-        for rule in self.rules:
+        for rule in self.rules if not again else ():
             rule.observe(step)
-        if not self.health.judge(finite, self.names[0]):
+        if again:
+            pass
+        elif not self.health.judge(finite, self.names[0]):
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     p.grad = None  # nothing moves in this step: clipping and the loss spread NaN to all parameters
         elif self.method.penalty and not self.penalty_given:
             add_penalty(self.deltas, self.method.penalty, scale=step.gradient_scale)
+        self.stepping = True
         if self.births is not None:
             self.births.remember(self.deltas, self.step)
         for rule in self.rules:
             rule.before_step(step)
-        self.stepping = True
         return True
+
+    def _check_trained(self) -> None:
+        """Raise DriveError if nothing of ours can learn any more while there is something to decide."""
+        if not any(p.requires_grad for p in self.parameters()):
+            raise DriveError(
+                f"{self.names[0]} and all other modules of this adapter are frozen at step {self.step}, before its "
+                f"ranks are decided (now {sum(self.ranks.values())}): set requires_grad of its parameters again "
+                f"(`model.set_adapter`), or train the rest by an optimizer that does not hold them"
+            )
+
+    def _check_newborn(self) -> None:
+        """Raise DriveError if a block that was just born cannot learn, though its module does."""
+        for event in itertools.takewhile(lambda event: event.step == self.step - 1, reversed(self.events)):
+            delta = self.deltas[self.names.index(event.module)]
+            blocks = {i: any(p.requires_grad for p in delta.block(i).values()) for i in delta.live}
+            frozen = [i for i, learns in blocks.items() if not learns and delta.state.born[i] == event.step]
+            if frozen and any(blocks.values()):
+                raise DriveError(
+                    f"{event.module}: block {frozen[0]} was born after step {event.step}, but is frozen: leave "
+                    f"requires_grad of blocks that are not used yet as it is, they move only once they are born"
+                )
 
     def after_step(self) -> None:
         """Second hook: the optimizer has moved our parameters."""
@@ -208,7 +240,6 @@ class Controller:
         if self.recording:
             self.records.append(record(self, before))
         self._clear()
-        self.stepping = False
         self.step += 1
         self._look()
 
@@ -249,7 +280,11 @@ class Controller:
                 optimizer.state.pop(p, None)
 
     def _clear(self) -> None:
-        self.used = self.penalty_given = False
+        self.used = self.rested = self.penalty_given = self.stepping = False
+        self.forget()
+
+    def forget(self) -> None:
+        """What backward passes have shown since the last step leads to no step."""
         for watcher in self.watchers:
             watcher.seen = False
         for rule in self.rules:

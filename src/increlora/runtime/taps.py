@@ -65,7 +65,7 @@ class Watcher:
         self.controller, self.index = controller, index
         self.key = compiled.register(self)
         self.passes, self.task = 0, -1  # backward passes without an optimizer, and the last of them
-        self.seen = False  # a backward pass since the last step
+        self.seen, self.latest = False, -1  # a backward pass since the last step, and the last of them
 
     @property
     def step(self) -> int:
@@ -78,19 +78,18 @@ class Watcher:
         self.controller.used, self.controller.stepping = True, False
         if torch.compiler.is_compiling():  # what changes with every step would make it compile with every step
             return self.controller.may_see_gradients
-        if self.seen and self._abandoned():
-            self.seen = False
-            for rule in self.controller.rules:
-                rule.forget(self.index)
         return self.controller.sees_gradients
 
-    def _abandoned(self) -> bool:
-        """Were the gradients of the last backward pass cleared without a step? (loss scaling skips, users drop batches)
+    def rests(self) -> None:
+        self.controller.rested = True
 
-        Under FSDP2 gradients may wait elsewhere while they accumulate, and checkpointed forward passes run inside a
-        backward pass: nothing can be concluded there."""
-        p = self.controller.parameter(self.index)
-        return p.grad is None and not is_sharded(p) and torch._C._current_graph_task_id() < 0
+    def _begin(self) -> None:
+        """A backward pass: were the gradients of the one before cleared without a step? (Loss scaling skips, an
+        optimizer raises, users drop batches.) Under FSDP2 they may wait elsewhere: nothing can be concluded there."""
+        task, p = torch._C._current_graph_task_id(), self.controller.parameter(self.index)
+        if self.seen and task != self.latest and p.grad is None and not is_sharded(p):
+            self.controller.forget()
+        self.seen, self.latest = True, task
 
     def tap_input(self, A: Tensor, x: Tensor) -> Tensor:
         if not self.controller.sees_inputs:
@@ -103,14 +102,14 @@ class Watcher:
         return OutputTap.apply(y, x, self)
 
     def see_inputs(self, x: Tensor) -> None:
-        self.seen = True
+        self._begin()
         for rule in self.controller.rules:
             if "inputs" in rule.wants:
                 rule.see_inputs(self.index, x)
 
     def see_gradients(self, x: Tensor, grad: Tensor) -> None:
         """One backward pass of the module: its input x, and the gradient of its output."""
-        self.seen = True
+        self._begin()
         self._count_pass()
         for rule in self.controller.rules:
             if "gradients" in rule.wants:
@@ -145,6 +144,9 @@ class Orphan:
             "this adaptive adapter is a copy (copy.deepcopy or pickle) and nobody drives it: call "
             "`increlora.attach(model, optimizer, total_steps=…)` before training it"
         )
+
+    def rests(self) -> None:
+        pass
 
     def loaded(self, step: int) -> None:
         pass

@@ -10,7 +10,7 @@ from increlora import AdaLoraConfig
 from increlora.decide.budget import Budget, falling
 from increlora.decide.penalties import orthogonality, orthogonality_grad
 from increlora.decide.schedules import CubicDecay, Run
-from increlora.decide.scores import smooth_entries, triplet_scores
+from increlora.decide.scores import entry_sensitivity, smooth_entries, triplet_scores
 from increlora.decide.selection import keep_published, keep_top
 from increlora.deltas import TripletDelta
 from increlora.errors import BudgetError, ConfigError, ScheduleError
@@ -55,7 +55,7 @@ def test_t1_forward() -> None:
 def test_t2_averages_of_one_entry(changes) -> None:
     I, U = [tensor([0.0])], [tensor([0.0])]
     for _, (w, g), (i, u, s) in changes:
-        smooth_entries(I, U, [tensor([w])], [tensor([g])], beta=0.85, beta_uncertainty=0.85)
+        smooth_entries(I, U, entry_sensitivity([tensor([w])], [tensor([g])]), beta=0.85, beta_uncertainty=0.85)
         assert close(I[0], [i]) and close(U[0], [u]) and close(I[0] * U[0], [s])
 
 
@@ -63,7 +63,7 @@ def after_one_update(module: dict, gradients: dict) -> Tensor:
     """Scores of a module's triplets after one update of the averages."""
     weights, grads = [tensor(module[x]) for x in "AEB"], [tensor(gradients[x]) for x in "AEB"]
     I, U = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
-    smooth_entries(I, U, weights, grads, beta=0.85, beta_uncertainty=0.85)
+    smooth_entries(I, U, entry_sensitivity(weights, grads), beta=0.85, beta_uncertainty=0.85)
     return triplet_scores(*(i * u for i, u in zip(I, U, strict=True)))
 
 
@@ -193,7 +193,7 @@ def test_t6_orthogonality() -> None:
 def test_t8_products_of_averages_survive_half_precision() -> None:
     I, U = [torch.zeros(1)], [torch.zeros(1)]
     w, g = torch.tensor([1e-2]).half(), torch.tensor([1e-4]).half()
-    smooth_entries(I, U, [w.float()], [g.float()], beta=0.85, beta_uncertainty=0.85)
+    smooth_entries(I, U, entry_sensitivity([w.float()], [g.float()]), beta=0.85, beta_uncertainty=0.85)
     assert float(I[0] * U[0]) == pytest.approx(1.9125e-14, rel=1e-2)
     assert float(I[0].half() * U[0].half()) == 0
 
