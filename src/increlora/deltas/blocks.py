@@ -55,7 +55,7 @@ class BlockDelta(StatefulDelta):
         init: per letter, (shape, generator, block index) → initial values. The generator is seeded by `seed`, module
             and block alone, so every process and every order of construction draws the same numbers.
         scale: active rank → s.
-        name: full module name; part of the seed.   inputs: what the module reads.
+        name: full module name; part of the seed.   inputs: what the module reads.   active: blocks that begin active.
     """
 
     letters: tuple[str, ...] = ()
@@ -73,6 +73,7 @@ class BlockDelta(StatefulDelta):
         dropout: float = 0.0,
         dtype: torch.dtype | None = None,
         inputs: Inputs = VECTORS,
+        active: int = 0,
     ) -> None:
         super().__init__(in_features, out_features, scale=scale, name=name, dropout=dropout, inputs=inputs)
         self.init, self.seed = init, seed
@@ -81,7 +82,7 @@ class BlockDelta(StatefulDelta):
         for size in sizes:
             self._append_block(size, dtype or torch.get_default_dtype())
         self.constant = len(self.sizes) == 1
-        self.assign()
+        self.assign(status=[Status.ACTIVE] * active)
 
     # -- structure -----------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,9 +75,12 @@ class ModuleState:
 
     def padded(self, blocks: int) -> "ModuleState":
         """The same with dormant blocks behind, so that there are at least so many."""
-        spare = blocks - len(self.status)
-        born, reserved = ((*steps, *[-1] * spare) for steps in (self.born, self.reserved))
-        return replace(self, status=(*self.status, *[Status.DORMANT] * spare), born=born, reserved=reserved)
+
+        def longer(values: tuple[Any, ...], new: int) -> tuple[Any, ...]:
+            return (*values, *[new] * (blocks - len(values)))
+
+        status, born = longer(self.status, Status.DORMANT), longer(self.born, -1)
+        return replace(self, status=status, born=born, reserved=longer(self.reserved, -1))
 
 
 def unpack(state: Tensor) -> ModuleState:

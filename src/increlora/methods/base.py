@@ -12,7 +12,7 @@ from ..decide.allocation import Holding
 from ..decide.budget import Budget
 from ..decide.penalties import PenaltyForm
 from ..decide.schedules import Run
-from ..deltas import BlockDelta, Delta, Inputs, Patches, Status, Stored, Tokens, Vectors
+from ..deltas import BlockDelta, Delta, Inputs, Patches, Stored, Tokens, Vectors
 from ..deltas.inputs import VECTORS
 from ..errors import BudgetError, ConfigError
 from ..rules import Rule
@@ -135,13 +135,11 @@ def budget_of(settings: Any, sites: int, uniform_parameters: int) -> Budget:
 def in_blocks(make: Callable[..., Made], settings: Any, site: Site, sizes: Sequence[int], **parts: Any) -> Made:
     """A delta with blocks of these sizes, the first of them active; `parts` are `init`, `scale` and what this kind of
     delta adds."""
-    delta = make(
+    return make(
         site.in_features, site.out_features, sizes,
         name=site.name, seed=settings.seed, dropout=settings.lora_dropout, dtype=site.dtype, inputs=site.inputs,
-        **parts,
+        active=1, **parts,
     )  # fmt: skip
-    delta.become(0, Status.ACTIVE)
-    return delta
 
 
 def matching(patterns: Mapping[str, Value], name: str) -> Value | None:
