@@ -138,7 +138,7 @@ def test_a_file_holds_statistics_only_while_they_can_matter(tmp_path: Path) -> N
         )
         for when in ("early", "late")
     }
-    assert longest["late"] == 14 < 16 < longest["early"]
+    assert longest["late"] == 17 < longest["early"]
     again = PeftModel.from_pretrained(BUILDERS["bert"](), tmp_path / "late", is_trainable=True)
     train(again)
     assert any((d.lora_A0 == 0).any() for d in deltas(again).values())  # a new run prunes again

@@ -87,20 +87,30 @@ def test_averages_have_the_ranks_of_the_model(row: Row, average: Averaging) -> N
     assert rank_summary(found.module).active == rank_summary(found.module).budget_ranks
 
 
-@pytest.mark.parametrize("row", MOVING, ids=str)
-def test_averaged_states_are_none_and_equal_ones_are(row: Row) -> None:
-    model = fresh(row)
-    average = AveragedModel(model, multi_avg_fn=decay(0.9), use_buffers=True)
-    optimizer = None
-    for step in range(STEPS):
-        optimizer = train(model, "llama", start=step, stop=step + 1, optimizer=optimizer)
-        average.update_parameters(model)
-    with pytest.raises(CheckpointError, match=r"lora_state \(.*average of adapters whose ranks differ"):
-        logits(average.module, "llama")
-    steady = AveragedModel(model, multi_avg_fn=decay(0.999), use_buffers=True)
-    for _ in range(50):
-        steady.update_parameters(model)
-    assert ranks(steady.module) == ranks(model)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("average", [decay(0.9), decay(0.999)], ids=["0.9", "0.999"])
+def test_averages_of_states_are_none_and_the_model_knows_better(row: Row, average: Averaging, tmp_path: Path) -> None:
+    """`use_buffers` averages the states, too, as Lightning does by default."""
+    model, found = averaged(row, average, use_buffers=True)
+    lost = pickle.loads(pickle.dumps(found.module))
+    if row.moving:
+        with pytest.raises(CheckpointError, match=r"lora_state \(.*average of adapters whose ranks differ"):
+            logits(lost, "llama")
+    for _ in range(5):
+        found.update_parameters(model)
+    assert ranks(found.module) == ranks(model) and logits(found.module, "llama").isfinite().all()
+    found.module.save_pretrained(tmp_path)
+    assert ranks(PeftModel.from_pretrained(build_llama(), tmp_path)) == ranks(model)
+
+
+def test_weights_that_are_swapped_without_a_trace_come_with_their_states(tmp_path: Path) -> None:
+    """`tensor.data` has a version of its own: Lightning writes through it."""
+    row = next(row for row in CATALOGUE if row.name == "increlora")
+    model, target = trained(row), fresh(row)
+    for here, there in zip([*target.parameters(), *target.buffers()], [*model.parameters(), *model.buffers()]):
+        here.data.copy_(there.data)
+    target.save_pretrained(tmp_path)
+    assert alike(target.eval(), model) and alike(PeftModel.from_pretrained(build_llama(), tmp_path), model)
 
 
 @pytest.mark.parametrize("row", MOVING, ids=str)
@@ -219,12 +229,14 @@ def test_parameters_written_into_dormant_blocks_are_noticed_when_they_are_saved(
 # ---- the buffer
 
 
-def test_who_writes_nonsense_into_the_buffer_hears_of_it() -> None:
-    model = fresh(next(row for row in CATALOGUE if row.name == "increlora"))
+def test_who_writes_nonsense_into_the_buffer_hears_of_it(tmp_path: Path) -> None:
+    row = next(row for row in CATALOGUE if row.name == "increlora")
+    trained(row).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(build_llama(), tmp_path)
     delta = next(iter(handle_of(model).blocks.values()))
     good = delta.lora_state.clone()
     delta.lora_state.zero_()
-    for use in (lambda: delta.rank, lambda: logits(model, "llama"), lambda: rank_summary(model)):
+    for use in (lambda: delta.rank, lambda: logits(model, "llama"), lambda: rank_summary(model), model.state_dict):
         with pytest.raises(CheckpointError, match=rf"{delta.name}.lora_state"):
             use()
     delta.lora_state.copy_(good)

@@ -28,6 +28,7 @@ class Observer(Protocol):
     tap_input: identity on A that sees the input x, before dropout.   tap_output: identity on the layer's output y that
     sees x and ∂L/∂y.   step: optimizer steps so far, None if it cannot know.   loaded: a checkpoint of step `step` was
     loaded.   copied: does it watch a copy, whose state somebody may write into between any two uses?
+    source: the module whose state counts where somebody has averaged states, which is none; None: there is none left.
     """
 
     copied: bool
@@ -39,6 +40,7 @@ class Observer(Protocol):
     @property
     def step(self) -> int | None: ...
     def loaded(self, step: int) -> None: ...
+    def source(self) -> "Delta | None": ...
 
 
 class Stored(nn.Module):

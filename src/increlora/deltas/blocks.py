@@ -262,6 +262,8 @@ class BlockDelta(StatefulDelta):
         for p in self.parameters():
             p.requires_grad_(like.requires_grad)
         self._derived = None
+        kept = [True] * sum(self.sizes) if self.state.kept else []
+        self.assign(kept=kept, closed=[])  # some state of the new blocks; theirs is loaded next
 
     @torch.no_grad()
     def left_out(self, given: Container[str]) -> dict[str, Tensor]:

@@ -4,12 +4,12 @@
                       copies it: averages of weights, `deepcopy`, federated learning, distributed checkpoints
     lora_statistics   float64, the extra state: what the rules remember
 
-    lora_state = 16 · (4, step, settled, rounds, mantissa, exponent, n, status…, born…, reserved…, k, flags…, check ×3)
+    lora_state = 16 · (4, step, settled, rounds, mantissa, exponent, n, status…, born…, reserved…, k, flags…, check ×6)
 
 n blocks, k ranks (0 where whole ranks are not pruned). The flag of a rank: 1 it counts, 0 it does not, −1 it is not
 even computed any more. The scale is mantissa · 10^exponent.
 An average of equal integers may be off by one, hence the factor. An average of different states is no state, but can
-look like one, hence the checksum.
+look like one, hence the checksum: three bytes, and 255 minus each, since averages of integers get stuck going up.
 """
 
 import math
@@ -91,14 +91,14 @@ def unpack(state: Tensor) -> ModuleState:
     if values[0] != STATE_FORMAT:
         raise newer(values[0])
     blocks = values[HEAD - 1] if len(values) >= HEAD else 0
-    ranks = len(values) - HEAD - 3 * blocks - 4
+    ranks = len(values) - HEAD - 3 * blocks - 7
     if blocks < 1 or ranks < 0 or values[HEAD + 3 * blocks] != ranks:
         raise damaged(f"{len(values)} entries")
-    if values[-3:] != checksum(values[:-3]):
+    if values[-6:] != checksum(values[:-6]):
         raise damaged("its checksum is wrong, as in an average of adapters whose ranks differ")
     _, step, settled, rounds, mantissa, exponent, _ = values[:HEAD]
     status, born, reserved = (tuple(values[HEAD + i * blocks : HEAD + (i + 1) * blocks]) for i in range(3))
-    found = of_numbers(step, status, born, reserved, bool(settled), values[-3 - ranks : -3])
+    found = of_numbers(step, status, born, reserved, bool(settled), values[-6 - ranks : -6])
     return replace(found, rounds=rounds, scale=mantissa * 10.0**exponent if mantissa else None)
 
 
@@ -126,8 +126,9 @@ def whole(value: float) -> int:
 
 
 def checksum(values: Sequence[int]) -> list[int]:
-    """Three bytes that change with the values, and not linearly."""
-    return list(zlib.crc32(repr(list(values)).encode()).to_bytes(4, "big")[:3])
+    """Three bytes that change with the values, and not linearly; and their complements."""
+    check = zlib.crc32(repr(list(values)).encode()).to_bytes(4, "big")[:3]
+    return [*check, *(255 - byte for byte in check)]
 
 
 def decimal(scale: float) -> tuple[int, int]:

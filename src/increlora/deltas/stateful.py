@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from .base import NAMES, Delta, Status
 from .inputs import Inputs
 from .state import STATE, STATISTICS, ModuleState, is_old, pack_statistics, unpack, unpack_old, unpack_statistics
 
+UNKNOWN = -2  # version of a buffer that has to be read again
 FEW = 8  # statistics of a module that stay where nobody trains; averages of every entry are not
 
 
@@ -63,11 +64,26 @@ class StatefulDelta(Delta):
         buffer: Any = self._buffers[STATE]  # every use of the module asks, and this is quicker than the attribute
         if (buffer is self._read[0] and version_of(buffer) == self._read[1]) or not readable(buffer):
             return self._state
-        with self._named_errors():
-            state = unpack(buffer)
-            self.check_state(state, self.sizes)
-        self._state, self._read = state, (buffer, version_of(buffer))
-        return state
+        self._state, self._read = self._read_again(buffer), (buffer, version_of(buffer))
+        return self._state
+
+    def _read_again(self, buffer: Tensor) -> ModuleState:
+        """What the buffer says. An average of states says nothing: there who drives the module knows, or for a copy the
+        module that it is a copy of."""
+        try:
+            with self._named_errors():
+                self.check_state(state := unpack(buffer), self.sizes)
+                return state
+        except CheckpointError:
+            source = self.observer.source() if self.observer is not None else None
+            if not isinstance(source, StatefulDelta):
+                raise
+            return self._state if source is self else source.state
+
+    def train(self, mode: bool = True) -> Self:
+        if mode != self.training:  # `tensor.data` can be written into without a trace
+            self._read = self._read[0], UNKNOWN
+        return super().train(mode)
 
     @torch.no_grad()
     def assign(self, **changes: Any) -> None:
@@ -145,7 +161,8 @@ class StatefulDelta(Delta):
             self.assign()
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.note_step()
+        self._read = self._read[0], UNKNOWN
+        self.assign()  # what is written is a state
         super()._save_to_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:  # for copy.deepcopy, too

@@ -1,10 +1,12 @@
 """What happens inside a backward pass: rules see what meets there, module by module."""
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..deltas import Delta
 from ..errors import DriveError
 from ..ops.parallel import is_sharded
 from . import compiled
@@ -68,8 +70,8 @@ class Watcher:
         self.seen, self.latest = False, -1  # a backward pass since the last step, and the last of them
 
     @property
-    def step(self) -> int:
-        return self.controller.step
+    def step(self) -> int | None:
+        return self.controller.step if self.controller.driven else None
 
     def loaded(self, step: int) -> None:
         self.controller.loaded(step)
@@ -130,7 +132,13 @@ class Watcher:
                 f"`increlora.attach(model, optimizer, total_steps=…)` before training"
             )
 
-    def __reduce__(self) -> tuple[type["Orphan"], tuple[()]]:  # for copy.deepcopy, too
+    def source(self) -> Delta:
+        return self.controller.deltas[self.index]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Orphan":
+        return Orphan(weakref.ref(self.source()))
+
+    def __reduce__(self) -> tuple[type["Orphan"], tuple[()]]:
         return Orphan, ()
 
 
@@ -138,6 +146,18 @@ class Orphan:
     """Observer of a copied or unpickled module, which has no controller: training it is an error."""
 
     copied, step = True, None  # the module's state says the step
+
+    def __init__(self, source: "weakref.ref[Delta] | None" = None) -> None:
+        self._source = source
+
+    def source(self) -> Delta | None:
+        return self._source() if self._source is not None else None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Orphan":
+        return Orphan(self._source)
+
+    def __reduce__(self) -> tuple[type["Orphan"], tuple[()]]:
+        return Orphan, ()
 
     def wants_gradients(self) -> bool:
         raise DriveError(

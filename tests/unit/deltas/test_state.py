@@ -69,7 +69,7 @@ def test_averages_of_different_states_are_refused(share: float) -> None:
 
 def altered(**numbers: int) -> Tensor:
     """A state with other numbers at some places, and the checksum that belongs to them."""
-    values = [value // FACTOR for value in STATES[3].pack().tolist()[:-3]]
+    values = [value // FACTOR for value in STATES[3].pack().tolist()[:-6]]
     for place, value in numbers.items():
         values[int(place[1:])] = value
     return FACTOR * torch.tensor([*values, *checksum(values)])
