@@ -14,6 +14,7 @@ from increlora.errors import ScheduleError
 from tests.hosts.tiny import BUILDERS
 
 pl = pytest.importorskip("pytorch_lightning", reason="needs pip install pytorch-lightning")
+from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging  # noqa: E402
 
 EPOCHS = 6
 BATCHES = 8  # of an epoch; two make an optimizer step
@@ -81,3 +82,19 @@ def test_a_resumed_run_is_the_straight_one(tmp_path: Path) -> None:
     fit(second, tmp_path, resume=tmp_path / "early.ckpt")
     assert rank_summary(second.model) == rank_summary(straight.model)
     assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("callback", [
+    lambda: EMAWeightAveraging(decay=0.9), lambda: EMAWeightAveraging(decay=0.9, use_buffers=False),
+    lambda: StochasticWeightAveraging(swa_lrs=0.01),
+], ids=["ema", "ema without buffers", "swa"])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*swap:UserWarning")
+def test_averages_of_weights_keep_the_ranks(callback: Any, tmp_path: Path) -> None:
+    module = Regression(model())
+    fit(module, tmp_path, callbacks=[callback()])
+    assert rank_summary(module.model).active == 6
+    module.model.save_pretrained(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(BUILDERS["mlp"](), tmp_path / "saved").eval()
+    x = torch.stack([x for x, _ in ROWS])
+    assert rank_summary(loaded).active == 6
+    torch.testing.assert_close(loaded(x), module.model.eval()(x), rtol=1e-5, atol=1e-6)
