@@ -20,7 +20,7 @@ empty :=
 space := $(empty) $(empty)
 CORE  := $(subst $(space),$(comma),$(addprefix src/increlora/,*.py decide/* ops/* deltas/* rules/* methods/* structural/*/* runtime/*))
 
-.PHONY: help setup demo test test-fast conformance bench docs stub lint format clean
+.PHONY: help setup demo test test-fast soak conformance bench docs stub lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -50,6 +50,9 @@ test: setup ## all tests, with coverage; the core and the runtime must reach 95 
 
 test-fast: setup ## under 90 seconds on 2 cores: unit tests without the slow ones, contracts of each method's own row
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not variant and not distributed" tests/unit tests/contract
+
+soak: setup ## the tests that kill processes and damage files, many times as often as in `make test` (about 15 minutes)
+	INCRELORA_SOAK=1 $(BIN)/python -m pytest -m soak
 
 conformance: setup ## peft's own tests on our methods (writes docs/conformance.json); vLLM's code on our exports; plugins
 	$(BIN)/python -m tests.conformance

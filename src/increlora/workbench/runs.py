@@ -21,6 +21,7 @@ FILES = (
     "config.toml", "metrics.jsonl", "events.jsonl", "trace.jsonl", "spectra.jsonl", "adapter", "lora", "checkpoints",
     "report.html", "run.json",
 )  # fmt: skip
+MARK = b"# increlora train "  # how config.toml begins
 UNFINISHED = ("running", "interrupted", "failed")
 
 
@@ -46,21 +47,31 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"{self.path} is a file; give another --out")
         state = self.state()
-        if state is None and self.path.is_dir() and any(self.path.iterdir()):
+        if state is None and self.path.is_dir() and not self.only_begun(overwrite=overwrite):
             raise RunFolderError(f"{self.path} holds files but no run of increlora; give another --out")
         if state is not None and not overwrite:
             resume = "continue it with --resume, " if state["status"] in UNFINISHED else ""
             remedy = f"{resume}replace it with --overwrite, or give another --out"
             raise RunFolderError(f"{self.path} already holds a run ({state['status']}); {remedy}")
 
+    def only_begun(self, *, overwrite: bool) -> bool:
+        """Is there nothing, or, to be overwritten, all that a run killed at its beginning leaves: its config.toml?"""
+        names = {path.name for path in self.path.iterdir() if not path.name.startswith((".config.toml.", ".run.json."))}
+        config = self.path / "config.toml"
+        return not names or (overwrite and names == {config.name} and config.read_bytes().startswith(MARK))
+
     def create(self, config: str, state: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Start a run: remove the files of the one before (where allowed), write run.json and config.toml."""
+        """Start a run: remove the files of the one before (where allowed), write config.toml and run.json.
+
+        Whenever it is killed, no run.json tells of a run that its config or its files do not belong to."""
         self.check_free(overwrite=overwrite)
-        for name in FILES:
-            remove(self.path / name)
         self.path.mkdir(parents=True, exist_ok=True)
-        self.write_state(state)
+        if (old := self.state()) is not None:
+            self.write_state(old | {"status": "replaced"})
+        for name in FILES[1:-1]:
+            remove(self.path / name)
         write_text(self.path / "config.toml", config)
+        self.write_state(state)
 
     def config(self) -> Path:
         """Settings file of the run that is here. Raises RunFolderError if there is no run, or none to continue."""
@@ -69,6 +80,8 @@ class RunFolder:
             raise RunFolderError(f"{self.path} holds no run to resume; leave out --resume to start one")
         if state["status"] not in UNFINISHED:
             raise RunFolderError(f"{self.path} is {state['status']}: nothing is left to resume; give another --out")
+        if not (self.path / "config.toml").is_file():
+            raise RunFolderError(f"{self.path} has lost its config.toml: start the run anew with --overwrite")
         return self.path / "config.toml"
 
     def checkpoint(self) -> Path | None:

@@ -333,6 +333,20 @@ def test_a_resumed_run_equals_the_straight_one_bitwise(run, interrupted, model):
         assert again[key] == found[key]
 
 
+def test_a_run_killed_behind_its_last_step_takes_no_step_more(run, model, tmp_path):
+    out = shutil.copytree(run[0], tmp_path / "killed")
+    for folder in ("adapter", "lora"):
+        shutil.rmtree(out / folder)
+    (out / "run.json").write_text(json.dumps(state(out) | {"status": "running"}))
+    result = call("train", "--resume", "--out", out)
+    assert result.exit_code == 0, result.output
+    for folder in ("adapter", "lora"):
+        first, second = (load_file(path / folder / "adapter_model.safetensors") for path in (run[0], out))
+        assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert rows(out, "metrics.jsonl") == rows(run[0], "metrics.jsonl")
+    assert all(state(out)[key] == state(run[0])[key] for key in ("status", "metric", "budget", "ranks"))
+
+
 def test_a_run_without_a_checkpoint_starts_over(run, interrupted):
     shutil.rmtree(interrupted / "checkpoints")
     call("train", "--resume", "--out", interrupted)

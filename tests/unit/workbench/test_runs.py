@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import subprocess
 
 import pytest
 
@@ -134,6 +136,49 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
 def test_an_empty_folder_is_free(tmp_path):
     RunFolder(tmp_path).create("", {"status": "running"}, overwrite=False)
     assert (tmp_path / "run.json").exists()
+
+
+def test_what_a_killed_beginning_leaves_is_overwritten_and_nothing_else(tmp_path):
+    for name, text in (("ours", "# increlora train --task planted\n"), ("mine", "task = 'planted'\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text(text)
+        (tmp_path / name / ".run.json.here.1.new").write_text("{")
+        with pytest.raises(RunFolderError, match="holds files but no run"):
+            RunFolder(tmp_path / name).check_free(overwrite=False)
+    RunFolder(tmp_path / "ours").check_free(overwrite=True)
+    with pytest.raises(RunFolderError, match="holds files but no run"):
+        RunFolder(tmp_path / "mine").check_free(overwrite=True)
+    (tmp_path / "mine" / "config.toml").unlink()
+    RunFolder(tmp_path / "mine").check_free(overwrite=False)
+
+
+def test_a_run_that_has_lost_its_config_or_is_being_replaced_is_not_resumed(folder):
+    (folder.path / "config.toml").unlink()
+    with pytest.raises(RunFolderError, match="has lost its config.toml: start the run anew with --overwrite"):
+        folder.config()
+    folder.write_state({"status": "replaced"})
+    with pytest.raises(RunFolderError, match="is replaced: nothing is left to resume"):
+        folder.config()
+
+
+def test_what_a_dead_process_has_left_goes_and_what_a_live_one_writes_stays(tmp_path):
+    path, ended = tmp_path / "adapter", subprocess.Popen(["true"])
+    ended.wait()
+    dead, live = (f".adapter.{platform.node()}.{number}." for number in (ended.pid, os.getppid()))
+    kept = [
+        live + "new",
+        f".adapter.elsewhere.{ended.pid}.new",
+        f".adapter2.{platform.node()}.{ended.pid}.new",
+        ".adapter",
+    ]
+    for name in [dead + "new", *kept]:
+        (tmp_path / name).write_text("half")
+    (tmp_path / (dead + "old")).mkdir()
+    with pytest.raises(KeyError), whole(path):
+        raise KeyError
+    assert path.is_dir() and {p.name for p in tmp_path.iterdir()} == {"adapter", *kept}
+    write_text(tmp_path / "other", "text")
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter", "other", *kept}
 
 
 def test_rows_survive_a_torn_line_and_are_cut_back(folder):

@@ -13,7 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 from ...decide.schedules import Run, in_steps
 from ...errors import ConfigError
 from ...runtime import controllers_of
-from ..runs import RunFolder
+from ..runs import RunFolder, checkpoint_step
 from ..tasks import Task
 from ..tasks.base import EpochSampler
 from .display import Progression
@@ -75,6 +75,9 @@ def fit(
     if not rows:
         rows = [{"step": 0, **task.evaluate(model, batch_size=args.per_device_eval_batch_size)}]
         folder.append("metrics.jsonl", rows[0])
+    if checkpoint is not None and checkpoint_step(checkpoint) >= total:  # the Trainer would take a step more
+        model.load_adapter(checkpoint, "default", is_trainable=True)
+        return
     budget = controllers_of(model)[0].method.budget.ranks if controllers_of(model) else None
     with Progression(console, total=total, done=rows[-1]["step"], budget=budget) as progress:
         trainer.add_callback(Recorder(folder, task, progress))

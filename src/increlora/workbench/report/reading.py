@@ -81,6 +81,7 @@ def read_run(path: Path, label: str) -> Run:
     ends = {
         "running": "The run had not finished when this report was made: it shows the steps until then.",
         "interrupted": "The run was interrupted: this report shows the steps until then.",
+        "replaced": "Another run was about to take its place: files may be missing.",
         "failed": f"The run failed: {state.get('error') or 'no reason is recorded'}",
     }
     if (status := str(state.get("status"))) in ends:

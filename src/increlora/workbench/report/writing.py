@@ -11,7 +11,7 @@ import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...files import write_text
+from ...files import whole, write_text
 from .charts import themed
 from .figures import FIGURES, compared
 from .reading import Run
@@ -64,5 +64,6 @@ def save_figures(runs: Sequence[Run], folder: Path, *, kind: str) -> list[Path]:
         for figure in FIGURES:
             if (chart := figure.draw(run)) is not None:
                 written.append(target / f"{figure.name}.{kind}")
-                themed(chart, ink=PRINT_INK, background="white").save(written[-1], scale_factor=PIXELS)
+                with whole(written[-1]) as new:
+                    themed(chart, ink=PRINT_INK, background="white").save(new, format=kind, scale_factor=PIXELS)
     return written
