@@ -7,17 +7,19 @@ computed; a dormant block has no gradient, hence no optimizer state, and cannot 
 says which ranks count (`kept`) and sets the others to zero.
 """
 
+from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import BudgetError, CheckpointError
 from ..ops.fused_linear import Pending, computed
 from ..ops.parallel import ZeroGate, in_process_group
 from ..seeding import generator_of
-from .base import Delta, Status, check_shape
+from .base import Delta, Status, check_known, check_shape
 from .inputs import VECTORS, Inputs
 from .state import STATE, ModuleState, unpack, without_statistics
 
@@ -79,10 +81,22 @@ class BlockDelta(Delta):
         self.closed: list[bool] = []
         self.statistics: list[Tensor] = []
         self.idle_slots: frozenset[int] = frozenset()
+        self._check_size(sizes)
         for size in sizes:
             self._append_block(size, dtype or torch.get_default_dtype())
 
     # -- structure -----------------------------------------------------------------------------------------------
+
+    def _check_size(self, sizes: Sequence[int]) -> None:
+        """Raise BudgetError for blocks that no matrix of this shape can use: whatever an option or a file says, an
+        adapter takes memory in proportion to the model."""
+        m, n = self.in_features, self.out_features
+        numbers = sum(count * prod(self.shape(a, size)) for size, count in Counter(sizes).items() for a in self.letters)
+        if numbers > max(1024 * (m + n), 4 * m * n):
+            raise BudgetError(
+                f"{self.name}: {sum(sizes)} ranks in {len(sizes)} blocks would take {numbers:,} numbers beside a "
+                f"matrix ({n}, {m}): lower `r`, `capacity` or what else says so"
+            )
 
     def shape(self, letter: str, size: int) -> tuple[int, int]:
         """Shape of one parameter of a block of `size` ranks."""
@@ -232,9 +246,11 @@ class BlockDelta(Delta):
         state = unpack(found[STATE])
         if self.kept and not state.kept:
             raise CheckpointError(f"{STATE} does not say which ranks count: it belongs to another method")
-        for i, status in enumerate(state.status):
-            if status not in (Status.ACTIVE, Status.RESERVE):
-                continue
+        self._check_size([1] * len(state.status))
+        present = [i for i, s in enumerate(state.status) if s in (Status.ACTIVE, Status.RESERVE)]
+        entries = {f"lora_{letter}{i}" for i in present for letter in self.letters}
+        check_known(found, entries | {STATE} | self._buffers.keys())
+        for i in present:
             first = f"lora_{self.letters[0]}{i}"
             if first not in found:
                 raise CheckpointError(f"{first}: expected a tensor, found nothing; the adapter file is incomplete")

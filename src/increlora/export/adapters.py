@@ -127,11 +127,13 @@ def from_folder(path: Path) -> Adapter:
     kind = raw.get("peft_type")
     if kind not in (known := (*CONFIGS, *FOREIGN)):
         raise ExportError(f"{path} holds an adapter of type {kind}, expected one of {', '.join(known)}")
-    checkpoint.read_contents(path)
+    contents, _ = checkpoint.read_contents(path)
+    checkpoint.check_values(path)
     state = load_file(path / SAFETENSORS_WEIGHTS_NAME)
     state = {key: state[key] for key in sorted(state, key=natural)}
     if kind in FOREIGN:
         return foreign(raw, state, str(path), None)
+    checkpoint.check_names(contents)
     config: Any = CONFIGS[kind].from_pretrained(str(path))
     sites = sites_in(config)
     try:

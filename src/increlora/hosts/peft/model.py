@@ -16,6 +16,7 @@ from . import checkpoint, weighted
 from .bases import check_in_memory, check_matched, read, refusal, warn_of_statistics
 from .handle import SHARED, Handle, described_states, warn_of_budget
 from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, check_name, layer_over
+from .loading import check_source
 from .mixed import mixed_batch
 from .quantised import backend_of, check_mergeable, keep_layout, warn_of_rounding
 
@@ -53,9 +54,7 @@ class AdapterModel(BaseTuner):
         self._handle = Handle(peft_config, [read(base, name) for name, base in bases.items()])
         for name, delta in self._handle.deltas.items():
             self._take_over(peft_config, name, delta)
-        contents = vars(peft_config).pop("contents", None)
-        if contents and not getattr(model, "_checkpoint_conversion_mapping", None):  # its keys are renamed on loading
-            checkpoint.check_contents(contents, self._handle.stored, model, peft_config.modules_to_save or ())
+        check_source(peft_config, self._handle.stored, model)
         if bases and not peft_config.inference_mode:
             self._handle.method.check([*map(holding_of, self._handle.blocks.values())])
 
@@ -185,5 +184,6 @@ class AdapterModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: Any, adapter_name: str,
                                            state_dict: dict[str, Tensor]) -> dict[str, Tensor]:  # fmt: skip
         handle = adapters_of(model).get(adapter_name)
+        checkpoint.check_others(state_dict, model, adapter_name)
         whole = checkpoint.fit(handle.stored if handle else {}, state_dict, trainable=not config.inference_mode)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, whole)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from ...callers import running
-from ...deltas.base import Delta, Stored, check_shape
+from ...deltas.base import Delta, Stored, check_known, check_shape
 from ...deltas.blocks import joined
 from ...errors import DriveError
 from ...ops.fused_linear import Pending, add_product
@@ -51,6 +51,7 @@ class TensorBank(Stored):
         rank = found["lora_A"].shape[-1] if "lora_A" in found else self.rank
         for name, (rows, _) in self.entries().items():
             check_shape(name, (rows, max(1, rank)), found)
+        check_known(found, self.entries())
 
     def fit(self, found: Mapping[str, Tensor], *, keep_dormant: bool) -> None:
         if found["lora_A"].shape[1] != self.rank:
