@@ -1,8 +1,8 @@
 """Seeded damage to adapter folders of all methods, and what may come of it.
 
 A mutation is refused by an error of ours that leaves everything as it was, or loaded with exactly the function that the
-file describes. What it describes is computed on another way: a fresh adapter is made of the options in the file, and its
-parameters are set one by one.
+file describes. What it describes is computed on another way: a fresh adapter is made of the options in the file, and
+its parameters are set one by one.
 
     python -m tests.hosts.mutations 3000 [first seed]
 """
@@ -14,7 +14,6 @@ import signal
 import struct
 import sys
 import tempfile
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -112,15 +111,17 @@ class Folder:
 
 NESTED = "[" * 100_000 + "]" * 100_000
 VALUES: list[Any] = [
-    None, True, False, -1, 0, 1, 2, 7, 0.5, -0.5, 1e308, float("nan"), float("inf"), 10**9, 2**31, 10**30, 10**400, "", "x",
-    "0", "all-linear", "(", "(a+)+$", "(x+x+)+y", [], [1], ["x"], ["q_proj"], [[]], [None], {}, {"a": 1}, {"(": 1},
-    {"q_proj": 10**8}, {"(a|aa)+$": 2}, {"a": {"b": []}}, {"q_proj": -1}, {"q_proj": "x"}, {"q_proj": 2}, "ü", "\x00", "\ud800",
+    None, True, False, -1, 0, 1, 2, 7, 0.5, -0.5, 1e308, float("nan"), float("inf"), 10**9, 2**31, 10**30, 10**400,
+    "", "x", "0", "all-linear", "(", "(a+)+$", "(x+x+)+y", [], [1], ["x"], ["q_proj"], [[]], [None], {}, {"a": 1}, {"(": 1},
+    {"q_proj": 10**8}, {"(a|aa)+$": 2}, {"a": {"b": []}}, {"q_proj": -1}, {"q_proj": "x"}, {"q_proj": 2},
+    "ü", "\x00", "\ud800",
 ]  # fmt: skip
 HUGE = {"r": [10**8, 10**4], "init_r": [10**8], "capacity": [10**9, 10**7, 10**5], "total_ranks": [2**31, 10**9],
         "grow_by": [10**9], "inner_in": [10**9], "inner_out": [10**9], "side": [10**6], "heads": [10**9],
         "head_dim": [10**9], "minis": [10**9], "levels": [10**9], "total_steps": [2**62], "interval_steps": [1, 2**62],
         "target_modules": ["(a+)+$", "(.*)*x", ".*.*.*.*.*.*x", ".?" * 40 + "x"], "layers_to_transform": [10**9],
         "total_parameters": [2**62, 1], "score_window": [2**62], "restart_steps": [2**62, 1]}  # fmt: skip
+
 
 def config_text(rng: random.Random, folder: Folder) -> str:
     text = json.dumps(folder.raw, indent=2)
@@ -176,7 +177,9 @@ def config_gone(rng: random.Random, folder: Folder) -> str:
 
 
 def config_more(rng: random.Random, folder: Folder) -> str:
-    key = rng.choice(["use_dora", "reserve", "xyzzy", "", "bias", "runtime_config", "contents", "self", "cls", "peft_types"])
+    key = rng.choice(
+        ["use_dora", "reserve", "xyzzy", "", "bias", "runtime_config", "contents", "self", "cls", "peft_types"]
+    )
     folder.raw[key] = rng.choice(VALUES)
     return f"config with {key}={folder.raw[key]!r:.40}"
 
@@ -219,8 +222,9 @@ def tensor_renamed(rng: random.Random, folder: Folder) -> str:
     key = rng.choice(sorted(folder.tensors))
     module, _, entry = key.rpartition(".")
     new = rng.choice([
-        f"{module}.lora_A{10**rng.randrange(25)}", f"{module}.lora_A-1", f"{module}.lora_A", f"{module}.lora_Q0", f"x.{key}",
-        f"{module}.lora_A٣", f"{module}.lora_A 0", f"{module}x.{entry}", key.removeprefix(PREFIX), f"{key}\n", f"{key}\x1b[2J",
+        f"{module}.lora_A{10**rng.randrange(25)}", f"{module}.lora_A-1", f"{module}.lora_A", f"{module}.lora_Q0",
+        f"{module}.lora_A٣", f"{module}.lora_A 0", f"{module}x.{entry}", key.removeprefix(PREFIX), f"{key}\n",
+        f"x.{key}", f"{key}\x1b[2J",
         f"{module}.base_layer.weight", "", ".", f"{module}.lora_delta.default.{entry}", f"{PREFIX}model.norm.weight",
         rng.choice(sorted(folder.tensors)), f"{module}.weight", f"{module}.lora_state", f"{module}.lora_A01",
     ])  # fmt: skip
@@ -230,7 +234,7 @@ def tensor_renamed(rng: random.Random, folder: Folder) -> str:
 
 def tensor_more(rng: random.Random, folder: Folder) -> str:
     module = module_in(rng, folder)
-    base = {name: p for name, p in build_llama().state_dict().items()}
+    base = build_llama().state_dict()
     name = rng.choice(sorted(base))
     here = name.rpartition(".")[0]
     key, like = rng.choice([
@@ -239,7 +243,8 @@ def tensor_more(rng: random.Random, folder: Folder) -> str:
         (f"{PREFIX}lm_head.modules_to_save.default.weight", base["lm_head.weight"]),
         (f"{PREFIX}lm_head.modules_to_save.first.weight", base["lm_head.weight"]),
         (f"{PREFIX}lm_head.original_module.weight", base["lm_head.weight"]),
-        (f"{module}.lora_A{rng.choice([1, 2, 5, 10**6, 10**20])}", torch.ones(1, 16)), (f"{module}.lora_B1", torch.ones(16, 1)),
+        (f"{module}.lora_A{rng.choice([1, 2, 5, 10**6, 10**20])}", torch.ones(1, 16)),
+        (f"{module}.lora_B1", torch.ones(16, 1)),
         (f"{module}.lora_past", torch.ones(1, 4, 4)), (f"{module}.lora_digest", torch.ones(16, dtype=torch.uint8)),
         (f"{module}.lora_delta.default.lora_A0", torch.ones(1, 16)), (f"{module}.lora_X", torch.ones(1)),
         (f"{PREFIX}shared_factors.lora_A", torch.ones(4, 4)), ("lora_A0", torch.ones(1)), ("x", torch.ones(1)),
@@ -254,7 +259,8 @@ def tensor_of_another_kind(rng: random.Random, folder: Folder) -> str:
     was = folder.tensors[key]
     change: Callable[[Tensor], Tensor] = rng.choice([
         lambda t: t.to(torch.int8), lambda t: t.long(), lambda t: t.bool(), lambda t: t.double(), lambda t: t.half(),
-        lambda t: t.reshape(-1), lambda t: t.reshape(-1)[:0], lambda t: t.reshape(-1)[0].clone(), lambda t: t.unsqueeze(0),
+        lambda t: t.reshape(-1), lambda t: t.reshape(-1)[:0], lambda t: t.reshape(-1)[0].clone(),
+        lambda t: t.unsqueeze(0),
         lambda t: t.t().contiguous() if t.dim() == 2 else t.unsqueeze(-1), lambda t: torch.cat([t, t]),
         lambda t: t[:-1] if t.dim() else t, lambda t: t.reshape(*t.shape, 1), lambda t: t.to(torch.float8_e4m3fn),
         lambda t: torch.cat([t, t], -1) if t.dim() else t, lambda t: t.new_zeros(0, 2**40), lambda t: t.bfloat16(),
@@ -281,10 +287,13 @@ def state_value(rng: random.Random, folder: Folder) -> str:
         return tensor_value(rng, folder)
     key = rng.choice(states)
     state = folder.tensors[key].clone().double()
-    place, value = rng.randrange(len(state)), rng.choice([0.0, 1, 2, 3, 4, -1, -5, 0.5, 1e9, 1e308, float("nan"), float("inf")])
+    place, value = (
+        rng.randrange(len(state)),
+        rng.choice([0.0, 1, 2, 3, 4, -1, -5, 0.5, 1e9, 1e308, float("nan"), float("inf")]),
+    )
     state[place] = value
-    changes: list[Tensor] = [state] * 5 + [state.unsqueeze(0), state[:0], state[0].clone(), state[: rng.randrange(len(state))],
-                                           torch.cat([state, state])]  # fmt: skip
+    others = [state.unsqueeze(0), state[:0], state[0].clone(), state[: rng.randrange(len(state))]]
+    changes: list[Tensor] = [state] * 5 + others + [torch.cat([state, state])]
     was = folder.tensors[key].dtype
     changed = rng.choice(changes).contiguous()
     folder.tensors[key] = changed.to(was) if rng.random() < 0.9 else changed.float()
@@ -313,10 +322,11 @@ KINDS: dict[Callable[[random.Random, Folder], str], int] = {
 
 
 def described(folder: Path, index: int, door: str) -> Tensor:
-    """The outputs that the files describe, set by hand. Raises whatever it raises if they describe none. An adapter that
-    is there keeps its config; an export asks no model which modules are meant."""
+    """The outputs that the files describe, set by hand. Raises whatever it raises if they describe none. An adapter
+    that is there keeps its config; an export asks no model which modules are meant."""
     was = json.loads(saved(index)[0])
     raw = was if door == "load_again" else translated(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    raw |= {name: was[name] for name in ("init_r",) if name in was}  # a start that is long over
     if door == "export":
         raw |= {name: was[name] for name in TARGETING}
     config_cls = CONFIGS[raw["peft_type"]]
@@ -332,7 +342,7 @@ def described(folder: Path, index: int, door: str) -> Tensor:
                 delta.set_extra_state(state)
             for name in ("lora_past", "lora_aux_A", "lora_aux_B", "lora_digest"):
                 if (value := tensors.pop(f"{layer_name}.{name}", None)) is not None:
-                    setattr(delta, name, value)
+                    setattr(delta, name, value if name == "lora_digest" else value.float())
     for key, value in tensors.items():
         module, _, entry = key.rpartition(".")
         choices = [f"{module}.lora_delta.default.{entry}", f"{module}.modules_to_save.default.{entry}", key]
@@ -371,6 +381,7 @@ def live(index: int) -> PeftModel:
 def opened(door: str, index: int, folder: Path, out: Path) -> tuple[Any, Callable[[], Tensor]]:
     """(the model before, a function that loads and returns the outputs)."""
     if door == "export":
+
         def export() -> Tensor:
             export_lora(folder, out, tolerance=1.0)
             return logits(PeftModel.from_pretrained(build_llama(), out), "llama")
@@ -423,18 +434,22 @@ def limited() -> Iterator[None]:
         signal.signal(signal.SIGPROF, was)
 
 
-def mutate(seed: int) -> tuple[random.Random, int, Folder, str, str]:
+def mutate(seed: int) -> tuple[int, Folder, str, str]:
+    """(index of the subject, its folder, what was done to it, the door)."""
     rng = random.Random(seed)
     index = rng.randrange(len(SUBJECTS))
     config, weights = saved(index)
     folder = Folder(json.loads(config), load(weights))
     kind = rng.choices([*KINDS], [*KINDS.values()])[0]
-    return rng, index, folder, kind(rng, folder), rng.choice(DOORS)
+    damage = kind(rng, folder)
+    while rng.random() < 0.2 and folder.config is folder.weights is None:
+        damage += " and " + rng.choices([*KINDS], [*KINDS.values()])[0](rng, folder)
+    return index, folder, damage, rng.choice(DOORS)
 
 
 def trial(seed: int) -> Verdict:
     """One mutation through one door."""
-    _, index, damaged, damage, door = mutate(seed)
+    index, damaged, damage, door = mutate(seed)
 
     def said(came: str, problem: str = "") -> Verdict:
         return Verdict(seed, SUBJECTS[index], door, damage, came, problem)
@@ -444,7 +459,7 @@ def trial(seed: int) -> Verdict:
         folder = damaged.write(Path(path) / "adapter")
         model, load_it = opened(door, index, folder, Path(path) / "out")
         before = fingerprint(model)
-        started, size = time.process_time(), memory()
+        size = memory()
         try:
             with limited():
                 found = load_it()
@@ -485,6 +500,6 @@ if __name__ == "__main__":
         verdict = trial(seed)
         tally["WRONG" if verdict.problem else verdict.came.split(":")[0]] += 1
         if verdict.problem:
-            print(f"{seed} {verdict.subject.method} {verdict.door} | {verdict.damage} | {verdict.came:.60} | {verdict.problem:.300}",
-                  flush=True)  # fmt: skip
+            print(f"{seed} {verdict.subject.method} {verdict.door} | {verdict.damage} | {verdict.came:.60}", flush=True)
+            print(f"    {verdict.problem:.300}", flush=True)
     print(dict(tally))

@@ -71,7 +71,8 @@ def check_shape(name: str, shape: tuple[int, ...], found: Mapping[str, Tensor]) 
     there = tuple(found[name].shape) if name in found else None
     if there != shape:
         raise CheckpointError(
-            f"{name}: expected {shape}, found {there or 'nothing'}; the adapter is damaged or of another model"
+            f"{name}: expected {shape}, found {'nothing' if there is None else there}; the adapter is damaged or of "
+            f"another model"
         )
 
 

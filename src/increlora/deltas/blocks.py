@@ -92,7 +92,7 @@ class BlockDelta(Delta):
         adapter takes memory in proportion to the model."""
         m, n = self.in_features, self.out_features
         numbers = sum(count * prod(self.shape(a, size)) for size, count in Counter(sizes).items() for a in self.letters)
-        if numbers > max(1024 * (m + n), 4 * m * n):
+        if numbers > max(1024 * (m + n), 4 * m * n) or len(sizes) > max(1024, m, n):
             raise BudgetError(
                 f"{self.name}: {sum(sizes)} ranks in {len(sizes)} blocks would take {numbers:,} numbers beside a "
                 f"matrix ({n}, {m}): lower `r`, `capacity` or what else says so"
@@ -254,8 +254,9 @@ class BlockDelta(Delta):
             first = f"lora_{self.letters[0]}{i}"
             if first not in found:
                 raise CheckpointError(f"{first}: expected a tensor, found nothing; the adapter file is incomplete")
+            size = max(1, self.size_of(found[first])) if found[first].dim() == 2 else self.sizes[0]
             for letter in self.letters:
-                check_shape(f"lora_{letter}{i}", self.shape(letter, self.size_of(found[first])), found)
+                check_shape(f"lora_{letter}{i}", self.shape(letter, size), found)
 
     def fit(self, found: Mapping[str, Tensor], *, keep_dormant: bool) -> None:
         first = f"lora_{self.letters[0]}"

@@ -55,8 +55,8 @@ class ModuleState:
 
 def unpack(state: Tensor) -> ModuleState:
     """The state out of its vector. Raises CheckpointError if it is not a whole one, or newer than this version."""
-    if state.dim() != 1:
-        raise damaged(f"shape {tuple(state.shape)}")
+    if state.dim() != 1 or state.dtype != torch.float64:
+        raise damaged(f"{state.dtype}, shape {tuple(state.shape)}")
     left = state
 
     def take(count: int) -> Tensor:

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from ...deltas import Stored
 from ...deltas.base import NAMES, check_shape
 from ...errors import CheckpointError
+from ...methods import Method
+from ...patterns import shown
 from .layer import AdapterLayer, TunerLayer
 
 PREFIX = "base_model.model."
@@ -152,10 +154,7 @@ def check_contents(
     check_names(found)
     check_parts(modules, split(found))
     others = {plain(key): value for key, value in found.items() if not is_ours(key)}
-    allowed = [*saved, *brought_ends(model, modules, named)]
-    for key in found:
-        if SAVED in key or ORIGINAL in key or not (is_ours(key) or under(plain(key), allowed)):
-            raise overwriting(key)
+    check_brought(found, [*saved, *brought_ends(model, modules, named)])
     own = {plain(name): value for name, value in model.state_dict().items() if SAVED not in name}
     for name, value in own.items():
         if name in others or (under(name, saved) and ".lora_" not in name):
@@ -169,6 +168,28 @@ def check_names(keys: Iterable[str]) -> None:
     for key in keys:
         if not key.startswith(PREFIX) or ".lora_delta." in key:
             raise CheckpointError(f"{key}: expected {PREFIX}<module>.<entry>; the adapter file is damaged or foreign")
+
+
+def check_brought(keys: Iterable[str], allowed: Collection[str]) -> None:
+    """Raise CheckpointError for an entry that is not ours, nor in one of these modules."""
+    for key in keys:
+        if SAVED in key or ORIGINAL in key or not (is_ours(key) or under(plain(key), allowed)):
+            raise overwriting(key)
+
+
+def check_budget(said: Mapping[str, Any], method: Method) -> None:
+    """Raise CheckpointError if a config says that its adapter was trained with another budget than it is loaded with,
+    where the scale follows the budget; of methods that decide nothing, it follows the tensors."""
+    was = said.get("budget")
+    if not (method.adaptive and isinstance(was, dict)):
+        return
+    for unit in ("ranks", "parameters"):
+        now = getattr(method.budget, unit)
+        if unit in was and was[unit] != now:
+            raise CheckpointError(
+                f"the adapter was trained for {shown(was[unit])} {unit}, and its options make a budget of {now}: give "
+                f"it the options of its run, or restore adapter_config.json from a copy"
+            )
 
 
 def check_others(keys: Iterable[str], model: nn.Module, adapter_name: str) -> None:
@@ -230,13 +251,22 @@ def check_parts(modules: Mapping[str, Stored], parts: Mapping[str, Mapping[str, 
             f"module {name!r} is missing in {where}: the adapter belongs to another model or other `target_modules`"
         )
     for name, part in parts.items():
-        for entry, value in part.items():
-            if value.dtype not in FLOATS.values() and f".{entry}" not in SMALL:
-                raise CheckpointError(f"{name}.{entry}: expected floating-point numbers, found {value.dtype}")
+        check_types(name, part)
         try:
             modules[name].check(part)
         except CheckpointError as error:
             raise CheckpointError(f"{name}.{error}") from error
+
+
+def check_types(name: str, part: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless the entries of a module are floating-point numbers, its parameters of one type."""
+    for entry, value in part.items():
+        fits = value.dtype == torch.uint8 if entry == "lora_digest" else value.dtype in FLOATS.values()
+        if not fits and entry != "lora_state":
+            raise CheckpointError(f"{name}.{entry} cannot be numbers of type {value.dtype}: the adapter is damaged")
+    types = {value.dtype for entry, value in part.items() if entry[5:6].isupper()}  # lora_A0, not lora_aux_A
+    if len(types) > 1:
+        raise CheckpointError(f"{name}: its tensors have several types ({sorted(map(str, types))}): it is damaged")
 
 
 def ends_of(model: nn.Module) -> list[nn.Module]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ...errors import IncreLoraError
 from . import checkpoint
+from .handle import Handle
 from .layer import TunerLayer, adapters_of
 
 
@@ -41,18 +42,19 @@ class Source:
 LOADING: ContextVar[Source | None] = ContextVar("LOADING", default=None)
 
 
-def check_source(config: Any, modules: Mapping[str, Any], model: nn.Module) -> None:
-    """Raise CheckpointError if an adapter of these modules is being loaded, and its file does not belong into `model`,
-    which is unchanged so far."""
+def check_source(handle: Handle, model: nn.Module) -> None:
+    """Raise CheckpointError if this adapter is being loaded, and its files do not belong into `model`, which is
+    unchanged so far."""
     source = LOADING.get()
     folder = source.folder() if source is not None else None
     if folder is None:
         return
     contents, _ = checkpoint.read_contents(folder)
+    said = checkpoint.read_config(folder) if (folder / CONFIG_NAME).exists() else {}
+    checkpoint.check_budget(said, handle.method)
     if not getattr(model, "_checkpoint_conversion_mapping", None):  # else its keys are renamed on loading
-        said = checkpoint.read_config(folder) if (folder / CONFIG_NAME).exists() else {}
         named = [key for key in said.get("base_weights") or () if isinstance(key, str)]
-        checkpoint.check_contents(contents, modules, model, config.modules_to_save or (), named)
+        checkpoint.check_contents(contents, handle.stored, model, handle.config.modules_to_save or (), named)
     checkpoint.check_values(folder)
 
 
@@ -70,7 +72,7 @@ def load_adapter(original: Any, model: Any, model_id: Any, adapter_name: str, *a
     with loading(model, model_id, kwargs):
         handle = adapters_of(model).get(adapter_name)
         if handle is not None:
-            check_source(handle.config, handle.stored, model.get_base_model())
+            check_source(handle, model.get_base_model())
         return original(model, model_id, adapter_name, *args, **kwargs)
 
 

@@ -54,7 +54,7 @@ class AdapterModel(BaseTuner):
         self._handle = Handle(peft_config, [read(base, name) for name, base in bases.items()])
         for name, delta in self._handle.deltas.items():
             self._take_over(peft_config, name, delta)
-        check_source(peft_config, self._handle.stored, model)
+        check_source(self._handle, model)
         if bases and not peft_config.inference_mode:
             self._handle.method.check([*map(holding_of, self._handle.blocks.values())])
 

@@ -75,8 +75,8 @@ def check_fields(config_cls: Any, raw: Mapping[str, Any], written: Container[str
     options, and the fields that are `written` by us."""
     hints = {name: hint for name, (hint, _) in SHARED.items()} | get_type_hints(config_cls.settings_cls) | OTHERS
     hints |= {f.name: f.type for f in fields(config_cls) if f.name in written}
-    if "self" in raw:  # peft would take it for the object
-        raise CheckpointError(f"{where}: 'self' is no option; restore it from a copy")
+    if strange := raw.keys() & {"self", "cls"}:  # peft passes all of them by name
+        raise CheckpointError(f"{where}: {min(strange)!r} is no option; restore it from a copy")
     for name in hints:
         if name in raw and not fits(raw[name], hints[name]):
             raise CheckpointError(
