@@ -29,6 +29,7 @@ PREFIX = "base_model.model."
 SMALL = (".lora_state", ".lora_digest")  # entries whose values are checked before loading, not their shapes alone
 OURS = {entry: name for name, entry in NAMES.items()}  # on disk → in a state dict
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = FLOATS | {"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
 BASE, SAVED, ORIGINAL = ".base_layer.", ".modules_to_save.", ".original_module."
 
 
@@ -104,7 +105,7 @@ def opened(folder: Path) -> Iterator[Any]:
 
 def read_contents(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What the weights file holds, without reading it all (small entries, and the rest as tensors on the meta device,
-    where what are no floating-point numbers are bytes), and its metadata. Raises CheckpointError."""
+    where types that no module computes with are bytes), and its metadata. Raises CheckpointError."""
     with opened(folder) as file:
         contents = {key: read_entry(file, key) for key in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
@@ -120,7 +121,7 @@ def read_entry(file: Any, key: str) -> Tensor:
         found: Tensor = file.get_tensor(key)
         return found
     entry = file.get_slice(key)
-    return torch.empty(entry.get_shape(), device="meta", dtype=FLOATS.get(entry.get_dtype(), torch.uint8))
+    return torch.empty(entry.get_shape(), device="meta", dtype=TYPES.get(entry.get_dtype(), torch.uint8))
 
 
 def check_values(folder: Path) -> None:
@@ -197,7 +198,7 @@ def check_others(keys: Iterable[str], model: nn.Module, adapter_name: str) -> No
     adapter. Embeddings and heads pass: which of them a file may bring is said by its config, see `check_contents`."""
     brought = brought_ends(model, (), None)
     for key in keys:
-        mine = f"{SAVED}{adapter_name}." in key or under(plain(key), brought)
+        mine = f"{SAVED}{adapter_name}." in key or (under(plain(key), brought) and SAVED not in key)
         if not (is_ours(key) or mine):
             raise overwriting(key)
 
@@ -228,8 +229,8 @@ def plain(key: str) -> str:
 
 
 def under(name: str, modules: Collection[str]) -> bool:
-    """Is this one of the modules, named in full or by an ending, or something in it?"""
-    return any(f".{module}." in f".{name}." for module in modules)
+    """Is this one of the modules, or something in it? As peft reads `modules_to_save`: by what their names end with."""
+    return any(f"{module}." in f"{name}." for module in modules)
 
 
 def split(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -100,7 +100,7 @@ class Lorta(LoraOptions):
             missing = "heads" if self.heads is None else "head_dim"
             raise ConfigError(f"{first.name}: {missing} is not given, and the model's config lacks it: set `{missing}`")
         layers, widest = len(self._layers(first)), max(max(s.in_features, s.out_features) for s in sites)
-        if self.heads * self.head_dim > widest or self.r > max(1024, width):
+        if max(self.heads, self.head_dim) > widest or self.r > max(1024, width):
             raise ConfigError(
                 f"{first.name}: heads={self.heads}, head_dim={self.head_dim} and r={self.r} are more than a model with "
                 f"at most {widest} features has: lower them"
