@@ -469,7 +469,7 @@ def trial(seed: int) -> Verdict:
         except TooSlow:
             return said("too slow", f"more than {SECONDS} s")
         except Exception as error:
-            if damage.startswith("config") and isinstance(damaged.config, str) and "Can't find" in str(error):
+            if isinstance(damaged.config, str) and "Can't find" in str(error):
                 came = "refused by peft: no config"
             else:
                 return said("foreign", f"{type(error).__name__}: {error}")

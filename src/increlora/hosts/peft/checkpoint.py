@@ -165,10 +165,12 @@ def check_contents(
 
 
 def check_names(keys: Iterable[str]) -> None:
-    """Raise CheckpointError for names that peft would not find, or take for another adapter's."""
+    """Raise CheckpointError for names that peft would not find, or take for another adapter's, or for one twice."""
+    seen: set[str] = set()
     for key in keys:
-        if not key.startswith(PREFIX) or ".lora_delta." in key:
+        if not key.startswith(PREFIX) or ".lora_delta." in key or plain(key) in seen:
             raise CheckpointError(f"{key}: expected {PREFIX}<module>.<entry>; the adapter file is damaged or foreign")
+        seen.add(plain(key))
 
 
 def check_brought(keys: Iterable[str], allowed: Collection[str]) -> None:

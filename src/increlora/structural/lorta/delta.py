@@ -48,7 +48,8 @@ class TensorBank(Stored):
 
     def check(self, found: Mapping[str, Tensor]) -> None:
         """A checkpoint may have another rank, the same in all five."""
-        rank = found["lora_A"].shape[-1] if "lora_A" in found else self.rank
+        A = found.get("lora_A")
+        rank = self.rank if A is None or A.dim() != 2 else A.shape[1]
         for name, (rows, _) in self.entries().items():
             check_shape(name, (rows, max(1, rank)), found)
         check_known(found, self.entries())
