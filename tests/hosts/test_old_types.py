@@ -16,6 +16,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, PeftType, get_
 from typer.testing import CliRunner
 
 from increlora import check_export, export_lora
+from increlora.errors import CheckpointError
 from increlora.export.adapters import read_adapter
 from increlora.hosts.peft.config import CONFIGS
 from increlora.hosts.peft.old import DEFAULT_SWITCHES, translated
@@ -148,11 +149,16 @@ def test_the_trainer_resumes_from_an_old_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("raw", [
-    {"peft_type": "MORA", "r": 8, "ranks": {}}, {"peft_type": "LORA", "increlora_version": None}, {"r": 8},
-    {"peft_type": ["MORA"], "increlora_version": None}, {"peft_type": None, "increlora_version": None},
+    {"peft_type": "MORA", "r": 8, "ranks": {}}, {"peft_type": "LORA", "r": 8}, {"r": 8},
 ])  # fmt: skip
 def test_what_is_not_ours_stays_as_it_is(raw: dict[str, Any]) -> None:
     assert translated(raw) == raw
+
+
+@pytest.mark.parametrize("kind", ["LORA", "MORA2", ["MORA"], None, 3])
+def test_ours_with_a_type_that_is_none_of_ours_is_refused(kind: Any) -> None:
+    with pytest.raises(CheckpointError, match="is no method of increlora here"):
+        translated({"peft_type": kind, "increlora_version": "0.1", "r": 8})
 
 
 # A peft that has a method MORA of its own: its config, its model, its place in peft's tables.

@@ -59,7 +59,6 @@ def test_the_config_says_the_shape_of_every_module(folder: Path) -> None:
     ("shapes", "message"),
     [
         ({}, "has no `shapes`"),
-        (None, "has no `shapes`"),
         ({"up": [8], "down": [12, 8]}, r"shapes of up: \[8\], expected \[in, out\]"),
         ({"up": [8, True], "down": [12, 8]}, "shapes of up"),
         ({"up": [8, 12]}, "'down' is missing in the model"),

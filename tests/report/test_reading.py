@@ -7,7 +7,7 @@ import pytest
 
 from increlora.errors import RunFolderError
 from increlora.naming import grid
-from increlora.workbench.report import read_runs
+from increlora.workbench.report import read_runs, writing
 from increlora.workbench.report.figures import FIGURES
 from increlora.workbench.report.reading import labels
 from increlora.workbench.report.summary import (
@@ -148,6 +148,26 @@ def test_a_count_of_ranks_that_is_no_number_is_damage(folder):
     event = json.loads(path.read_text().splitlines()[0]) | {"ranks": float("inf")}
     path.write_text(path.read_text() + json.dumps(event) + "\n")
     assert read(folder).notes == ["events.jsonl is damaged (line 6 of 6): what can be read is shown."]
+
+
+@pytest.mark.parametrize("name", ["events", "trace"])
+def test_ranks_beyond_all_numbers_are_damage(folder, name):
+    path = folder / f"{name}.jsonl"
+    large = path.read_text().replace('"rank": 3', f'"rank": {10**400}')
+    path.write_text(large)
+    run = read(folder)
+    assert f"{name}.jsonl is damaged" in run.notes[0] and len(growth(run)) > 0
+
+
+def test_control_characters_in_names_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "FIGURES", FIGURES[:1])  # drawing all of them takes seconds
+    names = ["model.layer.0.a\x00b", "model.layer.1.\x1b[2Jc", "model.layer.2.\ud800"]
+    run = read(write_run(tmp_path / "run", names, error="\x07 bell\nnext", status="failed"))
+    assert [n for n, _, _ in module_rows(run)] == [
+        r"model.layer.0.a\x00b", r"model.layer.1.\x1b[2Jc", r"model.layer.2.\ud800"]  # fmt: skip
+    assert run.notes == ["The run failed: \\x07 bell\nnext"]
+    (written,) = writing.save_figures([run], tmp_path / "figures", kind="svg")
+    assert r"a\x00b" in written.read_text()
 
 
 def test_a_torn_last_line(folder):

@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # A part imports from itself and from lower levels; never from another part of its own level.
 LEVELS = [
     {"callers", "errors", "files", "naming", "seeding"},
-    {"ops"},
+    {"ops", "patterns"},
     {"decide", "deltas"},
     {"rules"},
     {"methods"},

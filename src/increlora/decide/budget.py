@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from ..errors import BudgetError
 
+MOST_BLOCKS = 2**16  # of a module
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -32,6 +34,8 @@ def block_sizes(*, start: int, grow_by: int, capacity: int, tails: int) -> list[
         raise BudgetError(f"a start of {start} ranks does not fit a capacity of {capacity}: lower `init_r`")
     free = capacity - start
     full = max(0, free - tails) // grow_by
+    if free - full * (grow_by - 1) > MOST_BLOCKS:
+        raise BudgetError(f"a capacity of {capacity} ranks in blocks of {grow_by}: lower it, or raise `grow_by`")
     return [start] + [grow_by] * full + [1] * (free - full * grow_by)
 
 

@@ -1,6 +1,6 @@
 """The interface of every delta, and of whatever else of an adapter goes into a checkpoint."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from enum import IntEnum
 from typing import Protocol
 
@@ -59,6 +59,7 @@ class Stored(nn.Module):
         """Raise CheckpointError, beginning with the entry's name, unless these entries can be loaded here."""
         for name, shape in self.entries().items():
             check_shape(name, shape, found)
+        check_known(found, self.entries())
 
     def fit(self, found: Mapping[str, Tensor], *, keep_dormant: bool) -> None:
         """Take the shapes of these entries, which are loaded next; what they leave out is dropped unless
@@ -77,8 +78,15 @@ def check_shape(name: str, shape: tuple[int, ...], found: Mapping[str, Tensor]) 
     there = tuple(found[name].shape) if name in found else None
     if there != shape:
         raise CheckpointError(
-            f"{name}: expected {shape}, found {there or 'nothing'}; the adapter is damaged or of another model"
+            f"{name}: expected {shape}, found {'nothing' if there is None else there}; the adapter is damaged or of "
+            f"another model"
         )
+
+
+def check_known(found: Iterable[str], known: Container[str]) -> None:
+    """Raise CheckpointError for an entry that is none of the known ones."""
+    if strange := sorted(name for name in found if name not in known):
+        raise CheckpointError(f"{strange[0]} is not expected there; the adapter is damaged or of another model")
 
 
 class Delta(Stored):

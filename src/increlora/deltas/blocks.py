@@ -8,19 +8,21 @@ says which ranks count (`kept`) and sets the others to zero.
 The buffer `lora_state` says all this; whoever writes into it, an average of weights for one, changes the module.
 """
 
+from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import BudgetError, CheckpointError
 from ..ops.fused_linear import Pending, computed
 from ..ops.parallel import ZeroGate, in_process_group
 from ..seeding import generator_of
-from .base import Status, check_shape
+from .base import Status, check_known, check_shape
 from .inputs import VECTORS, Inputs
-from .state import STATISTICS, ModuleState, pack_statistics
+from .state import STATE, STATISTICS, ModuleState, pack_statistics
 from .stateful import StatefulDelta
 
 Init = Callable[[tuple[int, int], torch.Generator, int], Tensor]
@@ -79,12 +81,24 @@ class BlockDelta(StatefulDelta):
         self.init, self.seed = init, seed
         self._names: list[list[tuple[str, str]]] = []  # of the parameters of every block, by letter
         self._derived: Derived | None = None
+        self._check_size(sizes)
         for size in sizes:
             self._append_block(size, dtype or torch.get_default_dtype())
         self.constant = len(self.sizes) == 1
         self.assign(status=[Status.ACTIVE] * active)
 
     # -- structure -----------------------------------------------------------------------------------------------
+
+    def _check_size(self, sizes: Sequence[int]) -> None:
+        """Raise BudgetError for blocks that no matrix of this shape can use: whatever an option or a file says, an
+        adapter takes memory in proportion to the model."""
+        m, n = self.in_features, self.out_features
+        numbers = sum(count * prod(self.shape(a, size)) for size, count in Counter(sizes).items() for a in self.letters)
+        if numbers > max(1024 * (m + n), 4 * m * n) or len(sizes) > max(1024, m, n):
+            raise BudgetError(
+                f"{self.name}: {sum(sizes)} ranks in {len(sizes)} blocks would take {numbers:,} numbers beside a "
+                f"matrix ({n}, {m}): lower `r`, `capacity` or what else says so"
+            )
 
     def shape(self, letter: str, size: int) -> tuple[int, int]:
         """Shape of one parameter of a block of `size` ranks."""
@@ -230,15 +244,24 @@ class BlockDelta(StatefulDelta):
         return written | {STATISTICS: left} if len(left) > 1 + len(self.statistics) else written
 
     def check(self, found: Mapping[str, Tensor]) -> None:
+        status = self.given(found)[0].status
+        present = [i for i, s in enumerate(status) if s in (Status.ACTIVE, Status.RESERVE)]
+        parameters = {f"lora_{letter}{i}" for i in present for letter in self.letters}
+        check_known(found, parameters | {STATE, STATISTICS} | self._buffers.keys())
+        self.check_entries(found)
+
+    def check_entries(self, found: Mapping[str, Tensor]) -> None:
         state = self.given(found)[0]
+        self._check_size([1] * len(state.status))
         for i, status in enumerate(state.status):
             if status not in (Status.ACTIVE, Status.RESERVE):
                 continue
             first = f"lora_{self.letters[0]}{i}"
             if first not in found:
                 raise CheckpointError(f"{first}: expected a tensor, found nothing; the adapter file is incomplete")
+            size = max(1, self.size_of(found[first])) if found[first].dim() == 2 else self.sizes[0]
             for letter in self.letters:
-                check_shape(f"lora_{letter}{i}", self.shape(letter, self.size_of(found[first])), found)
+                check_shape(f"lora_{letter}{i}", self.shape(letter, size), found)
         self.check_state(state, self.sizes_in(found))
 
     def sizes_in(self, found: Mapping[str, Tensor]) -> list[int]:

@@ -85,8 +85,8 @@ class ModuleState:
 
 def unpack(state: Tensor) -> ModuleState:
     """The state out of its integers. Raises CheckpointError if these are no state, or of a newer version."""
-    if state.dim() != 1 or not state.numel():
-        raise damaged(f"shape {tuple(state.shape)}")
+    if state.dim() != 1 or not state.numel() or state.is_complex():
+        raise damaged(f"{state.dtype}, shape {tuple(state.shape)}")
     values = [whole(value) for value in state.detach().double().tolist()]
     if values[0] != STATE_FORMAT:
         raise newer(values[0])

@@ -128,17 +128,22 @@ def from_folder(path: Path) -> Adapter:
     kind = raw.get("peft_type")
     if kind not in (known := (*CONFIGS, *FOREIGN)):
         raise ExportError(f"{path} holds an adapter of type {kind}, expected one of {', '.join(known)}")
-    checkpoint.read_contents(path)
+    contents, _ = checkpoint.read_contents(path)
+    checkpoint.check_values(path)
     state = load_file(path / SAFETENSORS_WEIGHTS_NAME)
     state = {key: state[key] for key in sorted(state, key=natural)}
     if kind in FOREIGN:
         return foreign(raw, state, str(path), None)
     config: Any = CONFIGS[kind].from_pretrained(str(path))
+    checkpoint.check_names(contents)
+    if config.base_weights is not None:  # earlier versions did not say
+        checkpoint.check_brought(contents, [*(config.modules_to_save or ()), *config.base_weights])
     sites = sites_in(config)
     try:
         handle = Handle(config, sites)
     except ConfigError as error:
         raise CheckpointError(f"{error}: the adapter's config and weights do not belong together") from error
+    checkpoint.check_budget(raw, handle.method)
     checkpoint.load(handle.stored, state)
     check_together(handle, checkpoint.split(state))
     return native(handle, state, None)
@@ -151,7 +156,7 @@ def native(handle: Handle, state: Mapping[str, Tensor], every: frozenset[str] | 
     return Adapter(
         kind=handle.config.peft_type.value,
         config=handle.config,
-        factors={name: nonzero(*delta.factors()) for name, delta in deltas.items()},
+        factors=finite({name: nonzero(*delta.factors()) for name, delta in deltas.items()}),
         ranks={name: delta.rank for name, delta in deltas.items()},
         parameters=handle.parameters,
         inputs={name: delta.inputs for name, delta in deltas.items()},
@@ -166,11 +171,19 @@ def native(handle: Handle, state: Mapping[str, Tensor], every: frozenset[str] | 
 def foreign(raw: Mapping[str, Any], state: Mapping[str, Tensor], where: str, every: frozenset[str] | None) -> Adapter:
     """An adapter of peft's own; `raw`: its config. Raises as `read_factors`."""
     scaled, inputs, others = read_factors(raw, state, where)
-    factors = {name: nonzero(*pair) for name, pair in scaled.items()}
+    factors = finite({name: nonzero(*pair) for name, pair in scaled.items()})
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
     parameters = sum(A.numel() + B.numel() for A, B in factors.values())
     kind = str(getattr(raw["peft_type"], "value", raw["peft_type"]))
     return Adapter(kind, description(raw), factors, ranks, parameters, inputs, others, every)
+
+
+def finite(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Mapping[str, tuple[Tensor, Tensor]]:
+    """The factors. Raises ExportError if a number among them is NaN or infinite."""
+    for name, pair in factors.items():
+        if not all(factor.isfinite().all() for factor in pair):
+            raise ExportError(f"{name}: its ΔW is NaN or infinite, the run diverged: export an earlier checkpoint")
+    return factors
 
 
 def nonzero(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

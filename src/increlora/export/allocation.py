@@ -74,7 +74,9 @@ def targets(chosen: set[str], adapter: Adapter) -> list[str] | str:
     can. Without the base model at hand: the adapter's own names if all its modules are meant, else names in full."""
     native = adapter.config
     if adapter.every is None:
-        plain = isinstance(native.target_modules, list | set) and chosen == set(adapter.factors)
+        own = native.target_modules if isinstance(native.target_modules, list | set) else ()
+        named = all(any(f".{name}".endswith(f".{target}") for target in own) for name in chosen)
+        plain = named and chosen == set(adapter.factors)
         filtered = native.exclude_modules or native.layers_to_transform is not None
         return sorted(native.target_modules) if plain and not filtered else sorted(chosen)
     others = [f".{name}" for name in adapter.every - chosen]

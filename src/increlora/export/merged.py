@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from ..errors import ExportError
 from ..files import whole
+from ..hosts.peft import checkpoint
 from ..hosts.peft.bases import read
-from ..hosts.peft.checkpoint import ends_of
+from ..hosts.peft.checkpoint import PREFIX, ends_of
 from ..hosts.peft.handle import warn_of_budget
 from ..hosts.peft.layer import adapted
 from ..hosts.peft.quantised import is_plain, is_quantised
@@ -81,6 +82,8 @@ def merged_values(base: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     packed = {f"{name}.weight" for name, module in base.named_modules() if is_quantised(module)}
     # Beside an adapted head, peft saves the head itself, under the name it has inside the adapter.
     values = {name.replace(".base_layer.", "."): value for name, value in adapter.others.items()}
+    own = [*(adapter.config.modules_to_save or ()), *checkpoint.brought_ends(base, (), None)]
+    checkpoint.check_brought([PREFIX + name for name in values], own)
     for name, value in values.items():
         check_place(name, value, state, packed)
     for module, (A, B) in adapter.factors.items():

@@ -14,7 +14,7 @@ from ...errors import ConfigError
 from ...registry import METHODS, PAPERS
 from . import checkpoint
 from .card import update_card
-from .options import check_known, config_doc, refuse_unsupported, signature_of, switches_doc
+from .options import check_known, check_patterns, config_doc, refuse_unsupported, signature_of, switches_doc
 
 
 def type_name(method: str) -> str:
@@ -28,7 +28,8 @@ class MethodConfig(LoraConfig):
 
     Ours to write: shapes, (in, out) of each module, and inputs, of those that read no vectors; budget, in ranks and
     parameters; and, kept up to date while training: ranks, the active rank of each; blocks, the states of its blocks;
-    parameters, how many count in all.
+    parameters, how many count in all; base_weights, which embeddings and heads of the base model are saved beside it
+    (None: not known).
 
     published: switches of the published code, all of them; `paper` fills it. Empty: the method without them.
     """
@@ -45,6 +46,7 @@ class MethodConfig(LoraConfig):
     parameters: int = 0
     budget: dict[str, Any] = field(default_factory=dict)
     published: dict[str, Any] = field(default_factory=dict)
+    base_weights: list[str] | None = None
     increlora_version: str | None = None
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
@@ -53,7 +55,11 @@ class MethodConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         refuse_unsupported(self)  # first: what peft says of such an option is how to use it
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (TypeError, ValueError, AttributeError) as error:  # what peft says of its own options
+            raise ConfigError(f"{type(self).__name__}: {error}") from error
+        check_patterns(self)
         self.peft_type = PeftType(type_name(self.method_name))
         self.settings()
 
@@ -71,18 +77,13 @@ class MethodConfig(LoraConfig):
         return make(**{f.name: getattr(self, f.name) for f in fields(self.settings_cls)}, **self.published)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        folder = Path(save_directory)
+        if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():  # peft writes it first
+            with checkpoint.opened(folder) as file:
+                others = [checkpoint.plain(key) for key in file.keys() if not checkpoint.is_ours(key)]  # noqa: SIM118
+            self.base_weights = [key for key in others if not checkpoint.under(key, self.modules_to_save or ())]
         super().save_pretrained(save_directory, **kwargs)
-        update_card(Path(save_directory), self)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if folder.is_dir():  # hub names are left to peft
-            checkpoint.read_config(folder)
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-            config.contents, _ = checkpoint.read_contents(folder)  # checked against the model before it is changed
-        return config
+        update_card(folder, self)
 
 
 def derive(method: str, settings_cls: Any) -> type:

@@ -101,11 +101,12 @@ class Handle:
 def described_states(config: Any, name: str, delta: BlockDelta) -> list[Status] | None:
     """The block states in a copy of a live config; None if a change of its options (`dataclasses.replace`) made other
     blocks."""
-    states = [Status(s) for s in config.blocks.get(name, ())]
-    if len(states) != len(delta.sizes):
+    found = config.blocks.get(name, ())
+    if len(found) != len(delta.sizes) or not {*found} <= {*Status}:
         return None
+    states = [Status(s) for s in found]
     rank = sum(size for size, state in zip(delta.sizes, states, strict=True) if state is Status.ACTIVE)
-    return states if rank == config.ranks[name] else None
+    return states if rank == config.ranks.get(name) else None
 
 
 def warn_of_budget(ranks: Mapping[str, int], budget: Budget, steps: int) -> None:

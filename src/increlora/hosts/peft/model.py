@@ -18,6 +18,7 @@ from . import checkpoint, weighted
 from .bases import check_in_memory, check_matched, read, refusal, warn_of_statistics
 from .handle import SHARED, Handle, described_states, warn_of_budget
 from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, check_name, layer_over
+from .loading import check_source
 from .mixed import mixed_batch
 from .quantised import backend_of, check_mergeable, keep_layout, warn_of_rounding
 from .states import check_dormant, check_together, watch
@@ -68,10 +69,7 @@ class AdapterModel(BaseTuner):
         self._handle = Handle(peft_config, [read(base, name) for name, base in bases.items()])
         for name, delta in self._handle.deltas.items():
             self._take_over(peft_config, name, delta)
-        contents = vars(peft_config).pop("contents", None)
-        if contents and not getattr(model, "_checkpoint_conversion_mapping", None):  # its keys are renamed on loading
-            checkpoint.check_contents(contents, self._handle.stored, model, peft_config.modules_to_save or ())
-            check_together(self._handle, checkpoint.split(contents))
+        check_source(self._handle, model)
         if bases and not peft_config.inference_mode:
             self._handle.method.check([*map(holding_of, self._handle.blocks.values())])
 
@@ -208,6 +206,7 @@ class AdapterModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: Any, adapter_name: str,
                                            state_dict: dict[str, Tensor]) -> dict[str, Tensor]:  # fmt: skip
         handle = adapters_of(model).get(adapter_name)
+        checkpoint.check_others(state_dict, model, adapter_name)
         if handle is not None:
             checkpoint.check_parts(handle.stored, parts := checkpoint.split(state_dict))
             check_together(handle, parts)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ...errors import CheckpointError
+from ...patterns import shown
 from .config import CONFIGS, type_name
 
 # Our types before they had a prefix, by method.
@@ -27,10 +29,15 @@ def translated(raw: dict[str, Any]) -> dict[str, Any]:
     """An adapter's config as read from disk, by today's names if it is one of ours: the old types may come to be
     peft's, and ours are known by an entry that no config of peft has."""
     kind = raw.get("peft_type")
-    if "increlora_version" not in raw or not isinstance(kind, str):
+    if "increlora_version" not in raw:
         return raw
-    kind = type_name(OLD_TYPES[kind]) if kind in OLD_TYPES else kind
-    usual = DEFAULT_SWITCHES.get(CONFIGS[kind].method_name, {}) if kind in CONFIGS else {}
+    kind = type_name(OLD_TYPES[kind]) if isinstance(kind, str) and kind in OLD_TYPES else kind
+    if not (isinstance(kind, str) and kind in CONFIGS):
+        raise CheckpointError(
+            f"peft_type={shown(kind)} is no method of increlora here: restore adapter_config.json from a copy, upgrade "
+            f"increlora, or call `register_method` first if the method is your own"
+        )
+    usual = DEFAULT_SWITCHES.get(CONFIGS[kind].method_name, {})
     if "published" in raw or not usual.keys() & raw.keys():
         return raw | {"peft_type": kind}
     switches = {name: raw.get(name, value) for name, value in usual.items()}

@@ -2,16 +2,17 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import MISSING, Field, fields
 from inspect import Parameter, Signature
 from typing import Any, get_type_hints
 
 from peft import LoraConfig, TaskType
 
-from ...errors import ConfigError
+from ...errors import CheckpointError, ConfigError
 from ...methods.base import Settings
-from ...methods.options import LoraOptions
+from ...methods.options import LoraOptions, fits, in_words
+from ...patterns import check_pattern, shown
 
 # Options of peft's LoraConfig that mean the same here: (type, meaning).
 Modules = str | list[str] | set[str] | None
@@ -27,6 +28,7 @@ SHARED: dict[str, tuple[Any, str]] = {
     "revision": (str | None, "of the base model."),
     "inference_mode": (bool, "load without gradients."),
 }  # fmt: skip
+OTHERS = {"auto_mapping": dict[str, str | None] | None, "peft_version": str | None}
 WRITTEN = {"peft_type", "auto_mapping", "peft_version", "runtime_config"}  # by peft or by us, not by the user
 
 ELSEWHERE = "leave it out, or train with peft's LoraConfig"  # for whatever else there is
@@ -60,10 +62,38 @@ def refuse_unsupported(config: Any) -> None:
         value = getattr(config, option.name)
         if option.name not in known and value and value != default_of(option):
             remedy = INSTEAD.get(option.name, ELSEWHERE)
-            raise ConfigError(f"{type(config).__name__}: {option.name}={value!r} is not supported: {remedy}")
+            raise ConfigError(f"{type(config).__name__}: {option.name}={shown(value)} is not supported: {remedy}")
+        if option.name not in known:
+            setattr(config, option.name, default_of(option))  # whatever else means no
     if not isinstance(config.init_lora_weights, bool):
         remedy = INSTEAD["init_lora_weights"]
-        raise ConfigError(f"{type(config).__name__}: init_lora_weights={config.init_lora_weights!r}: {remedy}")
+        raise ConfigError(f"{type(config).__name__}: init_lora_weights={shown(config.init_lora_weights)}: {remedy}")
+
+
+def check_fields(config_cls: Any, raw: Mapping[str, Any], written: Container[str], where: str) -> None:
+    """Raise CheckpointError for an entry of an adapter's config, as it was read, that has another type than it should:
+    options, and the fields that are `written` by us."""
+    hints = {name: hint for name, (hint, _) in SHARED.items()} | get_type_hints(config_cls.settings_cls) | OTHERS
+    hints |= {f.name: f.type for f in fields(config_cls) if f.name in written}
+    if strange := raw.keys() & {"self", "cls"}:  # peft passes all of them by name
+        raise CheckpointError(f"{where}: {min(strange)!r} is no option; restore it from a copy")
+    for name in hints:
+        if name in raw and not fits(raw[name], hints[name]):
+            raise CheckpointError(
+                f"{where}: {name}={shown(raw[name])}: expected {in_words(hints[name])}; restore it from a copy"
+            )
+
+
+def check_patterns(config: Any) -> None:
+    """Raise ConfigError for a regular expression that is none, or could be matched for ever. (peft reads all of these
+    as such.)"""
+    for option in ("target_modules", "exclude_modules"):
+        if isinstance(found := getattr(config, option), str):
+            check_pattern(option, found)
+    for option in ("modules_to_save", "layers_pattern"):
+        found = getattr(config, option) or ()
+        for pattern in [found] if isinstance(found, str) else found:
+            check_pattern(option, pattern)
 
 
 def check_known(config_cls: Any, options: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ peft has no plug-in mechanism and refuses names that are not members of the enum
 import functools
 import warnings
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any
 
 from peft import PeftMixedModel, PeftModel, PeftType
@@ -18,10 +19,13 @@ from peft.utils import register_peft_method
 from ...errors import ConfigError
 from ...methods import Settings
 from ...registry import METHODS
-from .config import CONFIGS, MethodConfig, derive, type_name
+from . import checkpoint
+from .config import CONFIGS, OURS, MethodConfig, derive, type_name
 from .drive import rank_summary
+from .loading import from_pretrained, load_adapter
 from .model import AdapterModel
 from .old import translated
+from .options import check_fields
 
 
 def ensure_peft_type(name: str) -> PeftType:
@@ -101,10 +105,14 @@ def mix(original: Any, model: Any, /, *args: Any, **kwargs: Any) -> Any:
     return original(model, *args, **kwargs)
 
 
-def from_json_file(original: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
+def from_json_file(original: Any, cls: type, path: str, **kwargs: Any) -> Any:
     """Adapter folders once named their types without a prefix. peft may come to have methods of these names, so they
-    are not registered: whatever of peft reads an adapter_config.json goes through here, where it is translated."""
-    return translated(original(cls, *args, **kwargs))
+    are not registered: whatever of peft reads an adapter_config.json goes through here, translated and checked."""
+    checkpoint.read_object(Path(path))
+    raw = translated(original(cls, path, **kwargs))
+    if (kind := raw.get("peft_type")) in [*CONFIGS]:
+        check_fields(CONFIGS[kind], raw, OURS, str(path))
+    return raw
 
 
 def print_trainable_parameters(original: Any, model: Any) -> None:
@@ -120,6 +128,8 @@ def patch_peft() -> None:
     put_around(PeftMixedModel, "__init__", mix)
     put_around(PeftMixedModel, "add_adapter", mix)
     put_around(PeftConfigMixin, "from_json_file", from_json_file)
+    put_around(PeftModel, "from_pretrained", from_pretrained)
+    put_around(PeftModel, "load_adapter", load_adapter)
     put_around(PeftModel, "print_trainable_parameters", print_trainable_parameters)
 
 

@@ -112,8 +112,8 @@ class FourFactorDelta(BlockDelta):
             written = {name: value for name, value in written.items() if name not in OUTER}
         return written
 
-    def check(self, found: Mapping[str, Tensor]) -> None:
-        super().check(found)
+    def check_entries(self, found: Mapping[str, Tensor]) -> None:
+        super().check_entries(found)
         check_shape("lora_digest", (16,), found)
         trained_with = bytes(found["lora_digest"].tolist())
         if not any(name in found for name in OUTER):

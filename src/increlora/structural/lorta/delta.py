@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from ...callers import running
-from ...deltas.base import Delta, Stored, check_shape
+from ...deltas.base import Delta, Stored, check_known, check_shape
 from ...deltas.blocks import joined
 from ...errors import DriveError
 from ...ops.fused_linear import Pending, add_product
@@ -48,9 +48,11 @@ class TensorBank(Stored):
 
     def check(self, found: Mapping[str, Tensor]) -> None:
         """A checkpoint may have another rank, the same in all five."""
-        rank = found["lora_A"].shape[-1] if "lora_A" in found else self.rank
+        A = found.get("lora_A")
+        rank = self.rank if A is None or A.dim() != 2 else A.shape[1]
         for name, (rows, _) in self.entries().items():
             check_shape(name, (rows, max(1, rank)), found)
+        check_known(found, self.entries())
 
     def fit(self, found: Mapping[str, Tensor], *, keep_dormant: bool) -> None:
         if found["lora_A"].shape[1] != self.rank:

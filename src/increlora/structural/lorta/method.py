@@ -99,7 +99,12 @@ class Lorta(LoraOptions):
         if self.heads is None or self.head_dim is None:
             missing = "heads" if self.heads is None else "head_dim"
             raise ConfigError(f"{first.name}: {missing} is not given, and the model's config lacks it: set `{missing}`")
-        layers = len(self._layers(first))
+        layers, widest = len(self._layers(first)), max(max(s.in_features, s.out_features) for s in sites)
+        if max(self.heads, self.head_dim) > widest or self.r > max(1024, width):
+            raise ConfigError(
+                f"{first.name}: heads={self.heads}, head_dim={self.head_dim} and r={self.r} are more than a model with "
+                f"at most {widest} features has: lower them"
+            )
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32  # halves round products of five
         rows = {"A": width, "B": self.head_dim, "C_head": self.heads, "C_matrix": len(ROLES), "C_layer": layers}
         return TensorBank(*(self._draw(name, count).to(dtype) for name, count in rows.items()))

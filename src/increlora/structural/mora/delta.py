@@ -255,8 +255,8 @@ class SquareDelta(BlockDelta):
             state = replace(state, rounds=len(found[PAST]))
         return state, statistics
 
-    def check(self, found: Mapping[str, Tensor]) -> None:
-        super().check(found)
+    def check_entries(self, found: Mapping[str, Tensor]) -> None:
+        super().check_entries(found)
         side, turns = len(found["lora_M0"]), self.given(found)[0].rounds
         room = found[PAST].shape[:1] if PAST in found else ()
         if turns > sum(room):

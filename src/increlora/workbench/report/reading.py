@@ -1,7 +1,6 @@
 """Run folders as a report needs them: what can be read, and notes on what is missing or damaged."""
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..runs import check_format
 
 Row = dict[str, Any]
 OWN_COLUMNS = {"step", "loss", "learning_rate", "ranks", "parameters", "seconds"}  # of metrics.jsonl; others: metrics
+LARGEST = 1e100  # of numbers in figures: sums of what is larger leave the range of floats
 REMEDY = "give the folder that `increlora train --out` wrote"
 
 
@@ -96,7 +96,7 @@ def read_run(path: Path, label: str) -> Run:
 
 def labels(paths: Sequence[Path]) -> list[str]:
     """Folder names with as many parents as make them different; the same folder twice gets a number."""
-    whole = [path.resolve().as_posix() for path in paths]
+    whole = [printable(path.resolve().as_posix()) for path in paths]
     label = dict(zip(dict.fromkeys(whole), short(dict.fromkeys(whole), "/"), strict=True))
     return [label[p] + (f" ({whole[: i + 1].count(p)})" if whole.count(p) > 1 else "") for i, p in enumerate(whole)]
 
@@ -106,7 +106,7 @@ def read_state(path: Path, notes: list[str]) -> Mapping[str, Any]:
     if not path.is_dir():
         raise RunFolderError(f"{path} is not a folder; {REMEDY}")
     try:
-        state: Mapping[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        state: Mapping[str, Any] = printable(json.loads((path / "run.json").read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise RunFolderError(f"{path} holds no run (run.json is missing); {REMEDY}") from None
     except (ValueError, RecursionError) as error:
@@ -128,7 +128,7 @@ def read_rows(path: Path, notes: list[str]) -> list[Row]:
     rows, bad = [], []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = printable(json.loads(line))
             rows.append({**COLUMNS[path.stem](row), "step": count(row["step"]) + ahead})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
             bad.append(number)
@@ -138,14 +138,29 @@ def read_rows(path: Path, notes: list[str]) -> list[Row]:
     return sorted(rows, key=lambda row: row["step"])
 
 
+def printable(value: Any) -> Any:
+    """The value with characters escaped, in every text, that a terminal would obey and the library that draws figures
+    dies of."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in value)
+    if isinstance(value, dict):
+        return {printable(key): printable(entry) for key, entry in value.items()}
+    return [printable(entry) for entry in value] if isinstance(value, list) else value
+
+
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
         raise ValueError(f"expected a count, found {value!r}")
     return value
+
+
+def change(value: Any) -> int:
+    """A count with a sign."""
+    return count(abs(value)) * (-1 if value < 0 else 1)
 
 
 def numbers(row: Mapping[str, Any]) -> Row:
@@ -161,7 +176,7 @@ def standing(row: Row) -> Row:
 COLUMNS: Mapping[str, Callable[[Row], Row]] = {
     "metrics": numbers,
     "events": lambda row: {
-        "kind": str(row["kind"]), "module": str(row["module"]), "ranks": int(row["ranks"]), **standing(row),
+        "kind": str(row["kind"]), "module": str(row["module"]), "ranks": change(row["ranks"]), **standing(row),
     },
     "trace": lambda row: {
         "modules": {name: standing(module) for name, module in row["modules"].items()},
