@@ -8,6 +8,7 @@ its parameters are set one by one.
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -29,6 +30,7 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 from increlora import export_lora
+from increlora.deltas.state import FACTOR, checksum, is_old, unpack_old
 from increlora.errors import IncreLoraError
 from increlora.hosts.peft.config import CONFIGS
 from increlora.hosts.peft.layer import AdapterLayer, adapters_of
@@ -282,7 +284,7 @@ def tensor_value(rng: random.Random, folder: Folder) -> str:
 
 
 def state_value(rng: random.Random, folder: Folder) -> str:
-    """A number of a module's state, or all of them; knows only that the state is a tensor of numbers."""
+    """A number of a module's state, with the checksum that it had or with its own; or all of them."""
     states = sorted(k for k in folder.tensors if k.endswith(".lora_state"))
     if not states:
         return tensor_value(rng, folder)
@@ -293,6 +295,11 @@ def state_value(rng: random.Random, folder: Folder) -> str:
         rng.choice([0.0, 1, 2, 3, 4, -1, -5, 0.5, 1e9, 1e308, float("nan"), float("inf")]),
     )
     state[place] = value
+    if rng.random() < 0.5 and math.isfinite(value) and abs(value) < 1e6 and place < len(state) - 6:
+        numbers = [int(code) // FACTOR for code in folder.tensors[key].tolist()[:-6]]
+        numbers[place] = int(value)
+        folder.tensors[key] = torch.tensor([FACTOR * n for n in [*numbers, *checksum(numbers)]], dtype=torch.int32)
+        return f"{key}[{place}]={value} with its checksum"
     others = [state.unsqueeze(0), state[:0], state[0].clone(), state[: rng.randrange(len(state))]]
     changes: list[Tensor] = [state] * 5 + others + [torch.cat([state, state])]
     was = folder.tensors[key].dtype
@@ -339,8 +346,9 @@ def described(folder: Path, index: int, door: str) -> Tensor:
         if isinstance(layer, AdapterLayer):
             delta: Any = layer.delta("default")
             state = tensors.pop(f"{layer_name}.lora_state", None)
+            tensors.pop(f"{layer_name}.lora_statistics", None)
             if state is not None:
-                delta.set_extra_state(state)
+                delta.lora_state = unpack_old(state)[0].pack() if is_old(state) else state
             for name in ("lora_past", "lora_aux_A", "lora_aux_B", "lora_digest"):
                 if (value := tensors.pop(f"{layer_name}.{name}", None)) is not None:
                     setattr(delta, name, value if name == "lora_digest" else value.float())

@@ -67,6 +67,12 @@ def test_averages_of_different_states_are_refused(share: float) -> None:
                 unpack(given)
 
 
+def changed(state: ModuleState, place: int, number: int) -> Tensor:
+    packed = state.pack()
+    packed[place] = FACTOR * number
+    return packed
+
+
 def altered(**numbers: int) -> Tensor:
     """A state with other numbers at some places, and the checksum that belongs to them."""
     values = [value // FACTOR for value in STATES[3].pack().tolist()[:-6]]
@@ -79,7 +85,7 @@ def altered(**numbers: int) -> Tensor:
     torch.empty(0), torch.zeros(3), torch.tensor(64), STATES[1].pack()[:-1], STATES[1].pack()[None], altered(_1=-5),
     altered(_1=10**9), altered(_6=0), altered(_6=-1), altered(_6=9), altered(_7=4), altered(_8=10), altered(_8=-2),
     altered(_10=7), altered(_11=2), STATES[1].pack() * 1.5, STATES[1].pack().double() * NAN,
-    torch.full((20,), INF), STATES[0].pack().flip(0),
+    changed(STATES[1], 8, int(ACTIVE)), changed(STATES[2], 2, 0), torch.full((20,), INF), STATES[0].pack().flip(0),
 ])  # fmt: skip
 def test_damage_is_refused(damage: Tensor) -> None:
     with pytest.raises(CheckpointError, match=r"lora_state"):
