@@ -286,7 +286,7 @@ def tensor_of_another_kind(rng: random.Random, folder: Folder) -> str:
 
 
 def tensor_value(rng: random.Random, folder: Folder) -> str:
-    key = rng.choice(sorted(k for k in folder.tensors if not k.endswith(".lora_state")))
+    key = rng.choice(sorted(k for k, v in folder.tensors.items() if not k.endswith(".lora_state") and v.numel()))
     value = rng.choice([float("nan"), float("inf"), -float("inf"), 0.0, 3.0])
     changed = folder.tensors[key].clone()
     if changed.dtype == torch.uint8:
@@ -298,7 +298,7 @@ def tensor_value(rng: random.Random, folder: Folder) -> str:
 
 def state_value(rng: random.Random, folder: Folder) -> str:
     """A number of a module's state, or all of them; knows only that the state is a tensor of numbers."""
-    states = sorted(k for k in folder.tensors if k.endswith(".lora_state"))
+    states = sorted(k for k, v in folder.tensors.items() if k.endswith(".lora_state") and v.dim() == 1 and len(v))
     if not states:
         return tensor_value(rng, folder)
     key = rng.choice(states)
@@ -318,7 +318,7 @@ def state_value(rng: random.Random, folder: Folder) -> str:
 
 def state_dormant(rng: random.Random, folder: Folder) -> str:
     """20,000 dormant blocks in one module, as the vector of formats 1 to 3 tells of them."""
-    states = sorted(k for k in folder.tensors if k.endswith(".lora_state"))
+    states = sorted(k for k, v in folder.tensors.items() if k.endswith(".lora_state") and v.dim() == 1 and len(v))
     if not states:
         return tensor_value(rng, folder)
     n, key = 20_000, rng.choice(states)

@@ -38,10 +38,8 @@ DESCRIPTION = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "lora_dropout",
     "lora_alpha", "use_rslora", "fan_in_fan_out", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
 )  # fmt: skip
-DESCRIBED: dict[str, Any] = {name: hint for name, (hint, _) in SHARED.items()} | {
-    "use_rslora": bool,
-    "lora_dropout": float,
-}
+DESCRIBED: dict[str, Any] = {name: hint for name, (hint, _) in SHARED.items()}
+DESCRIBED |= {"use_rslora": bool, "lora_dropout": float}
 # Options that may have any value: they control training or loading, not what A and B mean.
 HARMLESS = {
     *DESCRIPTION, "peft_type", "peft_version", "inference_mode", "r", "rank_pattern", "alpha_pattern",
@@ -197,7 +195,7 @@ def from_tensors(part: Mapping[str, Tensor], rank: int, where: str) -> tuple[Ten
 def from_triplets(config: Config, part: Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor]:
     """AdaLoRA's triplets as A, and B with E and the scale in it. Raises CheckpointError if they are incomplete."""
     A, B, E = (part.get(ending) for ending in TRIPLETS)
-    if A is None or B is None or E is None or not E.shape == (*A.shape[:1], 1) or B.shape[1:] != E.shape[:1]:
+    if A is None or B is None or E is None or E.shape != (*A.shape[:1], 1) or B.shape[1:] != E.shape[:1]:
         shapes = {ending[-1]: tuple(value.shape) for ending, value in part.items()}
         raise CheckpointError(f"{where} has {shapes}, expected A, B and E of one rank; it is damaged")
     given = config.get("lora_alpha", 8)
