@@ -337,6 +337,11 @@ KINDS: dict[Callable[[random.Random, Folder], str], int] = {
 # -- what comes of it --------------------------------------------------------------------------------------------------
 
 
+def set_state(delta: Any, state: Tensor) -> None:
+    """Give a module the state that a file has of it."""
+    delta.set_extra_state(state)
+
+
 def described(folder: Path, index: int, door: str) -> Tensor:
     """The outputs that the files describe, set by hand. Raises whatever it raises if they describe none. An adapter
     that is there keeps its config; an export asks no model which modules are meant."""
@@ -362,7 +367,7 @@ def described(folder: Path, index: int, door: str) -> Tensor:
             delta: Any = layer.delta("default")
             state = tensors.pop(f"{layer_name}.lora_state", None)
             if state is not None:
-                delta.set_extra_state(state)
+                set_state(delta, state)
             for name in ("lora_past", "lora_aux_A", "lora_aux_B", "lora_digest"):
                 if (value := tensors.pop(f"{layer_name}.{name}", None)) is not None:
                     setattr(delta, name, value if name == "lora_digest" else value.float())
