@@ -4,7 +4,7 @@ A mutation is refused by an error of ours that leaves everything as it was, or l
 file describes. What it describes is computed on another way: a fresh adapter is made of the options in the file, and
 its parameters are set one by one.
 
-    python -m tests.hosts.mutations 3000 [first seed]
+    python -m tests.hosts.mutations 3000 [first seed [method …]]
 """
 
 import json
@@ -18,14 +18,14 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
@@ -45,6 +45,9 @@ MEMORY = 600 << 20  # bytes
 
 TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 
+# Of peft's own options those that say what factors mean.
+DECIDING = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_r")
+
 Raw, Tensors = dict[str, Any], dict[str, Tensor]
 
 
@@ -60,6 +63,13 @@ class Subject:
     steps: int = 6
 
 
+# peft's own, which exports read.
+STOCK: dict[str, Callable[[], Any]] = {
+    "LORA": lambda: LoraConfig(r=3, rank_pattern={"q_proj": 2}, target_modules=["q_proj", "v_proj"],
+                               modules_to_save=["lm_head"], init_lora_weights=False),
+    "ADALORA": lambda: AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=["q_proj"],
+                                     init_lora_weights=False),
+}  # fmt: skip
 SUBJECTS = [
     *(Subject(name) for name in METHODS),
     *(Subject(name, steps=10) for name in ("increlora", "adalora", "sora")),
@@ -68,6 +78,7 @@ SUBJECTS = [
     Subject("lora", {"modules_to_save": ["lm_head"]}),
     Subject("lora", {"target_modules": ["embed_tokens", "q_proj"]}),
     Subject("melora", {"rank_pattern": {"q_proj": 2}}),
+    *(Subject(name, steps=0) for name in STOCK),
 ]
 
 
@@ -75,8 +86,11 @@ SUBJECTS = [
 def saved(index: int) -> tuple[bytes, bytes]:
     """The two files of a subject."""
     subject = SUBJECTS[index]
-    model = get_peft_model(build_llama(), METHODS[subject.method].config(**subject.options))
-    train(model, "llama", stop=subject.steps)
+    row = METHODS.get(subject.method)
+    config = STOCK[subject.method]() if row is None else row.config(**subject.options)
+    model = get_peft_model(build_llama(), config)
+    if row is not None:
+        train(model, "llama", stop=subject.steps)
     with tempfile.TemporaryDirectory() as path, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(path)
@@ -168,7 +182,8 @@ def config_inside(rng: random.Random, folder: Folder) -> str:
 
 
 def config_huge(rng: random.Random, folder: Folder) -> str:
-    key = rng.choice(sorted(HUGE.keys() & folder.raw.keys()))
+    known = HUGE.keys() - {"init_r" if folder.raw.get("peft_type") in STOCK else ""}  # a divisor, to peft a size
+    key = rng.choice(sorted(known & folder.raw.keys()))
     folder.raw[key] = rng.choice(HUGE[key])
     return f"config {key}={folder.raw[key]!r:.40}"
 
@@ -212,7 +227,7 @@ def flipped(rng: random.Random, data: bytes, start: int = 0, stop: int | None = 
 
 
 def module_in(rng: random.Random, folder: Folder) -> str:
-    return rng.choice(sorted({key.rpartition(".")[0] for key in folder.tensors if ".lora_" in key}))
+    return rng.choice(sorted({key.partition(".lora_")[0] for key in folder.tensors if ".lora_" in key}))
 
 
 def tensor_gone(rng: random.Random, folder: Folder) -> str:
@@ -273,7 +288,7 @@ def tensor_of_another_kind(rng: random.Random, folder: Folder) -> str:
 
 
 def tensor_value(rng: random.Random, folder: Folder) -> str:
-    key = rng.choice(sorted(k for k in folder.tensors if not k.endswith(".lora_state")))
+    key = rng.choice(sorted(k for k, v in folder.tensors.items() if not k.endswith(".lora_state") and v.numel()))
     value = rng.choice([float("nan"), float("inf"), -float("inf"), 0.0, 3.0])
     changed = folder.tensors[key].clone()
     if changed.dtype == torch.uint8:
@@ -285,7 +300,7 @@ def tensor_value(rng: random.Random, folder: Folder) -> str:
 
 def state_value(rng: random.Random, folder: Folder) -> str:
     """A number of a module's state, with the checksum that it had or with its own; or all of them."""
-    states = sorted(k for k in folder.tensors if k.endswith(".lora_state"))
+    states = sorted(k for k, v in folder.tensors.items() if k.endswith(".lora_state") and v.dim() == 1 and len(v))
     if not states:
         return tensor_value(rng, folder)
     key = rng.choice(states)
@@ -310,7 +325,7 @@ def state_value(rng: random.Random, folder: Folder) -> str:
 
 def state_dormant(rng: random.Random, folder: Folder) -> str:
     """20,000 dormant blocks in one module, as the vector of formats 1 to 3 tells of them."""
-    states = sorted(k for k in folder.tensors if k.endswith(".lora_state"))
+    states = sorted(k for k, v in folder.tensors.items() if k.endswith(".lora_state") and v.dim() == 1 and len(v))
     if not states:
         return tensor_value(rng, folder)
     n, key = 20_000, rng.choice(states)
@@ -329,10 +344,22 @@ KINDS: dict[Callable[[random.Random, Folder], str], int] = {
 # -- what comes of it --------------------------------------------------------------------------------------------------
 
 
+def set_state(delta: Any, state: Tensor) -> None:
+    """Give a module the state that a file has of it."""
+    delta.lora_state = unpack_old(state)[0].pack() if is_old(state) else state
+
+
 def described(folder: Path, index: int, door: str) -> Tensor:
     """The outputs that the files describe, set by hand. Raises whatever it raises if they describe none. An adapter
     that is there keeps its config; an export asks no model which modules are meant."""
     was = json.loads(saved(index)[0])
+    if SUBJECTS[index].method in STOCK:
+        found = json.loads((folder / CONFIG).read_text())
+        adalora = found.get("peft_type") == "ADALORA"
+        deciding = [name for name in DECIDING if name in found and not (adalora and "pattern" in name)]
+        raw = was | {name: found[name] for name in deciding}
+        (folder / CONFIG).write_text(json.dumps(raw))
+        return logits(PeftModel.from_pretrained(build_llama(), folder), "llama")
     raw = was if door == "load_again" else translated(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     raw |= {name: was[name] for name in ("init_r",) if name in was}  # a start that is long over
     if door == "export":
@@ -348,7 +375,7 @@ def described(folder: Path, index: int, door: str) -> Tensor:
             state = tensors.pop(f"{layer_name}.lora_state", None)
             tensors.pop(f"{layer_name}.lora_statistics", None)
             if state is not None:
-                delta.lora_state = unpack_old(state)[0].pack() if is_old(state) else state
+                set_state(delta, state)
             for name in ("lora_past", "lora_aux_A", "lora_aux_B", "lora_digest"):
                 if (value := tensors.pop(f"{layer_name}.{name}", None)) is not None:
                     setattr(delta, name, value if name == "lora_digest" else value.float())
@@ -393,7 +420,10 @@ def opened(door: str, index: int, folder: Path, out: Path) -> tuple[Any, Callabl
 
         def export() -> Tensor:
             export_lora(folder, out, tolerance=1.0)
-            return logits(PeftModel.from_pretrained(build_llama(), out), "llama")
+            try:
+                return logits(PeftModel.from_pretrained(build_llama(), out), "llama")
+            except Exception as error:
+                raise NotLoadedError from error
 
         return build_llama(), export
     if door in ("from_pretrained", "trainable"):
@@ -425,6 +455,10 @@ class Verdict:
     problem: str = ""
 
 
+class NotLoadedError(Exception):
+    """peft does not load an export: of what is no factor of ours, only a model knows the shape."""
+
+
 class TooSlow(BaseException):
     """Not an error that anything may handle."""
 
@@ -453,7 +487,7 @@ def mutate(seed: int) -> tuple[int, Folder, str, str]:
     damage = kind(rng, folder)
     while rng.random() < 0.2 and folder.config is folder.weights is None:
         damage += " and " + rng.choices([*KINDS], [*KINDS.values()])[0](rng, folder)
-    return index, folder, damage, rng.choice(DOORS)
+    return index, folder, damage, "export" if SUBJECTS[index].method in STOCK else rng.choice(DOORS)
 
 
 def trial(seed: int) -> Verdict:
@@ -476,6 +510,13 @@ def trial(seed: int) -> Verdict:
             came = f"refused: {error}"
         except TooSlow:
             return said("too slow", f"more than {SECONDS} s")
+        except NotLoadedError as error:
+            if "modules_to_save" in damage:  # it names what no adapter file can confirm
+                return said("refused later")
+            with suppress(Exception):
+                described(folder, index, door)
+                return said("not loaded", f"what is exported does not load: {error.__cause__}")
+            return said("refused later")
         except Exception as error:
             if isinstance(damaged.config, str) and "Can't find" in str(error):
                 came = "refused by peft: no config"
@@ -506,6 +547,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     tally: Counter[str] = Counter()
     for seed in range(first, first + count):
+        if len(sys.argv) > 3 and SUBJECTS[mutate(seed)[0]].method not in sys.argv[3:]:
+            continue
         verdict = trial(seed)
         tally["WRONG" if verdict.problem else verdict.came.split(":")[0]] += 1
         if verdict.problem:

@@ -133,6 +133,7 @@ def from_folder(path: Path) -> Adapter:
     state = load_file(path / SAFETENSORS_WEIGHTS_NAME)
     state = {key: state[key] for key in sorted(state, key=natural)}
     if kind in FOREIGN:
+        checkpoint.check_names(contents)
         return foreign(raw, state, str(path), None)
     config: Any = CONFIGS[kind].from_pretrained(str(path))
     checkpoint.check_names(contents)

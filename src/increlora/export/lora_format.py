@@ -8,22 +8,24 @@
 init_r is the rank AdaLoRA *started* with, also where most triplets are gone: peft keeps it when it resizes a module.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from torch import Tensor
 
 from ..deltas import Inputs, Patches, Tokens
 from ..deltas.inputs import VECTORS
-from ..errors import CheckpointError, ExportError
+from ..errors import CheckpointError, ConfigError, ExportError
 from ..hosts.peft import checkpoint
 from ..hosts.peft.checkpoint import PREFIX
 from ..hosts.peft.old import translated
+from ..hosts.peft.options import SHARED, check_patterns, check_types
 from ..methods.base import matching
 from ..methods.scaling import scale_of
+from ..patterns import check_pattern, shown
 
 Config = Mapping[str, Any]
 LINEAR = (".lora_A.weight", ".lora_B.weight")
@@ -36,6 +38,8 @@ DESCRIPTION = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "lora_dropout",
     "lora_alpha", "use_rslora", "fan_in_fan_out", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
 )  # fmt: skip
+DESCRIBED: dict[str, Any] = {name: hint for name, (hint, _) in SHARED.items()}
+DESCRIBED |= {"use_rslora": bool, "lora_dropout": float}
 # Options that may have any value: they control training or loading, not what A and B mean.
 HARMLESS = {
     *DESCRIPTION, "peft_type", "peft_version", "inference_mode", "r", "rank_pattern", "alpha_pattern",
@@ -50,9 +54,10 @@ HARMLESS = {
 
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json, by today's names. Raises CheckpointError if it cannot be read, or has impossible ranks."""
-    found = checkpoint.read_config(folder)
+    found, path = checkpoint.read_config(folder), f"{folder}/adapter_config.json"
     if found.get("peft_type") in ("LORA", "ADALORA"):
-        check_values(found, f"{folder}/adapter_config.json")
+        check_types(found, DESCRIBED, path)
+        check_values(found, path)
     return translated(found)
 
 
@@ -66,14 +71,13 @@ def check_values(config: Config, path: str) -> None:
             raise CheckpointError(f"{path}: {kind}_pattern={pattern!r}: expected a table; restore it from a copy")
         for name in pattern:
             try:
-                re.compile(name)
-            except re.error as error:
-                problem = f"{kind}_pattern: {name!r} is no regular expression ({error})"
-                raise CheckpointError(f"{path}: {problem}; restore it from a copy") from None
+                check_pattern(f"{kind}_pattern", name)
+            except ConfigError as error:
+                raise CheckpointError(f"{path}: {error}") from None
         for found in (value, *pattern.values()):
-            if type(found) not in types or (kind == "rank" and found < 1):
+            if type(found) not in types or not abs(found) < 2**63 or (kind == "rank" and found < 1):
                 wanted = "an int of at least 1" if kind == "rank" else "a number"
-                raise CheckpointError(f"{path}: {kind} {found!r}: expected {wanted}; restore it from a copy")
+                raise CheckpointError(f"{path}: {kind} {shown(found)}: expected {wanted}; restore it from a copy")
 
 
 def configured(config: Config, module: str) -> tuple[int, float]:
@@ -92,7 +96,9 @@ def changes_base(config: Config) -> bool:
 def description(config: Config) -> LoraConfig:
     """A LoraConfig with the options that say what the adapter belongs to."""
     try:
-        return LoraConfig(**{key: config[key] for key in DESCRIPTION if config.get(key) is not None})
+        found = LoraConfig(**{key: config[key] for key in DESCRIPTION if config.get(key) is not None})
+        check_patterns(found)
+        return found
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"adapter_config.json: {error}; restore it from a copy") from error
 
@@ -153,6 +159,8 @@ def read_factors(
     parts, others = split(state, TRIPLETS) if adalora else split(state)
     factors, inputs = {}, {}
     for name, part in parts.items():
+        if strange := {value.dtype for value in part.values()} - {*checkpoint.FLOATS.values()}:
+            raise CheckpointError(f"{where}: {name} has factors of type {strange.pop()}: it is damaged")
         if adalora:
             factors[name] = from_triplets(config, part, f"{where}: {name}")
         elif tuple(part) in PAIRS:
@@ -187,9 +195,9 @@ def from_tensors(part: Mapping[str, Tensor], rank: int, where: str) -> tuple[Ten
 def from_triplets(config: Config, part: Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor]:
     """AdaLoRA's triplets as A, and B with E and the scale in it. Raises CheckpointError if they are incomplete."""
     A, B, E = (part.get(ending) for ending in TRIPLETS)
-    if A is None or B is None or E is None or not A.shape[0] == B.shape[1] == E.shape[0]:
+    if A is None or B is None or E is None or E.shape != (*A.shape[:1], 1) or B.shape[1:] != E.shape[:1]:
         shapes = {ending[-1]: tuple(value.shape) for ending, value in part.items()}
         raise CheckpointError(f"{where} has {shapes}, expected A, B and E of one rank; it is damaged")
     given = config.get("lora_alpha", 8)
     alpha = given if given > 0 else A.shape[0]
-    return A, B * (E.t() * (alpha / (config["init_r"] + ADALORA_EPSILON)))
+    return A, B * (E.t().to(torch.promote_types(B.dtype, E.dtype)) * (alpha / (config["init_r"] + ADALORA_EPSILON)))

@@ -77,10 +77,15 @@ def check_fields(config_cls: Any, raw: Mapping[str, Any], written: Container[str
     hints |= {f.name: f.type for f in fields(config_cls) if f.name in written}
     if strange := raw.keys() & {"self", "cls"}:  # peft passes all of them by name
         raise CheckpointError(f"{where}: {min(strange)!r} is no option; restore it from a copy")
-    for name in hints:
-        if name in raw and not fits(raw[name], hints[name]):
+    check_types(raw, hints, where)
+
+
+def check_types(raw: Mapping[str, Any], hints: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError for an entry that has another type than its hint says."""
+    for name, hint in hints.items():
+        if name in raw and not fits(raw[name], hint):
             raise CheckpointError(
-                f"{where}: {name}={shown(raw[name])}: expected {in_words(hints[name])}; restore it from a copy"
+                f"{where}: {name}={shown(raw[name])}: expected {in_words(hint)}; restore it from a copy"
             )
 
 
