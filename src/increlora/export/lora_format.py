@@ -159,8 +159,8 @@ def read_factors(
     parts, others = split(state, TRIPLETS) if adalora else split(state)
     factors, inputs = {}, {}
     for name, part in parts.items():
-        if strange := {value.dtype for value in part.values()} - {*checkpoint.FLOATS.values()}:
-            raise CheckpointError(f"{where}: {name} has factors of type {strange.pop()}: it is damaged")
+        if types := {value.dtype for value in part.values()} - {*checkpoint.FLOATS.values()}:
+            raise CheckpointError(f"{where}: {name} has factors of type {types.pop()}: it is damaged")
         if adalora:
             factors[name] = from_triplets(config, part, f"{where}: {name}")
         elif tuple(part) in PAIRS:

@@ -21,7 +21,7 @@ class Handle:
     Attributes:
         config: the peft config.   method: made of it, once.   deltas: by module name, in model order.
         start: ranks that a run begins with.   shared: parameters that all modules share, or None.
-        controller: drives the adapter while it can be trained; copies of a model do not copy it.
+        controller: drives the adapter while it can be trained; copies of a model do not copy it.   users: see `threads`.
     Args:
         sites: the modules to adapt; their totals are filled in here.
     Raises: ConfigError, BudgetError if the method cannot be had at these sites.
@@ -30,6 +30,7 @@ class Handle:
     def __init__(self, config: Any, sites: Iterable[Site]) -> None:
         self.config = config
         self.controller: Controller | None = None
+        self.users: dict[int, int] = {}
         sites = list(sites)
         self.peers = tuple((site.name, site.in_features, site.out_features) for site in sites)
         self.totals = max(1, len(sites)), max(1, sum(m + n for _, m, n in self.peers))
@@ -50,7 +51,12 @@ class Handle:
         return self.method.make_delta(self.completed(site))
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"controller": None}
+        return vars(self) | {"controller": None, "users": {}}
+
+    @property
+    def first(self) -> Delta | None:
+        """The delta of the first module."""
+        return next(iter(self.deltas.values()), None)
 
     @property
     def blocks(self) -> dict[str, BlockDelta]:

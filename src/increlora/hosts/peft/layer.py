@@ -17,6 +17,7 @@ from ...ops.fused_linear import PLAIN, Pending, computed
 from .bases import read
 from .handle import Handle
 from .quantised import Rounding, SavedBase, rounding, working_dtype
+from .threads import enter
 
 LINEAR = (nn.Linear, Conv1D)  # exactly these: what is derived from them may compute something else
 
@@ -94,6 +95,7 @@ class AdapterLayer(TunerLayer):
         y = self.base_layer(x, *args, **kwargs) if y is None else y
         for adapter in active:
             if adapter in self.lora_delta:
+                enter(self.handles[adapter], self.delta(adapter))
                 y = self.delta(adapter).add_to(y, x)
         return computed(y)
 
