@@ -14,11 +14,13 @@ from peft import PeftMixedModel, PeftModel, PeftType
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
+from transformers.integrations.peft import PeftAdapterMixin
 
 from ...errors import ConfigError
 from ...methods import Settings
 from ...registry import METHODS
 from .config import CONFIGS, MethodConfig, derive, type_name
+from .door import load_adapter
 from .drive import rank_summary
 from .model import AdapterModel
 from .old import translated
@@ -121,6 +123,7 @@ def patch_peft() -> None:
     put_around(PeftMixedModel, "add_adapter", mix)
     put_around(PeftConfigMixin, "from_json_file", from_json_file)
     put_around(PeftModel, "print_trainable_parameters", print_trainable_parameters)
+    put_around(PeftAdapterMixin, "load_adapter", load_adapter)
 
 
 def put_around(owner: type, name: str, ours: Any) -> None:
