@@ -212,7 +212,7 @@ class StatefulDelta(Delta):
         return state, statistics
 
     def check_entries(self, found: Mapping[str, Tensor]) -> None:
-        """Raise CheckpointError, beginning with the entry's name, if they lack what their state needs, or have it wrong."""
+        """Raise CheckpointError, beginning with the entry's name, if these lack what their state needs."""
         raise NotImplementedError
 
     def laid_out(self, found: dict[str, Tensor]) -> dict[str, Tensor]:

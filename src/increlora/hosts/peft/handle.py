@@ -13,6 +13,10 @@ from ...runtime import Controller, register
 from .bases import check_readable
 
 SHARED = "shared_factors"  # attribute of the model with what all modules of an adapter share
+FOR_INFERENCE = (
+    "this adapter was loaded or made for inference, and nothing would decide over its ranks in training: load it with "
+    "is_trainable=True (a config: leave out `inference_mode`), or freeze it by requires_grad_(False)"
+)
 
 
 class Handle:
@@ -20,8 +24,8 @@ class Handle:
 
     Attributes:
         config: the peft config.   method: made of it, once.   deltas: by module name, in model order.
-        start: ranks that a run begins with.   shared: parameters that all modules share, or None.
-        controller: drives the adapter while it can be trained; copies of a model do not copy it.   users: see `threads`.
+        start: ranks that a run begins with.   shared: parameters that all modules share, or None.   users: see `threads`.
+        controller: drives the adapter while it can be trained; copies of a model do not copy it.
     Args:
         sites: the modules to adapt; their totals are filled in here.
     Raises: ConfigError, BudgetError if the method cannot be had at these sites.
@@ -79,13 +83,17 @@ class Handle:
         return self.shared_parameters + sum(delta.rank * delta.cost for delta in self.deltas.values())
 
     def drive(self) -> None:
-        """Give the adapter its controller, if its method needs one."""
+        """Give the adapter its controller, if its method needs one; for inference one that lets nobody train it."""
+        if self.config.inference_mode:
+            if self.method.adaptive and self.deltas:
+                idle = replace(self.method, rules=(), penalty=None, clock=None)
+                self.controller = register(Controller(idle, self.blocks, refusal=FOR_INFERENCE))
+            return
         from .. import transformers as trainer_host  # not before there is an adapter: it imports what Trainers need
 
         trainer_host.install()
         if self.method.adaptive and self.deltas:
-            self.controller = Controller(self.method, self.blocks, on_change=self.describe)
-            register(self.controller)
+            self.controller = register(Controller(self.method, self.blocks, on_change=self.describe))
         self.describe()
 
     @property
@@ -126,6 +134,7 @@ def warn_of_budget(ranks: Mapping[str, int], budget: Budget, steps: int) -> None
     if not trainer_runs():
         warnings.warn(
             f"this adapter has {total} ranks and a budget of {budget.ranks}: after {steps} steps its schedule is not "
-            f"over; train on from here, or give the run that makes it the length that it really has",
+            f"over; train on from here, take a checkpoint of a later step, or give the run that makes it the length "
+            f"that it really has",
             stacklevel=2,
         )

@@ -15,7 +15,7 @@ from ...deltas.base import NAMES
 from ...errors import ConfigError
 from ...rules import holding_of
 from . import checkpoint, weighted
-from .bases import check_in_memory, check_matched, read, refusal, warn_of_statistics
+from .bases import check_called, check_in_memory, check_matched, is_bypassed, read, refusal, warn_of_statistics
 from .handle import SHARED, Handle, described_states, warn_of_budget
 from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, check_name, layer_over
 from .loading import check_source
@@ -51,7 +51,11 @@ class AdapterModel(BaseTuner):
         bases = self._targets(peft_config, model)
         if peft_config.target_modules is not asked:  # "all-linear": those that the method can adapt
             adapts, linear = peft_config.settings().adapts, bases
-            bases = {name: base for name, base in linear.items() if adapts(name) and not refusal(base)}
+            bases = {
+                name: base
+                for name, base in linear.items()
+                if adapts(name) and not refusal(base) and not is_bypassed(model, name)
+            }
             if len(bases) < len(linear):
                 peft_config.target_modules = set(bases)
             if linear and not bases:
@@ -62,6 +66,7 @@ class AdapterModel(BaseTuner):
         usual = self.target_module_mapping.get(self.get_model_config(model).get("model_type"), ())
         if not (self._by_state_dict or (bases and {*usual} == {*(peft_config.target_modules or ())})):
             check_matched(peft_config, model, bases)
+        check_called(model, bases)
         if not (peft_config.inference_mode or self._low_memory):
             check_in_memory(bases)
         for option, value in peft_config.settings().completed(model, bases).items():
@@ -149,7 +154,7 @@ class AdapterModel(BaseTuner):
                          for layer in adapter_layers(model, adapter_name).values()}  # fmt: skip
         if not config.inference_mode:
             warn_of_statistics(model, config.modules_to_save or ())
-            handle.drive()
+        handle.drive()
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         names = kwargs.get("adapter_names")
@@ -174,7 +179,11 @@ class AdapterModel(BaseTuner):
         warn_of_rounding(adapter_layers(self.model), stacklevel=3)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:
-        layers = adapter_layers(self.model)  # the loop takes them out of the model
+        layers, handles = adapter_layers(self.model), adapters_of(self.model)  # the loop takes them out of the model
+        for name in (kwargs.get("adapter_names") or self.active_adapters) if merge else ():
+            if name in handles:
+                handles[name].describe()
+                warn_of_budget(handles[name].config.ranks, handles[name].method.budget, handles[name].steps)
         model: Any = super()._unload_and_optionally_merge(merge, **kwargs)
         if merge:
             warn_of_rounding(layers, stacklevel=4)
