@@ -67,6 +67,18 @@ def test_averages_of_different_states_are_refused(share: float) -> None:
                 unpack(given)
 
 
+def test_an_average_that_gets_stuck_is_no_state_of_before() -> None:
+    """Rounded towards zero, a slow average of integers never goes up."""
+    for seed in range(32):
+        flags = torch.randint(2, (2, 12), generator=torch.Generator().manual_seed(seed)).bool().tolist()
+        old, new = (replace(STATES[3], kept=tuple(kept)) for kept in flags)
+        average = old.pack()
+        for _ in range(60):
+            average = (average * 0.999 + new.pack() * 0.001).to(torch.int32)
+        with pytest.raises(CheckpointError):
+            unpack(average)
+
+
 def changed(state: ModuleState, place: int, number: int) -> Tensor:
     packed = state.pack()
     packed[place] = FACTOR * number

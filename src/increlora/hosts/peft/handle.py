@@ -24,8 +24,8 @@ class Handle:
 
     Attributes:
         config: the peft config.   method: made of it, once.   deltas: by module name, in model order.
-        start: ranks that a run begins with.   shared: parameters that all modules share, or None.   users: see `threads`.
-        controller: drives the adapter while it can be trained; copies of a model do not copy it.
+        start: ranks that a run begins with.   shared: parameters that all modules share, or None.
+        controller: drives the adapter while it can be trained; not copied with a model.   users: see `threads`.
     Args:
         sites: the modules to adapt; their totals are filled in here.
     Raises: ConfigError, BudgetError if the method cannot be had at these sites.

@@ -17,6 +17,7 @@ from ...ops.fused_linear import PLAIN, Pending, computed
 from .bases import read
 from .handle import Handle
 from .quantised import Rounding, SavedBase, rounding, working_dtype
+from .threads import enter
 
 LINEAR = (nn.Linear, Conv1D)  # exactly these: what is derived from them may compute something else
 
