@@ -69,7 +69,7 @@ def test_averages_of_different_states_are_refused(share: float) -> None:
 
 def test_an_average_that_gets_stuck_is_no_state_of_before() -> None:
     """Rounded towards zero, a slow average of integers never goes up."""
-    for seed in range(400):
+    for seed in (33, 176, 244, 283, 306, 323):  # of 400, those where three bytes alone would get stuck
         more = torch.randint(2, (12,), generator=torch.Generator().manual_seed(seed)).bool().tolist()
         old, new = (replace(STATES[3], kept=tuple(kept)) for kept in ([False] * 12, more))
         average = old.pack()
