@@ -194,7 +194,7 @@ def nonzero(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_shapes(sites: Iterable[Site], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise CheckpointError for modules that are larger than their tensors; LoRA-Mini's need not hold the outer ones."""
+    """Raise CheckpointError for modules that are larger than their tensors; LoRA-Mini's may lack the outer ones."""
     for site in sites:
         part = parts.get(site.name, {})
         A, B = part.get("lora_A0"), part.get("lora_B0")
