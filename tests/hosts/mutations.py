@@ -184,6 +184,10 @@ def config_inside(rng: random.Random, folder: Folder) -> str:
 def config_huge(rng: random.Random, folder: Folder) -> str:
     known = HUGE.keys() - {"init_r" if folder.raw.get("peft_type") in STOCK else ""}  # a divisor, to peft a size
     key = rng.choice(sorted(known & folder.raw.keys()))
+    if rng.random() < 0.2 and folder.raw.get("shapes"):
+        name = rng.choice(sorted(folder.raw["shapes"]))
+        folder.raw["shapes"][name] = rng.choice([[10**9, 16], [16, 2**20], [2**20, 2**20], [2**30, 2**30]])
+        return f"config shapes[{name}]={folder.raw['shapes'][name]}"
     folder.raw[key] = rng.choice(HUGE[key])
     return f"config {key}={folder.raw[key]!r:.40}"
 

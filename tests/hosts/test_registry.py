@@ -60,6 +60,8 @@ def test_the_config_says_the_shape_of_every_module(folder: Path) -> None:
     [
         ({}, "has no `shapes`"),
         ({"up": [8], "down": [12, 8]}, r"shapes of up: \[8\], expected \[in, out\]"),
+        ({"up": [10**9, 12], "down": [12, 8]}, r"shapes of up: \[1000000000, 12\], expected \[in, out\]"),
+        ({"up": [8, 10**6], "down": [12, 8]}, r"up: shapes \(8, 1000000\), expected those of lora_A0 \(2, 8\)"),
         ({"up": [8, True], "down": [12, 8]}, "shapes of up"),
         ({"up": [8, 12]}, "'down' is missing in the model"),
         ({"up": [9, 12], "down": [12, 8]}, r"up.lora_A0: expected \(2, 9\), found \(2, 8\)"),

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..decide.budget import Budget
-from ..deltas import Inputs
+from ..deltas import Inputs, Patches, Tokens
 from ..deltas.inputs import VECTORS, from_json
 from ..errors import CheckpointError, ConfigError, ExportError
 from ..hosts.peft import checkpoint
@@ -29,6 +29,7 @@ from ..methods.scaling import scale_of
 from ..naming import natural
 from .lora_format import PREFIX, description, read_config, read_factors
 
+WIDEST = 2**20  # features, or words, of a module
 FOREIGN = ("LORA", "ADALORA")
 
 
@@ -143,6 +144,7 @@ def from_folder(path: Path) -> Adapter:
     if config.base_weights is not None:  # earlier versions did not say
         checkpoint.check_brought(contents, [*(config.modules_to_save or ()), *config.base_weights])
     sites = sites_in(config)
+    check_shapes(sites, checkpoint.split(contents))
     try:
         handle = Handle(config, sites)
     except ConfigError as error:
@@ -218,17 +220,41 @@ def nonzero(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return A[used].cpu(), B[:, used].cpu()
 
 
+def check_shapes(sites: Iterable[Site], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise CheckpointError for modules that are larger than their tensors; LoRA-Mini's may lack the outer ones."""
+    for site in sites:
+        part = parts.get(site.name, {})
+        A, B = part.get("lora_A0"), part.get("lora_B0")
+        if A is None or B is None or "lora_digest" in part:
+            continue
+        if site.in_features > A.numel() or site.out_features > B.numel():
+            found = f"lora_A0 {tuple(A.shape)} and lora_B0 {tuple(B.shape)}"
+            raise CheckpointError(
+                f"{site.name}: shapes ({site.in_features}, {site.out_features}), expected those of {found}"
+            )
+
+
+def as_matrix(inputs: Inputs) -> int | None:
+    """`in` of a module that reads tokens or patches."""
+    if isinstance(inputs, Patches):
+        return inputs.channels * inputs.kernel[0] * inputs.kernel[1]
+    return inputs.size if isinstance(inputs, Tokens) else None
+
+
 def sites_in(config: Any) -> list[Site]:
     """The modules as adapter_config.json describes them. Raises CheckpointError if it is damaged there."""
     shapes = config.shapes
     if not isinstance(shapes, dict) or not shapes:
         raise CheckpointError("adapter_config.json has no `shapes` of the modules: restore it from a copy")
     for name, shape in shapes.items():
-        if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+        if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n <= WIDEST for n in shape)):
             raise CheckpointError(f"adapter_config.json: shapes of {name}: {shape!r}, expected [in, out]")
     try:
         inputs = {name: from_json(found) for name, found in config.inputs.items()}
-    except (AttributeError, KeyError, TypeError) as error:
+        for name, read in inputs.items():
+            if as_matrix(read) not in (None, *shapes.get(name, ())[:1]):
+                raise ValueError(f"{name} reads {as_matrix(read)} numbers, its shape is {shapes.get(name)}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"adapter_config.json: inputs ({error!r}): restore it from a copy") from error
     names = sorted(shapes, key=natural)
     return [Site(n, shapes[n][0], shapes[n][1], inputs=inputs.get(n, VECTORS)) for n in names]
