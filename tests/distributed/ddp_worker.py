@@ -9,9 +9,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from increlora import PlainLoraConfig
+from increlora.errors import DriveError
 from increlora.ops.parallel import mean_over_processes
 from tests.distributed.launch import report
-from tests.distributed.toy_run import batches_of, paper_config, run, toy_model
+from tests.distributed.toy_run import batches_of, paper_config, run, same_everywhere, toy_model
+from tests.reference.toy import toy_loss
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -66,6 +69,23 @@ def with_own_scores(process: int) -> dict[str, Any]:
         return train("plain", process)
 
 
+def join(process: int, settings: dict[str, Any], method: str = "increlora", **options: Any) -> dict[str, Any]:
+    """A run under `join`, in which the second process has two batches more, or what is said instead of it."""
+    model = toy_model(**settings) if method == "increlora" else toy_model(PlainLoraConfig(r=2, target_modules=["up"]))
+    wrapped, steps, error = DistributedDataParallel(model), 0, ""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    try:
+        with wrapped.join(**options):
+            for [(x, y)] in batches_of(process)[: 4 + 2 * process]:
+                toy_loss(wrapped(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                steps += 1
+    except (DriveError, RuntimeError) as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    return {"steps": steps, "error": error, "equal": same_everywhere(model)}
+
+
 def main(folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -76,6 +96,9 @@ def main(folder: str) -> None:
     found["poisoned"] = with_a_poisoned_batch(process)
     found["averages"] = averages(process)
     found["own scores"] = with_own_scores(process)
+    found["join"] = join(process, {})
+    found["join, early end"] = join(process, {}, throw_on_early_termination=True)
+    found["join, fixed ranks"] = join(process, {}, "lora")
     found["no gate"] = without_the_gate(process)
     report(folder, process, found)
     dist.destroy_process_group()

@@ -88,6 +88,25 @@ def test_a_process_without_a_score_has_no_vote(processes):
         assert process["averages"][:2] == [2.0, 2.0] and math.isnan(process["averages"][2])
 
 
+def test_uneven_inputs_under_join_are_refused_at_the_first_forward_pass(processes):
+    """A process without data would take no part in the decisions of the others, which would wait for it."""
+    for process in processes:
+        assert process["join"]["steps"] == 0
+        assert "DriveError: blocks.0.up: under DDP's join()" in process["join"]["error"]
+        assert "throw_on_early_termination=True" in process["join"]["error"]
+
+
+def test_a_join_that_ends_together_is_as_good_as_none(processes):
+    for process in processes:
+        assert process["join, early end"]["steps"] == 4 and process["join, early end"]["equal"]
+        assert process["join, early end"]["error"].startswith("RuntimeError: ")
+
+
+def test_fixed_ranks_may_join(processes):
+    assert [p["join, fixed ranks"]["steps"] for p in processes] == [4, 6]
+    assert all(p["join, fixed ranks"]["equal"] and not p["join, fixed ranks"]["error"] for p in processes)
+
+
 # -- what would happen otherwise: the tests above must be able to fail -------------------------------------------------
 
 

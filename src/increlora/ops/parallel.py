@@ -6,6 +6,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..callers import running
 
 try:
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -17,6 +20,14 @@ def in_process_group() -> bool:
     """Whether torch.distributed is initialised. If so, every parameter must take part in every backward pass: DDP
     requires it, even in a group of one process."""
     return dist.is_available() and dist.is_initialized()
+
+
+def joins_unevenly() -> bool:
+    """Whether the forward pass that runs is one of DDP's under `join()`, where others step on without this process once
+    its data has ended."""
+    frame = running(DistributedDataParallel.forward)
+    config = getattr(frame.f_locals["self"], "_join_config", None) if frame is not None else None
+    return config is not None and bool(config.enable and not config.throw_on_early_termination)
 
 
 TOGETHER = 256  # tensors that are concatenated for one check

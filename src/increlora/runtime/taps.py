@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..deltas import Delta
 from ..errors import DriveError
-from ..ops.parallel import is_sharded
+from ..ops.parallel import in_process_group, is_sharded, joins_unevenly
 from . import compiled
 from .ownership import NOT_HELD
 
@@ -78,13 +78,25 @@ class Watcher:
         self.controller.loaded(step)
 
     def wants_gradients(self) -> bool:
+        begins = not torch.compiler.is_compiling() and not self.controller.used
         self.controller.used, self.controller.stepping = True, False
         if torch.compiler.is_compiling():  # what changes with every step would make it compile with every step
             return self.controller.may_see_gradients
+        if begins and in_process_group():
+            self._check_even()
         return self.controller.sees_gradients
 
     def rests(self) -> None:
         self.controller.rested = True
+
+    def _check_even(self) -> None:
+        """Raise DriveError if processes may step without this one while there is something to decide."""
+        if joins_unevenly() and not self.controller.finished:
+            raise DriveError(
+                f"{self.controller.names[self.index]}: under DDP's join() a process whose data has ended decides "
+                f"nothing, but ranks are decided by all together: give every process as many batches (drop_last=True, "
+                f"accelerate's even_batches), or end together by join(throw_on_early_termination=True)"
+            )
 
     def _begin(self) -> None:
         """A backward pass: were the gradients of the one before cleared without a step? (Loss scaling skips, an
