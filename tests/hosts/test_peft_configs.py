@@ -24,7 +24,8 @@ def test_a_copy_computes_but_does_not_train_until_it_is_attached(models) -> None
     model = copy.deepcopy(models["mlp"])
     assert same_outputs(model, models["mlp"], "mlp")
     with pytest.raises(DriveError, match=r"is a copy.*increlora\.attach"):
-        model.train()(**inputs_for("mlp"))
+        model.train()(**inputs_for("mlp")).sum().backward()
+    model.zero_grad()
     original = rank_summary(models["mlp"])
     grow(model, "mlp", steps=7)
     assert rank_summary(model).active > original.active

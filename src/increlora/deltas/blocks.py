@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import BudgetError, CheckpointError
+from ..errors import BudgetError, CheckpointError, DriveError
 from ..ops.fused_linear import Pending, computed
 from ..ops.parallel import ZeroGate, in_process_group
 from ..seeding import generator_of
@@ -109,9 +109,16 @@ class BlockDelta(StatefulDelta):
         return A.shape[0]
 
     def block(self, index: int) -> dict[str, nn.Parameter]:
-        """Parameters of a block by letter; empty for a block that was loaded without them."""
+        """Parameters of a block by letter; empty for an idle block that was loaded without them. Raises DriveError for
+        a block in use: something has taken its parameters away."""
         own: Any = self._parameters
-        return {letter: own[name] for letter, name in self._names[index] if name in own}
+        found = {letter: own[name] for letter, name in self._names[index] if name in own}
+        if not found and index in self.indices(Status.ACTIVE, Status.RESERVE):
+            raise DriveError(
+                f"{self.name}.{self._names[index][0][1]} is gone, as FSDP1 takes parameters out of modules to make one "
+                f"tensor of them: use FSDP2 (`fully_shard`), DDP or one process"
+            )
+        return found
 
     def _append_block(self, size: int, dtype: torch.dtype) -> None:
         index = len(self.sizes)

@@ -6,6 +6,7 @@
 e of a reserve block is held fixed: it enters as a constant, so it has no gradient.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class TripletDelta(LowRankDelta):
     """ΔW = s B diag(e) A over the live blocks; e is folded into A."""
 
     letters = ("A", "E", "B")
-    _opened: tuple[object, Tensor] | None = None  # index of the ranks that are computed, and what it was made for
+    _made: tuple[object, Tensor] | None = None  # what `_parts` needs besides, and what it was made for
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         A, E, B = self._parts()
@@ -56,28 +57,42 @@ class TripletDelta(LowRankDelta):
         return scaled_rows(A, E), B
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A, e and B of what is computed."""
-        if self.state.closed:
+        """A, e and B of what is computed. Ranks that are dropped for good are none of it, whatever their e may be."""
+        state = self.state
+        if state.closed:
             A, E, B = map(whole, self.block(0).values())
-            index = self._open_index(A.device)
+            index = self._kept_for((*state.closed, A.device), lambda: open_index(state.closed, A.device))
             return A.index_select(0, index), E.index_select(0, index), B.index_select(1, index)
+        trains = self.training and torch.is_grad_enabled()  # their e is zero there: it was set so after the last step
+        if state.settled and False in state.kept and not trains:
+            A, E, B = map(whole, self.block(0).values())
+            minus = self._kept_for((*state.kept, E.device, E.dtype), lambda: minus_dropped(state.kept, E))
+            return A, torch.addcmul(E, minus, E.data), B  # the gradient is that of e, as published
         live = self.live
         blocks = [self.block(i) for i in live]
-        status = self.state.status
-        e = [b["E"].detach() if status[i] == Status.RESERVE else b["E"] for i, b in zip(live, blocks, strict=True)]
+        e = [
+            b["E"].detach() if state.status[i] == Status.RESERVE else b["E"] for i, b in zip(live, blocks, strict=True)
+        ]
         return joined([b["A"] for b in blocks], 0), joined(e, 0), joined([b["B"] for b in blocks], 1)
 
-    def _open_index(self, device: torch.device) -> Tensor:
+    def _kept_for(self, key: object, make: Callable[[], Tensor]) -> Tensor:
         """Kept, as copying it to the device at every use would wait for it; a compiled graph has it as a constant."""
-        closed = self.state.closed
-        made_for = (*closed, device)
-        if self._opened is not None and self._opened[0] == made_for and not torch.compiler.is_compiling():
-            return self._opened[1]
-        chosen = [i for i, out in enumerate(closed) if not out]
-        index = torch.tensor(chosen, dtype=torch.int64, device=device)
-        if not torch.compiler.is_compiling():
-            self._opened = made_for, index
-        return index
+        if torch.compiler.is_compiling():
+            return make()
+        if self._made is None or self._made[0] != key:
+            with torch.inference_mode(False):  # a backward pass could not use it otherwise
+                self._made = key, make()
+        return self._made[1]
+
+
+def open_index(closed: Sequence[bool], device: torch.device) -> Tensor:
+    """Index of the ranks that are computed."""
+    return torch.tensor([i for i, out in enumerate(closed) if not out], dtype=torch.int64, device=device)
+
+
+def minus_dropped(kept: Sequence[bool], E: Tensor) -> Tensor:
+    """−1 for the ranks that do not count, else 0, beside E."""
+    return torch.tensor([[float(flag) - 1] for flag in kept], dtype=E.dtype, device=E.device)
 
 
 def whole(p: Any) -> Tensor:

@@ -150,6 +150,10 @@ class Runner:
     def restored(self) -> None:
         """A checkpoint was loaded: another run will start from it."""
 
+    def pruned(self) -> list[Tensor]:
+        """Tensors in which a zero is a decision of the rule, this process's part of them."""
+        return []
+
     def importance(self) -> list[float] | None:
         """Importance of every module now, where the rule knows one."""
         return None

@@ -113,6 +113,9 @@ class EntryPruner(Runner):
         """A of every module, this process's part of it."""
         return [local(A.detach()) for A in self.parameters]
 
+    def pruned(self) -> list[Tensor]:
+        return self._values()
+
     def _prune(self) -> None:
         """One pass over all modules of a shape; a module that was never used stays as it is."""
         for members in self.alike.values():

@@ -84,6 +84,9 @@ class Pruner(Runner):
         """e of every module, this process's part of it."""
         return [local(e_of(delta).detach()) for delta in self.deltas]
 
+    def pruned(self) -> list[Tensor]:
+        return self.values()
+
     def decide(self, kept: Sequence[list[bool]], scores: Sequence[Sequence[float]], step: int) -> list[Change]:
         """From this step on these ranks count; says which modules that changed."""
         before = [delta.rank for delta in self.deltas]

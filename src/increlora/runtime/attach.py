@@ -4,6 +4,7 @@ import itertools
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -23,24 +24,28 @@ _latest = -1  # number of the controller made last
 _installed = False
 
 
-def register(controller: Controller) -> None:
-    """Let this controller be found by the optimizer that holds its parameters."""
+def register(controller: Controller) -> Controller:
+    """Let this controller be found by the optimizer that holds its parameters.
+
+    The hooks are not for compilers: one that traced them would take what they do once for what they always do."""
     global _installed, _latest
     _latest = next(_numbers)
     _controllers[_latest] = controller
     if not _installed:
-        register_optimizer_step_pre_hook(_before)
-        register_optimizer_step_post_hook(_after)
+        register_optimizer_step_pre_hook(torch.compiler.disable(_before))
+        register_optimizer_step_post_hook(torch.compiler.disable(_after))
         _installed = True
+    return controller
 
 
 def controllers_of(model: nn.Module) -> list[Controller]:
-    """Controllers with modules in this model, in the order of their first module."""
+    """Controllers with modules in this model, in the order of their first module; not those of adapters that nobody may
+    train."""
     found: dict[int, Controller] = {}
     known = {id(c) for c in _controllers.values()}
     for module in model.modules():
-        controller = getattr(getattr(module, "observer", None), "controller", None)
-        if isinstance(module, Delta) and controller is not None and id(controller) in known:
+        controller: Any = getattr(getattr(module, "observer", None), "controller", None)
+        if isinstance(module, Delta) and id(controller) in known and not controller.refusal:
             found[id(controller)] = controller
     return list(found.values())
 
@@ -53,7 +58,9 @@ def attach_controller(
     candidates = [c for c in controllers_of(model) if any(p.requires_grad for p in c.parameters())]
     if len(candidates) != 1:
         remedy = (
-            "set one with set_adapter" if candidates else "call get_peft_model with one of increlora's configs first"
+            "set one with set_adapter"
+            if candidates
+            else "call get_peft_model with one of increlora's configs first, or load an adapter with is_trainable=True"
         )
         raise DriveError(f"attach: the model has {len(candidates)} trainable adaptive adapters, expected one: {remedy}")
     return candidates[0].attach(optimizer, total_steps=total_steps, record=record)
@@ -101,12 +108,19 @@ def _holders(optimizer: Optimizer) -> list[Controller]:
     return [c for known in _found[optimizer][1] if (c := known()) is not None]
 
 
+def _tell_others(optimizer: Optimizer, holders: list[Controller]) -> None:
+    """Tell the controllers that no optimizer has reached yet of a step that passes them by."""
+    for controller in [c for c in _controllers.values() if not c.driven and c not in holders]:
+        controller.stepped_by(optimizer)
+
+
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    _tell_others(optimizer, holders := _holders(optimizer))
     if closure is None:
         _stepping[optimizer] = [c for c in _owners(optimizer) if c.before_step(optimizer)]
         return None
-    if not _holders(optimizer):
+    if not holders:
         return None
 
     def observed() -> Any:  # gradients exist only once the closure has run

@@ -11,7 +11,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..decide.allocation import Event, Kind
@@ -23,8 +23,9 @@ from ..ops.parallel import all_finite
 from ..rules import Expected, Forecast, Rule, Runner, Step, holding_of
 from . import amp
 from .births import BirthRates, unmoved
+from .exchange import keep_zeros
 from .health import Health
-from .ownership import check_optimizer
+from .ownership import NOT_HELD, are_parts, check_optimizer, holder_of, may_hold_flat
 from .penalty import add_penalty
 from .records import record
 from .taps import Watcher
@@ -39,14 +40,20 @@ class Controller:
         step: optimizer steps of this run so far.   run: its length, once known.
         sees_inputs, sees_gradients: what backward passes hand to the rules before the next step.
         may_see_gradients: the same for the rest of the run, for compiled graphs.
+        refusal: why nobody may train the adapter; empty: it can be trained.
     """
 
     def __init__(
-        self, method: Method, deltas: Mapping[str, BlockDelta], *, on_change: Callable[[], None] | None = None
+        self,
+        method: Method,
+        deltas: Mapping[str, BlockDelta],
+        *,
+        on_change: Callable[[], None] | None = None,
+        refusal: str = "",
     ) -> None:
         self.method = method
         self.names, self.deltas = list(deltas), list(deltas.values())
-        self.on_change = on_change or (lambda: None)
+        self.on_change, self.refusal = on_change or (lambda: None), refusal
         self.events: list[Event] = []
         self.records: list[dict[str, object]] = []
         self.recording = False
@@ -60,6 +67,7 @@ class Controller:
         self.penalty_given = False  # the penalty's gradient of this step is already there
         self.stepping = False  # between the two hooks of a step; still so if the optimizer raised
         self.trainer_step: int | None = None
+        self._neglected = False  # others have stepped since a backward pass of ours
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._former: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.rules: list[Runner] = [bound(rule, deltas, method, slot) for slot, rule in enumerate(method.rules)]
@@ -94,6 +102,10 @@ class Controller:
         """Active rank per module."""
         return {name: delta.rank for name, delta in zip(self.names, self.deltas, strict=True)}
 
+    def pruned(self) -> list[Tensor]:
+        """Tensors in which the rules have decided where zeros are."""
+        return [tensor for rule in self.rules for tensor in rule.pruned()]
+
     def importance(self) -> list[float] | None:
         """Importance of every module now; None for a method that knows none."""
         return next((found for rule in self.rules if (found := rule.importance()) is not None), None)
@@ -117,9 +129,11 @@ class Controller:
     def attach(self, optimizer: Optimizer, *, total_steps: int | None = None, record: bool = False) -> "Controller":
         """Follow this optimizer from now on; a new optimizer starts a new run on what is there.
 
-        Raises: DriveError for LBFGS, an optimizer followed before, or one that holds only some of our parameters;
-        ScheduleError if the schedule does not fit the run.
+        Raises: DriveError for LBFGS, an optimizer followed before, or one that holds only some of our parameters, and
+        for an adapter that nobody may train; ScheduleError if the schedule does not fit the run.
         """
+        if self.refusal:
+            raise DriveError(f"{self.names[0]}: {self.refusal}")
         check_optimizer(optimizer, dict(zip(self.names, self.deltas, strict=True)), self._former)
         again = self.follows(optimizer)
         total = total_steps or self.expected_steps or (self.run.steps if again else None) or self.method.total_steps
@@ -135,6 +149,8 @@ class Controller:
         if previous is not None and previous is not optimizer:
             self._former.add(previous)
         self._optimizer = weakref.ref(optimizer)
+        if not again:
+            keep_zeros(optimizer, weakref.WeakMethod(self.pruned))
         self.expected_steps = self.expected_start = self.trainer_step = None
         self.restored_step, self.stepping = 0, False
         self.health = self.health if again else Health()
@@ -164,6 +180,19 @@ class Controller:
             self.expected_steps, self._optimizer = self.expected_steps or self.run.steps, None
         self._look()
         self.on_change()
+
+    def stepped_by(self, other: Optimizer) -> None:
+        """An optimizer that holds nothing of ours steps. Raises DriveError if it steps a copy of our parameters."""
+        if self.driven or not any(watcher.passes for watcher in self.watchers):
+            return
+        self._neglected = True
+        if may_hold_flat(other, self.deltas) and (are_parts(self.parameters()) or self.passed_over()):
+            raise DriveError(f"{self.names[0]}: backward passes and no step {NOT_HELD}")
+
+    def passed_over(self) -> bool:
+        """Has another optimizer stepped since a backward pass of ours, while there is none that could follow?"""
+        self._neglected = self._neglected and holder_of(self.parameters()) is None
+        return self._neglected
 
     # -- one optimizer step --------------------------------------------------------------------------------------
 

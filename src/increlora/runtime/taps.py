@@ -10,6 +10,7 @@ from ..deltas import Delta
 from ..errors import DriveError
 from ..ops.parallel import is_sharded
 from . import compiled
+from .ownership import NOT_HELD
 
 if TYPE_CHECKING:
     from .controller import Controller
@@ -118,19 +119,16 @@ class Watcher:
                 rule.see_gradients(self.index, x, grad)
 
     def _count_pass(self) -> None:
-        """Raise DriveError if nobody steps."""
+        """Raise DriveError if nobody steps, or others do that know nothing of us."""
         task = torch._C._current_graph_task_id()
         if self.controller.driven:
             self.passes = 0
         elif task != self.task:
             self.passes += 1
         self.task = task
-        if self.passes > PATIENCE:
-            raise DriveError(
-                f"{self.controller.names[self.index]}: {PATIENCE} backward passes and no step of an optimizer that "
-                f"holds its parameters: build the optimizer from model.parameters() after get_peft_model, or call "
-                f"`increlora.attach(model, optimizer, total_steps=…)` before training"
-            )
+        if self.passes > PATIENCE or (self.passes > 1 and self.controller.passed_over()):
+            name, before = self.controller.names[self.index], self.passes - 1
+            raise DriveError(f"{name}: {before} backward pass{'es' * (before > 1)} and no step {NOT_HELD}")
 
     def source(self) -> Delta:
         return self.controller.deltas[self.index]
@@ -160,6 +158,15 @@ class Orphan:
         return Orphan, ()
 
     def wants_gradients(self) -> bool:
+        return True
+
+    def tap_input(self, A: Tensor, x: Tensor) -> Tensor:
+        return A
+
+    def tap_output(self, y: Tensor, x: Tensor) -> Tensor:
+        return OutputTap.apply(y, x, self)
+
+    def see_gradients(self, x: Tensor, grad: Tensor) -> None:
         raise DriveError(
             "this adaptive adapter is a copy (copy.deepcopy or pickle) and nobody drives it: call "
             "`increlora.attach(model, optimizer, total_steps=…)` before training it"

@@ -13,6 +13,10 @@ from ...runtime import Controller, register
 from .bases import check_readable
 
 SHARED = "shared_factors"  # attribute of the model with what all modules of an adapter share
+FOR_INFERENCE = (
+    "this adapter was loaded or made for inference, and nothing would decide over its ranks in training: load it with "
+    "is_trainable=True (a config: leave out `inference_mode`), or freeze it by requires_grad_(False)"
+)
 
 
 class Handle:
@@ -73,13 +77,17 @@ class Handle:
         return self.shared_parameters + sum(delta.rank * delta.cost for delta in self.deltas.values())
 
     def drive(self) -> None:
-        """Give the adapter its controller, if its method needs one."""
+        """Give the adapter its controller, if its method needs one; for inference one that lets nobody train it."""
+        if self.config.inference_mode:
+            if self.method.adaptive and self.deltas:
+                idle = replace(self.method, rules=(), penalty=None, clock=None)
+                self.controller = register(Controller(idle, self.blocks, refusal=FOR_INFERENCE))
+            return
         from .. import transformers as trainer_host  # not before there is an adapter: it imports what Trainers need
 
         trainer_host.install()
         if self.method.adaptive and self.deltas:
-            self.controller = Controller(self.method, self.blocks, on_change=self.describe)
-            register(self.controller)
+            self.controller = register(Controller(self.method, self.blocks, on_change=self.describe))
         self.describe()
 
     @property

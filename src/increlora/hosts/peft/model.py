@@ -149,7 +149,7 @@ class AdapterModel(BaseTuner):
                          for layer in adapter_layers(model, adapter_name).values()}  # fmt: skip
         if not config.inference_mode:
             warn_of_statistics(model, config.modules_to_save or ())
-            handle.drive()
+        handle.drive()
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         names = kwargs.get("adapter_names")
