@@ -15,11 +15,12 @@ from peft import PeftMixedModel, PeftModel, PeftType
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
+from transformers.integrations.peft import PeftAdapterMixin
 
 from ...errors import ConfigError
 from ...methods import Settings
 from ...registry import METHODS
-from . import checkpoint
+from . import checkpoint, door
 from .config import CONFIGS, OURS, MethodConfig, derive, type_name
 from .drive import rank_summary
 from .loading import from_pretrained, load_adapter
@@ -131,6 +132,7 @@ def patch_peft() -> None:
     put_around(PeftModel, "from_pretrained", from_pretrained)
     put_around(PeftModel, "load_adapter", load_adapter)
     put_around(PeftModel, "print_trainable_parameters", print_trainable_parameters)
+    put_around(PeftAdapterMixin, "load_adapter", door.load_adapter)
 
 
 def put_around(owner: type, name: str, ours: Any) -> None:
