@@ -22,7 +22,7 @@ from ..errors import CheckpointError, ConfigError, ExportError
 from ..hosts.peft import checkpoint
 from ..hosts.peft.config import CONFIGS
 from ..hosts.peft.handle import Handle
-from ..hosts.peft.layer import adapted, adapter_of
+from ..hosts.peft.layer import adapted, adapter_layers, adapter_of
 from ..hosts.peft.states import check_together
 from ..methods import Site
 from ..naming import natural
@@ -98,7 +98,8 @@ def from_model(model: nn.Module, adapter_name: str | None) -> Adapter:
         name, handle = adapter_of(model, adapter_name)
     except ConfigError as error:
         raise ExportError(f"nothing to export: {error}") from None
-    return native(handle, live_state(model, name), base_names(model))
+    scales = {layer.delta(name).name: layer.scales.get(name, 1.0) for layer in adapter_layers(model, name).values()}
+    return native(handle, live_state(model, name), base_names(model), scales)
 
 
 def live_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -150,14 +151,22 @@ def from_folder(path: Path) -> Adapter:
     return native(handle, state, None)
 
 
-def native(handle: Handle, state: Mapping[str, Tensor], every: frozenset[str] | None) -> Adapter:
-    """An adapter of ours; `state`: its state dict, whose entries beside our parameters come along."""
+def native(
+    handle: Handle,
+    state: Mapping[str, Tensor],
+    every: frozenset[str] | None,
+    scales: Mapping[str, float] | None = None,
+) -> Adapter:
+    """An adapter of ours; `state`: its state dict, whose entries beside our parameters come along; `scales`: by module,
+    what `set_scale` has multiplied its ΔW with."""
     deltas, ours = handle.deltas, tuple(f"{name}.lora_" for name in handle.stored)
     named = {key.removeprefix(PREFIX): value for key, value in state.items()}
     return Adapter(
         kind=handle.config.peft_type.value,
         config=handle.config,
-        factors=finite({name: nonzero(*delta.factors()) for name, delta in deltas.items()}),
+        factors=finite(
+            {name: nonzero(*scaled(delta.factors(), (scales or {}).get(name, 1.0))) for name, delta in deltas.items()}
+        ),
         ranks={name: delta.rank for name, delta in deltas.items()},
         parameters=handle.parameters,
         inputs={name: delta.inputs for name, delta in deltas.items()},
@@ -185,6 +194,10 @@ def finite(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Mapping[str, tuple[T
         if not all(factor.isfinite().all() for factor in pair):
             raise ExportError(f"{name}: its ΔW is NaN or infinite, the run diverged: export an earlier checkpoint")
     return factors
+
+
+def scaled(factors: tuple[Tensor, Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    return factors if scale == 1 else (factors[0], scale * factors[1])
 
 
 def nonzero(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,17 +39,35 @@ def pending(base: Any, x: Tensor, *, transposed: bool = False) -> Pending | None
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):
-    """What peft's loops visit to switch, freeze, cast, delete and merge adapters.   lora_delta: by adapter.   handles:
-    by adapter, its owner, the same in all layers."""
+    """What peft's loops visit to switch, freeze, cast, scale, delete and merge adapters.
+
+    lora_delta: by adapter.   handles: by adapter, its owner, the same in all layers.   scales: by adapter, what its ΔW
+    is multiplied with, where that is not 1; as with peft's LoRA it is not saved."""
 
     adapter_layer_names = ("lora_delta",)
-    other_param_names = ("handles",)  # what else goes when an adapter is deleted
+    other_param_names = ("handles", "scales")  # what else goes when an adapter is deleted
 
     def __init__(self) -> None:
         super().__init__()
         self.lora_delta = nn.ModuleDict()
         self.handles: dict[str, Handle] = {}
+        self.scales: dict[str, float] = {}
         self.merged_adapters: list[str] = []
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the ΔW of an adapter by this factor, whatever was set before."""
+        if adapter in self.lora_delta:
+            self.scales[adapter] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the ΔW of the active adapters by one more factor."""
+        for adapter in self.active_adapters:
+            self.set_scale(adapter, self.scales.get(adapter, 1.0) * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """The inverse of `scale_layer`; None: undo all factors."""
+        for adapter in self.active_adapters:
+            self.set_scale(adapter, 1.0 if scale is None else self.scales.get(adapter, 1.0) / scale)
 
 
 class SharedFactors(TunerLayer):
@@ -94,8 +112,16 @@ class AdapterLayer(TunerLayer):
         y = self.base_layer(x, *args, **kwargs) if y is None else y
         for adapter in active:
             if adapter in self.lora_delta:
-                y = self.delta(adapter).add_to(y, x)
+                y = self._add_to(y, x, adapter)
         return computed(y)
+
+    def _add_to(self, y: Tensor | Pending, x: Tensor, adapter: str) -> Tensor:
+        """y + ΔW x, with the factor of the adapter."""
+        scale = self.scales.get(adapter, 1.0)
+        if scale == 1:
+            return self.delta(adapter).add_to(y, x)
+        y = computed(y)
+        return y + scale * self.delta(adapter).add_to(torch.zeros_like(y), x)
 
     def _mixed(self, y: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         if len(x) != len(adapter_names):
@@ -112,7 +138,7 @@ class AdapterLayer(TunerLayer):
         for adapter in set(adapter_names) & set(self.lora_delta):
             rows = [i for i, name in enumerate(adapter_names) if name == adapter]
             index = torch.tensor(rows, device=y.device)
-            part = self.delta(adapter).add_to(y.index_select(0, index), x.index_select(0, index))
+            part = self._add_to(y.index_select(0, index), x.index_select(0, index), adapter)
             y = y.index_copy(0, index, part)
         return y
 
@@ -121,7 +147,8 @@ class AdapterLayer(TunerLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Dense ΔW in the layout of the base weight, reserve included: what the forward pass applies."""
-        return self.inputs.as_weight(self.delta(adapter).weight())
+        weight, scale = self.inputs.as_weight(self.delta(adapter).weight()), self.scales.get(adapter, 1.0)
+        return weight if scale == 1 else scale * weight
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -40,7 +40,7 @@ def add(
     parts: dict[str, list[tuple[float, Delta]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for name, layer in adapter_layers(tuner.model, adapter).items():
-            parts.setdefault(name, []).append((weight, layer.delta(adapter)))
+            parts.setdefault(name, []).append((weight * layer.scales.get(adapter, 1.0), layer.delta(adapter)))
     sums = {name: weighted_sum(part, svd_rank, exact=combination_type == "cat") for name, part in parts.items()}
     ranks = {name: max(1, A.shape[0]) for name, (A, _, _) in sums.items()}
     longest_first = sorted(ranks, key=len, reverse=True)  # a pattern also fits names that end in it; the first counts
