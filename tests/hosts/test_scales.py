@@ -109,3 +109,13 @@ def test_a_scaled_adapter_trains_and_meets_its_budget(config_cls) -> None:
         layer.set_scale("default", 0.5)
     train(model, 30)
     assert rank_summary(model).active == 56
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_export_of_pefts_lora_has_its_live_scale(rslora: bool, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(llama(), config)
+    for layer in tuner_layers(model):
+        layer.set_scale("default", 0.3)
+    exported = export_lora(model, tmp_path / "lora")
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), exported)), logits(model))

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..hosts.peft.handle import Handle
 from ..hosts.peft.layer import adapted, adapter_layers, adapter_of
 from ..hosts.peft.states import check_together
 from ..methods import Site
+from ..methods.scaling import scale_of
 from ..naming import natural
 from .lora_format import PREFIX, description, read_config, read_factors
 
@@ -93,7 +94,8 @@ def from_model(model: nn.Module, adapter_name: str | None) -> Adapter:
     active = [n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.active_adapters]
     name = adapter_name or next(iter(active), None)
     if name is not None and name in configs and configs[name].peft_type in FOREIGN:
-        return foreign(configs[name].to_dict(), live_state(model, name), f"adapter {name!r}", base_names(model))
+        found = foreign(configs[name].to_dict(), live_state(model, name), f"adapter {name!r}", base_names(model))
+        return replace(found, factors={n: scaled(f, live_scale(model, n, name)) for n, f in found.factors.items()})
     try:
         name, handle = adapter_of(model, adapter_name)
     except ConfigError as error:
@@ -194,6 +196,16 @@ def finite(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Mapping[str, tuple[T
         if not all(factor.isfinite().all() for factor in pair):
             raise ExportError(f"{name}: its ΔW is NaN or infinite, the run diverged: export an earlier checkpoint")
     return factors
+
+
+def live_scale(model: nn.Module, module: str, adapter_name: str) -> float:
+    """What `set_scale` has multiplied the ΔW of peft's LoRA with, in this module."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layer: Any = base.get_submodule(module)
+    if model.peft_config[adapter_name].peft_type != "LORA" or adapter_name not in layer.scaling:  # type: ignore[index]
+        return 1.0
+    r, alpha = layer.r[adapter_name], layer.lora_alpha[adapter_name]
+    return float(layer.scaling[adapter_name]) / scale_of(alpha, r, rslora=layer.use_rslora.get(adapter_name, False))
 
 
 def scaled(factors: tuple[Tensor, Tensor], scale: float) -> tuple[Tensor, Tensor]:

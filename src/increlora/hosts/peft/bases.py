@@ -7,11 +7,12 @@ nn.Conv2d                     patches     channels · kh · kw, out channels
 
 import difflib
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, _get_in_out_features
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -88,6 +89,28 @@ def is_linear_map(base: nn.Linear) -> bool:
         return torch.allclose(found, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max()))
     except (AttributeError, TypeError, ValueError, RuntimeError):  # it takes other inputs, or gives no tensor
         return False
+
+
+def is_bypassed(model: nn.Module, name: str) -> bool:
+    """Does a kernel of this model read the weight of the module without calling it? peft lists such modules (Mamba's
+    `out_proj`) for the types that it knows to be like LoRA."""
+    try:
+        _check_lora_target_modules_mamba(SimpleNamespace(peft_type="LORA"), model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
+
+
+def check_called(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise ConfigError for a module that is never called, and for a model whose weights are in parts."""
+    for name in names:
+        if is_bypassed(model, name):
+            raise ConfigError(f"{name}: fused kernels of this model read its weight and do not call it: {LEAVE_OUT}")
+    if (processes := getattr(model, "_tp_size", None) or 1) > 1:
+        raise ConfigError(
+            f"the model is spread over {processes} processes by tensor parallelism, which adapters do not follow: load "
+            f"it without `tp_plan`, and use DDP or FSDP2"
+        )
 
 
 def check_readable(config: Any, name: str, inputs: Inputs) -> None:

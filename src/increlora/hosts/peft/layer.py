@@ -46,6 +46,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("lora_delta",)
     other_param_names = ("handles", "scales")  # what else goes when an adapter is deleted
+    cast_input_dtype_enabled = True  # peft's `disable_input_dtype_casting` asks for it; inputs are never cast here
 
     def __init__(self) -> None:
         super().__init__()

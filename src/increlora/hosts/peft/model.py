@@ -15,7 +15,7 @@ from ...deltas.base import NAMES
 from ...errors import ConfigError
 from ...rules import holding_of
 from . import checkpoint, weighted
-from .bases import check_in_memory, check_matched, read, refusal, warn_of_statistics
+from .bases import check_called, check_in_memory, check_matched, is_bypassed, read, refusal, warn_of_statistics
 from .handle import SHARED, Handle, described_states, warn_of_budget
 from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, check_name, layer_over
 from .loading import check_source
@@ -51,7 +51,11 @@ class AdapterModel(BaseTuner):
         bases = self._targets(peft_config, model)
         if peft_config.target_modules is not asked:  # "all-linear": those that the method can adapt
             adapts, linear = peft_config.settings().adapts, bases
-            bases = {name: base for name, base in linear.items() if adapts(name) and not refusal(base)}
+            bases = {
+                name: base
+                for name, base in linear.items()
+                if adapts(name) and not refusal(base) and not is_bypassed(model, name)
+            }
             if len(bases) < len(linear):
                 peft_config.target_modules = set(bases)
             if linear and not bases:
@@ -62,6 +66,7 @@ class AdapterModel(BaseTuner):
         usual = self.target_module_mapping.get(self.get_model_config(model).get("model_type"), ())
         if not (self._by_state_dict or (bases and {*usual} == {*(peft_config.target_modules or ())})):
             check_matched(peft_config, model, bases)
+        check_called(model, bases)
         if not (peft_config.inference_mode or self._low_memory):
             check_in_memory(bases)
         for option, value in peft_config.settings().completed(model, bases).items():

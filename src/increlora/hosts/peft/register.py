@@ -11,7 +11,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftMixedModel, PeftModel, PeftType
+from peft import LoraModel, PeftMixedModel, PeftModel, PeftType
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
@@ -106,6 +106,16 @@ def mix(original: Any, model: Any, /, *args: Any, **kwargs: Any) -> Any:
     return original(model, *args, **kwargs)
 
 
+def create_and_replace(original: Any, tuner: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """peft's own LoRA tuner with a config of ours, as X-LoRA hands it over: it would take it for LoRA's."""
+    if isinstance(config, MethodConfig):
+        raise ConfigError(
+            f"{adapter_name}: {type(tuner).__name__} takes plain LoRA adapters: export it (`increlora.export_lora`), "
+            f"and give the export"
+        )
+    return original(tuner, config, adapter_name, *args, **kwargs)
+
+
 def from_json_file(original: Any, cls: type, path: str, **kwargs: Any) -> Any:
     """Adapter folders once named their types without a prefix. peft may come to have methods of these names, so they
     are not registered: whatever of peft reads an adapter_config.json goes through here, translated and checked."""
@@ -128,6 +138,7 @@ def patch_peft() -> None:
     put_around(PeftModel, "add_adapter", add_adapter)
     put_around(PeftMixedModel, "__init__", mix)
     put_around(PeftMixedModel, "add_adapter", mix)
+    put_around(LoraModel, "_create_and_replace", create_and_replace)
     put_around(PeftConfigMixin, "from_json_file", from_json_file)
     put_around(PeftModel, "from_pretrained", from_pretrained)
     put_around(PeftModel, "load_adapter", load_adapter)
