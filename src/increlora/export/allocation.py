@@ -10,6 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ..errors import ExportError
+from ..hosts.peft.handle import warn_of_budget
 from ..methods.base import matching
 from ..methods.scaling import scale_of
 from .adapters import Adapter, read_adapter
@@ -40,6 +41,7 @@ def allocation_to_lora_config(
     Raises: ExportError (no adapter, no rank anywhere, names that no pattern matches alone), CheckpointError (damaged).
     """
     adapter = read_adapter(model_or_path, adapter_name)
+    warn_of_budget(adapter.ranks, adapter.budget, adapter.steps)
     ranks = {name: rank for name, rank in adapter.ranks.items() if rank}
     if not ranks:
         raise ExportError("no module has any rank: there is no allocation to take over; train first")

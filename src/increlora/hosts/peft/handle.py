@@ -128,6 +128,7 @@ def warn_of_budget(ranks: Mapping[str, int], budget: Budget, steps: int) -> None
     if not trainer_runs():
         warnings.warn(
             f"this adapter has {total} ranks and a budget of {budget.ranks}: after {steps} steps its schedule is not "
-            f"over; train on from here, or give the run that makes it the length that it really has",
+            f"over; train on from here, take a checkpoint of a later step, or give the run that makes it the length "
+            f"that it really has",
             stacklevel=2,
         )

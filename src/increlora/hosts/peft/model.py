@@ -179,7 +179,11 @@ class AdapterModel(BaseTuner):
         warn_of_rounding(adapter_layers(self.model), stacklevel=3)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:
-        layers = adapter_layers(self.model)  # the loop takes them out of the model
+        layers, handles = adapter_layers(self.model), adapters_of(self.model)  # the loop takes them out of the model
+        for name in (kwargs.get("adapter_names") or self.active_adapters) if merge else ():
+            if name in handles:
+                handles[name].describe()
+                warn_of_budget(handles[name].config.ranks, handles[name].method.budget, handles[name].steps)
         model: Any = super()._unload_and_optionally_merge(merge, **kwargs)
         if merge:
             warn_of_rounding(layers, stacklevel=4)
