@@ -109,11 +109,11 @@ class BlockDelta(StatefulDelta):
         return A.shape[0]
 
     def block(self, index: int) -> dict[str, nn.Parameter]:
-        """Parameters of a block by letter; empty for an idle block that was loaded without them. Raises DriveError for
-        a block in use: something has taken its parameters away."""
+        """Parameters of a block by letter; empty for a block that was loaded without them. Raises DriveError if something
+        has put other tensors in their place."""
         own: Any = self._parameters
         found = {letter: own[name] for letter, name in self._names[index] if name in own}
-        if not found and index in self.indices(Status.ACTIVE, Status.RESERVE):
+        if not found and any(name in self.__dict__ for _, name in self._names[index]):
             raise DriveError(
                 f"{self.name}.{self._names[index][0][1]} is gone, as FSDP1 takes parameters out of modules to make one "
                 f"tensor of them: use FSDP2 (`fully_shard`), DDP or one process"
