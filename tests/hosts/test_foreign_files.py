@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 from increlora import IncreLoraConfig, PlainLoraConfig, check_export, export_lora, export_merged
 from increlora.errors import CheckpointError, ConfigError, ExportError, IncreLoraError
 from increlora.export.adapters import read_adapter
+from increlora.hosts.peft.layer import AdapterLayer
 from tests.catalogue import METHODS
 from tests.hosts.bases import LLAMA, build_llama, logits, seeded
 from tests.hosts.mutations import (
@@ -35,6 +36,7 @@ from tests.hosts.mutations import (
     saved,
     trial,
 )
+from tests.hosts.training import train
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 SOAK = 10 if os.environ.get("INCRELORA_SOAK") else 1
@@ -359,3 +361,20 @@ def test_the_subjects_hold_what_they_are_meant_to_hold() -> None:
 
 def load_of(method: str, **options: Any) -> dict[str, Tensor]:
     return load(saved(index_of(method, **options))[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e308])
+def test_averages_that_no_run_leaves_behind_are_refused(value: float, tmp_path: Path) -> None:
+    model = get_peft_model(build_llama(), METHODS["increlora"].config())
+    train(model, "llama", stop=4)
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / WEIGHTS
+    tensors = load_file(weights)
+    key = next(key for key in sorted(tensors) if key.endswith("lora_statistics"))
+    tensors[key][-1] = value
+    save_file(tensors, weights, {"format": "pt"})
+    for trainable in (True, False):
+        base = build_llama()
+        with pytest.raises(CheckpointError, match=r"lora_statistics|averages of Grow are negative"):
+            PeftModel.from_pretrained(base, tmp_path, is_trainable=trainable)
+        assert not any(isinstance(module, AdapterLayer) for module in base.modules())

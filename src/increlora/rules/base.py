@@ -85,7 +85,8 @@ class Forecast:
 
 
 class Rule(Protocol):
-    """A rule as data."""
+    """A rule as data. One that remembers no negative number may say so, `nonnegative = True`: then such a number is
+    refused in a file."""
 
     def check(self, holdings: Sequence[Holding], budget: Budget) -> None:
         """Raise BudgetError if the budget cannot be met from these holdings. No model is needed."""

@@ -33,6 +33,8 @@ class Entries(Rule):
         regrow: the optimizer may move a zero until the next pruning; otherwise zeros are held.
     """
 
+    nonnegative = True
+
     schedule: Callable[[Run], Multiples]
     share: float
     group: Group

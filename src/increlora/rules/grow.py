@@ -59,6 +59,8 @@ class Grow:
         on_finish: what happens to the reserve when the budget is spent: `retire` it, or `keep` training it with e = 0.
     """
 
+    nonnegative = True
+
     schedule: Callable[[Run, Sequence[Holding], int], GrowthSteps]
     allocate: Callable[[Sequence[float], Sequence[Holding]], Plan]
     score: Score = field(default_factory=Score)

@@ -36,6 +36,8 @@ class Keep:
         beta, beta_uncertainty: moving averages, see `scores.smooth_entries`.
     """
 
+    nonnegative = True
+
     schedule: Callable[[Run, int, int], CubicDecay]
     keep: Callable[[Sequence[Sequence[float]], Sequence[int], Budget], list[list[bool]]]
     observe: Literal["before_step", "after_step"] = "before_step"

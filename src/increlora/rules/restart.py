@@ -28,6 +28,8 @@ class Restart(Rule):
         schedule: run → when.
     """
 
+    nonnegative = True
+
     schedule: Callable[[Run], Multiples]
 
     def bind(self, deltas: Deltas, budget: Budget, slot: int) -> "Restarter":

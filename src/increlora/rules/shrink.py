@@ -45,6 +45,8 @@ class Shrink:
             not count at the last cut.
     """
 
+    nonnegative = True
+
     shrink: Projection
     schedule: Callable[[Run, int, int], CubicDecay]
     thresholds: Callable[[Run], Levels] | None

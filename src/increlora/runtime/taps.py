@@ -142,11 +142,11 @@ class Watcher:
             name, before = self.controller.names[self.index], self.passes - 1
             raise DriveError(f"{name}: {before} backward pass{'es' * (before > 1)} and no step {NOT_HELD}")
 
-    def source(self) -> Delta:
-        return self.controller.deltas[self.index]
+    def source(self) -> Delta | None:
+        return self.controller.deltas[self.index] if self.controller.driven else None
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Orphan":
-        return Orphan(weakref.ref(self.source()))
+        return Orphan(weakref.ref(self.controller.deltas[self.index]))
 
     def __reduce__(self) -> tuple[type["Orphan"], tuple[()]]:
         return Orphan, ()

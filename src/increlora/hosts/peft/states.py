@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...deltas import BlockDelta, Status
 from ...deltas.base import NAMES
-from ...deltas.state import STATE
+from ...deltas.state import DAMAGED, STATE
 from ...errors import CheckpointError
 from ...ops.parallel import is_sharded
 from .handle import Handle
@@ -69,7 +69,12 @@ def was_written(delta: BlockDelta, block: int) -> bool:
 def check_together(handle: Handle, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raise CheckpointError for entries of the modules of an adapter whose states it cannot have at one time."""
     blocks = {name: delta for name, delta in handle.blocks.items() if STATE in parts.get(name, ())}
-    states = {name: delta.given(parts[name])[0] for name, delta in blocks.items()}
+    given = {name: delta.given(parts[name]) for name, delta in blocks.items()}
+    for name, (_, statistics) in given.items():
+        for rule, values in zip(handle.method.rules, statistics, strict=False):
+            if getattr(rule, "nonnegative", False) and (values < 0).any():
+                raise CheckpointError(f"{name}: averages of {type(rule).__name__} are negative: {DAMAGED}")
+    states = {name: state for name, (state, _) in given.items()}
     steps = {state.step for state in states.values()}
     if len(steps) > 1:
         raise CheckpointError(f"the states of its modules are of steps {sorted(steps)}: they are of different runs")
