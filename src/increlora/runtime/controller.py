@@ -66,6 +66,7 @@ class Controller:
         self.used = self.rested = False  # a forward pass since the last step: of what is trained, of what is frozen
         self.penalty_given = False  # the penalty's gradient of this step is already there
         self.stepping = False  # between the two hooks of a step; still so if the optimizer raised
+        self.restoring = False  # a checkpoint was loaded since a run was begun
         self.trainer_step: int | None = None
         self._neglected = False  # others have stepped since a backward pass of ours
         self._optimizer: weakref.ref[Optimizer] | None = None
@@ -152,7 +153,7 @@ class Controller:
         if not again:
             keep_zeros(optimizer, weakref.WeakMethod(self.pruned))
         self.expected_steps = self.expected_start = self.trainer_step = None
-        self.restored_step, self.stepping = 0, False
+        self.restored_step, self.stepping, self.restoring = 0, False, False
         self.health = self.health if again else Health()
         self.recording = self.recording or record
         self._look()
@@ -170,10 +171,14 @@ class Controller:
     def follows(self, optimizer: Optimizer) -> bool:
         return self._optimizer is not None and self._optimizer() is optimizer
 
-    def loaded(self, step: int) -> None:
-        """A checkpoint was loaded; the run goes on from there at the next step, and what was begun is not taken."""
+    def loaded(self, step: int, module: int) -> None:
+        """A checkpoint was loaded, and this module of it; the run goes on from there at the next step, and what was
+        begun is not taken. All modules say so; of a thousand the first and the last are listened to."""
         self.step = self.restored_step = step
         self.used = self.penalty_given = self.stepping = False
+        if self.restoring and module < len(self.deltas) - 1:
+            return
+        self.restoring = True
         for rule in self.rules:
             rule.restored()
         if self.driven:

@@ -75,7 +75,7 @@ class Watcher:
         return self.controller.step if self.controller.driven else None
 
     def loaded(self, step: int) -> None:
-        self.controller.loaded(step)
+        self.controller.loaded(step, self.index)
 
     def wants_gradients(self) -> bool:
         begins = not torch.compiler.is_compiling() and not self.controller.used
