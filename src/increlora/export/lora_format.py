@@ -159,8 +159,8 @@ def read_factors(
     parts, others = split(state, TRIPLETS) if adalora else split(state)
     factors, inputs = {}, {}
     for name, part in parts.items():
-        if strange := {value.dtype for value in part.values()} - {*checkpoint.FLOATS.values()}:
-            raise CheckpointError(f"{where}: {name} has factors of type {strange.pop()}: it is damaged")
+        if types := {value.dtype for value in part.values()} - {*checkpoint.FLOATS.values()}:
+            raise CheckpointError(f"{where}: {name} has factors of type {types.pop()}: it is damaged")
         if adalora:
             factors[name] = from_triplets(config, part, f"{where}: {name}")
         elif tuple(part) in PAIRS:
@@ -195,7 +195,13 @@ def from_tensors(part: Mapping[str, Tensor], rank: int, where: str) -> tuple[Ten
 def from_triplets(config: Config, part: Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor]:
     """AdaLoRA's triplets as A, and B with E and the scale in it. Raises CheckpointError if they are incomplete."""
     A, B, E = (part.get(ending) for ending in TRIPLETS)
-    if A is None or B is None or E is None or E.shape != (*A.shape[:1], 1) or B.shape[1:] != E.shape[:1]:
+    if (
+        A is None
+        or B is None
+        or E is None
+        or not A.dim() == B.dim() == E.dim() == 2
+        or not len(A) == B.shape[1] == E.numel()
+    ):
         shapes = {ending[-1]: tuple(value.shape) for ending, value in part.items()}
         raise CheckpointError(f"{where} has {shapes}, expected A, B and E of one rank; it is damaged")
     given = config.get("lora_alpha", 8)
