@@ -101,12 +101,12 @@ def added(key: str, value: Tensor) -> Callable[[dict[str, Tensor]], Any]:
 
 ONE = torch.ones(1, 16)
 DAMAGE = {
-    "scalar": (changed(f"{Q}.lora_A0", lambda t: t[0, 0].clone()), r"q_proj.lora_A0: expected .*, found \(\)"),
+    "scalar": (changed(f"{Q}.lora_A0", lambda t: t[0, 0].clone()), r"expected .*(found|lora_A0) \(\)"),
     "int8": (changed(f"{Q}.lora_A0", lambda t: t.to(torch.int8)), "lora_A0 cannot be numbers of type torch.int8"),
     "nan": (changed(f"{Q}.lora_B0", partial(with_value, float("nan"))), "lora_B0 holds NaN or infinite numbers"),
     "inf": (changed(f"{Q}.lora_A0", partial(with_value, float("inf"))), "lora_A0 holds NaN or infinite numbers"),
     "two types": (changed(f"{Q}.lora_A0", lambda t: t.half()), "its tensors have several types"),
-    "no rank": (changed(f"{Q}.lora_A0", lambda t: t[:0]), "lora_A0: expected"),
+    "no rank": (changed(f"{Q}.lora_A0", lambda t: t[:0]), "expected .*lora_A0|lora_A0: expected"),
     "unknown": (added(f"{Q}.lora_Q0", ONE), "lora_Q0 is not expected there"),
     "huge number": (added(f"{Q}.lora_A{10**20}", ONE), f"lora_A{10**20} is not expected there"),
     "negative number": (added(f"{Q}.lora_A-1", ONE), "lora_A-1 is not expected there"),

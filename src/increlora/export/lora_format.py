@@ -192,10 +192,15 @@ def from_tensors(part: Mapping[str, Tensor], rank: int, where: str) -> tuple[Ten
     return A, B, inputs
 
 
+def shape_of(A: Tensor, B: Tensor) -> tuple[int, int] | None:
+    """Of the E between these two; None if they have different ranks."""
+    return (len(A), 1) if len(A) == B.shape[1] else None
+
+
 def from_triplets(config: Config, part: Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor]:
     """AdaLoRA's triplets as A, and B with E and the scale in it. Raises CheckpointError if they are incomplete."""
     A, B, E = (part.get(ending) for ending in TRIPLETS)
-    if A is None or B is None or E is None or E.shape != (*A.shape[:1], 1) or B.shape[1:] != E.shape[:1]:
+    if A is None or B is None or E is None or {A.dim(), B.dim(), E.dim()} != {2} or shape_of(A, B) != E.shape:
         shapes = {ending[-1]: tuple(value.shape) for ending, value in part.items()}
         raise CheckpointError(f"{where} has {shapes}, expected A, B and E of one rank; it is damaged")
     given = config.get("lora_alpha", 8)
