@@ -39,9 +39,10 @@ from tests.hosts.mutations import (
 from tests.hosts.training import train
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
-SOAK = 10 if os.environ.get("INCRELORA_SOAK") else 1
+SOAK = 10 if os.environ.get("INCRELORA_SOAK") == "1" else 1
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("first", range(0, 300 * SOAK, 30))
 def test_seeded_damage_is_refused_whole_or_loaded_as_described(first: int) -> None:
     verdicts = [trial(seed) for seed in range(first, first + 30)]
