@@ -12,7 +12,6 @@ An average of equal integers may be off by one, hence the factor. An average of 
 look like one, hence the checksum: three bytes, and 255 minus each, since averages of integers get stuck going up.
 """
 
-import math
 import zlib
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
@@ -87,7 +86,7 @@ def unpack(state: Tensor) -> ModuleState:
     """The state out of its integers. Raises CheckpointError if these are no state, or of a newer version."""
     if state.dim() != 1 or not state.numel() or state.is_complex():
         raise damaged(f"{state.dtype}, shape {tuple(state.shape)}")
-    values = [whole(value) for value in state.detach().double().tolist()]
+    values = whole(state)
     if values[0] != STATE_FORMAT:
         raise newer(values[0])
     blocks = values[HEAD - 1] if len(values) >= HEAD else 0
@@ -117,12 +116,14 @@ def of_numbers(
     return ModuleState(step, states, tuple(born), tuple(reserved), tuple(f > 0 for f in flags), settled, closed)
 
 
-def whole(value: float) -> int:
-    """The integer behind a number of `lora_state`."""
-    number = round(value / FACTOR) if math.isfinite(value) else 0
-    if not abs(value - FACTOR * number) <= TOLERANCE:
+def whole(state: Tensor) -> list[int]:
+    """The integers behind `lora_state`."""
+    codes = state.detach().to("cpu", torch.float64)
+    numbers = (codes / FACTOR).round()
+    if not (fits := (codes - FACTOR * numbers).abs() <= TOLERANCE).all():
+        value = codes[~fits][0]
         raise damaged(f"{value:g} is no whole number of it, as in an average of adapters whose ranks differ")
-    return number
+    return [int(number) for number in numbers.tolist()]
 
 
 def checksum(values: Sequence[int]) -> list[int]:

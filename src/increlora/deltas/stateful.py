@@ -52,6 +52,7 @@ class StatefulDelta(Delta):
         self.constant = False
         self._state = ModuleState(0, (), (), ())
         self.register_buffer(STATE, torch.empty(0, dtype=torch.int32, device="cpu"))
+        self._given: tuple[Any, ...] = None, (), None  # what was unpacked last: versions, tensors, result
         self._read = self.lora_state, 0  # what `_state` was read from: the buffer and its version
 
     @property
@@ -150,10 +151,11 @@ class StatefulDelta(Delta):
         """State and statistics among these entries. Raises CheckpointError, beginning with the entry's name."""
         if STATE not in found:
             raise CheckpointError(f"{STATE} is missing: the adapter file is incomplete or not increlora's")
-        if is_old(found[STATE]):
-            return unpack_old(found[STATE])
-        statistics = unpack_statistics(found[STATISTICS]) if STATISTICS in found else []
-        return unpack(found[STATE]), statistics
+        tensors = [found[name] for name in (STATE, STATISTICS) if name in found]
+        key = [(id(tensor), version_of(tensor)) for tensor in tensors]
+        if self._given[0] != key:  # several checks ask, before the values are loaded
+            self._given = key, tensors, unpacked(*tensors)
+        return self._given[2]
 
     def note_step(self) -> None:
         """Have the state say how far the run is."""
@@ -191,6 +193,7 @@ class StatefulDelta(Delta):
             self.lora_state = torch.zeros_like(packed, device=self.lora_state.device)
         found = self.laid_out(found) | {STATE: packed, STATISTICS: pack_statistics(statistics)}
         super()._load_from_state_dict(keys_at(prefix, found), prefix, *args)
+        self._given = None, (), None
         if self.observer is not None:
             self.observer.loaded(state.step)
 
@@ -218,6 +221,13 @@ class StatefulDelta(Delta):
     def laid_out(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """These entries of a state dict in the shapes that they have here."""
         return found
+
+
+def unpacked(packed: Tensor, statistics: Tensor | None = None) -> tuple[ModuleState, list[Tensor]]:
+    """State and statistics, of whatever version."""
+    if is_old(packed):
+        return unpack_old(packed)
+    return unpack(packed), [] if statistics is None else unpack_statistics(statistics)
 
 
 def entries_at(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

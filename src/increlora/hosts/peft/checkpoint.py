@@ -251,7 +251,7 @@ def split(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def check_parts(modules: Mapping[str, Stored], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raise CheckpointError unless the parts of a checkpoint are those of these modules."""
-    expected = {name for name, module in modules.items() if module.entries()}
+    expected = {n for n, module in modules.items() if any(True for _ in (*module.parameters(), *module.buffers()))}
     for name in sorted(expected ^ set(parts)):
         where = "the checkpoint" if name in expected else "the model"
         raise CheckpointError(
