@@ -130,8 +130,8 @@ class BlockDelta(StatefulDelta):
     def _make_parameters(self, index: int, like: torch.dtype | Tensor) -> None:
         for letter, name in self._names[index]:
             drawn = self.draw(letter, index)
-            # a new name needs none of what nn.Module.__setattr__ does, and there may be 100,000 of them
-            self._parameters[name] = nn.Parameter(drawn if drawn.dtype is like else drawn.to(like))
+            # quicker than an assignment, and there may be 100,000; accelerate's `init_empty_weights` waits for it
+            self.register_parameter(name, nn.Parameter(drawn if drawn.dtype is like else drawn.to(like)))
 
     def draw(self, letter: str, index: int) -> Tensor:
         """Initial values of one parameter, the same on every machine."""

@@ -31,6 +31,7 @@ from .lora_format import PREFIX, description, read_config, read_factors
 
 WIDEST = 2**20  # features, or words, of a module
 FOREIGN = ("LORA", "ADALORA")
+LARGE = 2**16  # features: a module that is no larger costs little whatever its file says
 
 
 @dataclass(frozen=True)
@@ -221,13 +222,14 @@ def nonzero(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_shapes(sites: Iterable[Site], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise CheckpointError for modules that are larger than their tensors; LoRA-Mini's may lack the outer ones."""
+    """Raise CheckpointError for modules that are large, and larger than their tensors, before memory is taken for them;
+    LoRA-Mini's may lack the outer ones."""
     for site in sites:
         part = parts.get(site.name, {})
         A, B = part.get("lora_A0"), part.get("lora_B0")
         if A is None or B is None or "lora_digest" in part:
             continue
-        if site.in_features > A.numel() or site.out_features > B.numel():
+        if site.in_features > max(LARGE, A.numel()) or site.out_features > max(LARGE, B.numel()):
             found = f"lora_A0 {tuple(A.shape)} and lora_B0 {tuple(B.shape)}"
             raise CheckpointError(
                 f"{site.name}: shapes ({site.in_features}, {site.out_features}), expected those of {found}"

@@ -403,6 +403,7 @@ def test_a_diverged_run_ends_and_says_so(tmp_path):
     result = call(*words.split(), "--lr", "1e30", "--method", "lora", "--out", tmp_path / "diverged")
     assert result.exit_code == 0, result.output
     assert "not finite" in result.output and state(tmp_path / "diverged")["metric"]["after"] is None
+    assert "the run diverged" in result.output and not (tmp_path / "diverged" / "lora").exists()
 
 
 def test_a_failed_run_says_why(model, tmp_path, monkeypatch):

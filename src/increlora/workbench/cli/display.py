@@ -56,7 +56,9 @@ def show_result(console: Console, state: Mapping[str, Any], path: Path) -> None:
     console.print(rank_map(state["ranks"]))
     plain = "lora/ (plain LoRA), " if (path / "lora").is_dir() else ""
     console.print(f"written to {path}: adapter/ (native), {plain}run.json", soft_wrap=True)
-    if not plain:
+    if not plain and metric["after"] is None:
+        console.print("the run diverged: its ΔW is not finite, and nothing for engines")
+    elif not plain:
         console.print(f"its ΔW has no low rank; for engines: increlora export {path} OUT --merge", soft_wrap=True)
 
 

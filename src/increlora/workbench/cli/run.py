@@ -75,7 +75,8 @@ def save(settings: TrainSettings, folder: RunFolder, model: Any) -> None:
         warnings.filterwarnings("ignore", ".* will refuse .*, which holds more", UserWarning)  # see `check`
         with whole(folder.path / "adapter") as adapter:
             model.save_pretrained(adapter)
-        if is_exact(model):  # otherwise `show_result` says how it can leave
+        finite = all(p.isfinite().all() for p in model.parameters() if p.requires_grad)
+        if finite and is_exact(model):  # otherwise `show_result` says how it can leave
             export_lora(model, folder.path / "lora")
 
 
