@@ -6,6 +6,7 @@ repeat, alternatives within a repeat, repeats in a row without a letter between 
 
 import re
 from collections.abc import Iterable, Sequence
+from re import _compiler as compiler  # type: ignore[attr-defined]
 from re import _constants as op  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
@@ -14,7 +15,7 @@ from .errors import ConfigError
 
 LONG = 16  # a repeat of so many counts as one without an end
 MOST_REPEATS = 8
-MOST_IN_A_ROW = 2
+MOST_IN_A_ROW = 3
 MOST_CHARACTERS = 200_000
 REPEATS = (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT)
 
@@ -49,10 +50,10 @@ class Walk:
     def __init__(self) -> None:
         self.repeats = self.row = 0
 
-    def sequence(self, items: Iterable[tuple[Any, Any]], *, within: bool) -> None:
-        for kind, value in items:
+    def sequence(self, items: Sequence[tuple[Any, Any]], *, within: bool) -> None:
+        for (kind, value), after in zip(items, [*items[1:], None], strict=True):
             if kind in REPEATS:
-                self.repeat(*value, within=within)
+                self.repeat(*value, within=within and not ended(value[2], after))
             elif kind is op.LITERAL:
                 self.row = 0
             elif kind is op.BRANCH:
@@ -86,6 +87,13 @@ class Walk:
             self.sequence(choice, within=within)
             ends.append((self.repeats, self.row))
         self.repeats, self.row = (max(found) for found in zip(*ends, strict=True))
+
+
+def ended(items: Any, after: tuple[Any, Any] | None) -> bool:
+    """Does a letter follow that the repeated character cannot be? Then there is but one way to divide."""
+    if after is None or after[0] is not op.LITERAL or len(items) != 1 or items[0][0] not in (op.IN, op.NOT_LITERAL):
+        return False
+    return compiler.compile(items).fullmatch(chr(after[1])) is None
 
 
 def parts(value: Any) -> list[Any]:

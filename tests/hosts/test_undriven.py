@@ -301,3 +301,38 @@ def test_a_compiled_step_is_followed(config_cls, whole: bool) -> None:
     assert rank_summary(model) == rank_summary(plain) and rank_summary(model).active == 6
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+# -- what looks alike and is no neglect --------------------------------------------------------------------------------
+
+
+def test_a_copied_model_trains_in_the_trainer(tmp_path: Path) -> None:
+    """As searches over options make one model after another."""
+    first = get_peft_model(llama(), IncreLoraConfig(r=4, target_modules="all-linear"))
+    rows = [{"input_ids": TOKENS[0], "labels": TOKENS[0]}] * 16
+    arguments = TrainingArguments(str(tmp_path), max_steps=8, report_to=[], save_strategy="no", use_cpu=True)
+    trainer = Trainer(model_init=lambda: copy.deepcopy(first), args=arguments, train_dataset=rows)
+    trainer.train()
+    assert rank_summary(trainer.model).active == 56
+
+
+def test_another_part_of_the_model_may_be_trained_first() -> None:
+    model = get_peft_model(llama(), IncreLoraConfig(**OPTIONS | {"total_steps": 8}, modules_to_save=["norm"]))
+    other = torch.optim.AdamW([p for n, p in model.named_parameters() if "modules_to_save" in n], lr=0.01)
+    for _ in range(70):
+        model(TOKENS, labels=TOKENS).loss.backward()
+        other.step()
+        model.zero_grad()
+    train(model, 8)
+    assert rank_summary(model).active == 56
+
+
+def test_an_optimizer_may_step_after_many_backward_passes() -> None:
+    model = get_peft_model(llama(), IncreLoraConfig(**OPTIONS | {"total_steps": 2}))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(2):
+        for _ in range(70):
+            model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert rank_summary(model).active == 56

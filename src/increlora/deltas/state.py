@@ -94,7 +94,7 @@ def unpack(state: Tensor) -> ModuleState:
     if blocks < 1 or ranks < 0 or values[HEAD + 3 * blocks] != ranks:
         raise damaged(f"{len(values)} entries")
     if values[-6:] != checksum(values[:-6]):
-        raise damaged("its checksum is wrong, as in an average of adapters whose ranks differ")
+        raise averaged("its checksum is wrong")
     _, step, settled, rounds, mantissa, exponent, _ = values[:HEAD]
     status, born, reserved = (tuple(values[HEAD + i * blocks : HEAD + (i + 1) * blocks]) for i in range(3))
     found = of_numbers(step, status, born, reserved, bool(settled), values[-6 - ranks : -6])
@@ -122,7 +122,7 @@ def whole(state: Tensor) -> list[int]:
     numbers = (codes / FACTOR).round()
     if not (fits := (codes - FACTOR * numbers).abs() <= TOLERANCE).all():
         value = codes[~fits][0]
-        raise damaged(f"{value:g} is no whole number of it, as in an average of adapters whose ranks differ")
+        raise averaged(f"{value:g} is no whole number of it")
     return [int(number) for number in numbers.tolist()]
 
 
@@ -145,6 +145,13 @@ def is_old(packed: Tensor | None) -> bool:
 
 def damaged(what: str) -> CheckpointError:
     return CheckpointError(f"{STATE} ({what}): {DAMAGED}")
+
+
+def averaged(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{STATE} ({what}, as in an average of adapters whose ranks differ): average entries of floating-point numbers "
+        f"alone, and copy {STATE} as it is; a file with it is damaged, restore it from a copy"
+    )
 
 
 def newer(version: object) -> CheckpointError:

@@ -119,7 +119,7 @@ class StatefulDelta(Delta):
         if state.scale is not None and not math.isclose(state.scale, here, rel_tol=1e-4):
             raise CheckpointError(
                 f"{STATE} was written with the scale {state.scale:.6g}, here it is {here:.6g}: give the same `r` and "
-                f"`lora_alpha`"
+                f"`lora_alpha`, or start a new adapter from it with `warm_start`"
             )
 
     @contextmanager
@@ -150,7 +150,10 @@ class StatefulDelta(Delta):
     def given(self, found: Mapping[str, Tensor]) -> tuple[ModuleState, list[Tensor]]:
         """State and statistics among these entries. Raises CheckpointError, beginning with the entry's name."""
         if STATE not in found:
-            raise CheckpointError(f"{STATE} is missing: the adapter file is incomplete or not increlora's")
+            raise CheckpointError(
+                f"{STATE} is missing: save every entry that has `lora_` in its name, buffers too, or use "
+                f"get_peft_model_state_dict; a file without it is incomplete or not increlora's"
+            )
         tensors = [found[name] for name in (STATE, STATISTICS) if name in found]
         key = [(id(tensor), version_of(tensor)) for tensor in tensors]
         if self._given[0] != key:  # several checks ask, before the values are loaded

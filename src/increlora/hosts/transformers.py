@@ -14,7 +14,7 @@ from ..callers import running
 from ..errors import ConfigError
 from ..runtime import Controller, controllers_of
 from ..runtime.penalty import add_penalty
-from .peft.drive import rank_summary
+from .peft.drive import drive_copies, rank_summary
 
 
 class IncreLoraCallback(TrainerCallback):
@@ -25,6 +25,7 @@ class IncreLoraCallback(TrainerCallback):
     controllers: Sequence[Controller] = ()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any) -> None:
+        drive_copies(model)
         self.controllers = [c for c in controllers_of(model) if any(p.requires_grad for p in c.parameters())]
         for controller in self.controllers:
             controller.expect(total_steps=state.max_steps, start=state.global_step)

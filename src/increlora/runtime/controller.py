@@ -25,7 +25,7 @@ from . import amp
 from .births import BirthRates, unmoved
 from .exchange import keep_zeros
 from .health import Health
-from .ownership import NOT_HELD, are_parts, check_optimizer, holder_of, may_hold_flat
+from .ownership import NOT_HELD, are_parts, check_optimizer, holder_of, may_hold_copies, may_hold_flat
 from .penalty import add_penalty
 from .records import record
 from .taps import Watcher
@@ -190,8 +190,13 @@ class Controller:
         """An optimizer that holds nothing of ours steps. Raises DriveError if it steps a copy of our parameters."""
         if self.driven or not any(watcher.passes for watcher in self.watchers):
             return
+        flat = may_hold_flat(other, self.deltas)
+        if not flat and not may_hold_copies(other, self.parameters()):  # it trains something else meanwhile
+            for watcher in self.watchers:
+                watcher.passes = 0
+            return
         self._neglected = True
-        if may_hold_flat(other, self.deltas) and (are_parts(self.parameters()) or self.passed_over()):
+        if flat and (are_parts(self.parameters()) or self.passed_over()):
             raise DriveError(f"{self.names[0]}: backward passes and no step {NOT_HELD}")
 
     def passed_over(self) -> bool:

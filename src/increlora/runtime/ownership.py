@@ -67,6 +67,13 @@ def may_hold_flat(optimizer: Optimizer, deltas: Sequence[BlockDelta]) -> bool:
     return max(flat, default=0) * (dist.get_world_size() if in_process_group() else 1) >= needed
 
 
+def may_hold_copies(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> bool:
+    """Does it hold tensors of all the shapes of these parameters, or of these alone, as one with master weights does?"""
+    held = {p.shape for group in optimizer.param_groups for p in group["params"]}
+    ours = {p.shape for p in parameters}
+    return held <= ours or ours <= held
+
+
 def are_parts(parameters: Iterable[nn.Parameter]) -> bool:
     """Are these parameters views of one tensor, or emptied? Flat copies are made so."""
     own = [p for p in parameters if not is_sharded(p)]

@@ -10,7 +10,7 @@ from ..deltas import Delta
 from ..errors import DriveError
 from ..ops.parallel import in_process_group, is_sharded, joins_unevenly
 from . import compiled
-from .ownership import NOT_HELD
+from .ownership import NOT_HELD, holder_of
 
 if TYPE_CHECKING:
     from .controller import Controller
@@ -138,6 +138,8 @@ class Watcher:
         elif task != self.task:
             self.passes += 1
         self.task = task
+        if self.passes > PATIENCE and holder_of(self.controller.parameters()) is not None:
+            self.passes = 1  # it accumulates long
         if self.passes > PATIENCE or (self.passes > 1 and self.controller.passed_over()):
             name, before = self.controller.names[self.index], self.passes - 1
             raise DriveError(f"{name}: {before} backward pass{'es' * (before > 1)} and no step {NOT_HELD}")

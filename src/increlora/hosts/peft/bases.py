@@ -142,7 +142,9 @@ def check_matched(peft_config: Any, model: nn.Module, found: Collection[str]) ->
     remedy = f"did you mean {near!r}?" if near and near not in wanted else f"it has {', '.join(known[:12])}"
     if any(".experts." in name and p.dim() == 3 for name, p in model.named_parameters()):
         remedy += "; experts that are stored as one tensor cannot be adapted yet"
-    raise ConfigError(f"Target modules {missing} not found in the base model (after exclusions): {remedy}")
+    raise ConfigError(
+        f"Target modules {missing} not found in the base model (after exclusions), leave them out: {remedy}"
+    )
 
 
 def check_in_memory(bases: Mapping[str, nn.Module]) -> None:

@@ -34,6 +34,7 @@ SMALL = (
 OURS = {entry: name for name, entry in NAMES.items()}  # on disk → in a state dict
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = FLOATS | {"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
+FSDP1 = "_fsdp_wrapped_module."
 BASE, SAVED, ORIGINAL = ".base_layer.", ".modules_to_save.", ".original_module."
 
 
@@ -43,7 +44,7 @@ def compact(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) 
     for name, layer in model.named_modules():
         if isinstance(layer, TunerLayer) and adapter_name in layer.lora_delta:
             module: Any = layer.lora_delta[adapter_name]
-            prefix = f"{name}.lora_delta.{adapter_name}."
+            prefix = f"{name}.lora_delta.{adapter_name}.".replace(FSDP1, "")  # as in its state dicts
             own = {key: key.removeprefix(prefix) for key in found if key.startswith(prefix)}
             values = {NAMES.get(entry, entry): found.pop(key) for key, entry in own.items()}
             found |= {prefix + OURS.get(entry, entry): value for entry, value in module.saved(values).items()}
@@ -199,13 +200,14 @@ def check_budget(said: Mapping[str, Any], method: Method) -> None:
             )
 
 
-def check_others(keys: Iterable[str], model: nn.Module, adapter_name: str) -> None:
+def check_others(keys: Iterable[str], model: nn.Module, adapter_name: str, *, biases: bool) -> None:
     """Raise CheckpointError for an entry that would replace a weight of the live model which is no part of this
-    adapter. Embeddings and heads pass: which of them a file may bring is said by its config, see `check_contents`."""
+    adapter. Embeddings and heads pass: which of them a file may bring is said by its config, see `check_contents`; so
+    do `biases` in tensors that somebody hands over, as peft can train them."""
     brought = brought_ends(model, (), None)
     for key in keys:
         mine = f"{SAVED}{adapter_name}." in key or (under(plain(key), brought) and SAVED not in key)
-        if not (is_ours(key) or mine):
+        if not (is_ours(key) or mine or (biases and key.endswith(".bias"))):
             raise overwriting(key)
 
 

@@ -25,11 +25,16 @@ def attach(
         record: keep one entry per step in `controller.records`.
     Raises: DriveError (no or several adapters; LBFGS; not all parameters in the optimizer), ScheduleError, BudgetError.
     """
-    if not controllers_of(model):  # a copied or unpickled model
+    drive_copies(model)
+    return attach_controller(model, optimizer, total_steps=total_steps, record=record)
+
+
+def drive_copies(model: nn.Module) -> None:
+    """Give the adapters of a copied or unpickled model, which has none, their controllers."""
+    if not controllers_of(model):
         for handle in adapters_of(model).values():
             if not handle.config.inference_mode:
                 handle.drive()
-    return attach_controller(model, optimizer, total_steps=total_steps, record=record)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from . import checkpoint, weighted
 from .bases import check_called, check_in_memory, check_matched, is_bypassed, read, refusal, warn_of_statistics
 from .handle import SHARED, Handle, described_states, warn_of_budget
 from .layer import AdapterLayer, SharedFactors, TunerLayer, adapter_layers, adapters_of, check_name, layer_over
-from .loading import check_source
+from .loading import LOADING, check_source
 from .mixed import mixed_batch
 from .quantised import backend_of, check_mergeable, keep_layout, warn_of_rounding
 from .states import check_dormant, check_together, watch
@@ -215,7 +215,7 @@ class AdapterModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: Any, adapter_name: str,
                                            state_dict: dict[str, Tensor]) -> dict[str, Tensor]:  # fmt: skip
         handle = adapters_of(model).get(adapter_name)
-        checkpoint.check_others(state_dict, model, adapter_name)
+        checkpoint.check_others(state_dict, model, adapter_name, biases=LOADING.get() is None)
         if handle is not None:
             checkpoint.check_parts(handle.stored, parts := checkpoint.split(state_dict))
             check_together(handle, parts)
