@@ -68,7 +68,7 @@ def may_hold_flat(optimizer: Optimizer, deltas: Sequence[BlockDelta]) -> bool:
 
 
 def may_hold_copies(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> bool:
-    """Does it hold tensors of all the shapes of these parameters, or of these alone, as one with master weights does?"""
+    """Does it hold tensors of all the shapes of these parameters, or of these alone, as master weights have them?"""
     held = {p.shape for group in optimizer.param_groups for p in group["params"]}
     ours = {p.shape for p in parameters}
     return held <= ours or ours <= held

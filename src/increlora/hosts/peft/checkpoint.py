@@ -251,14 +251,19 @@ def split(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-def check_parts(modules: Mapping[str, Stored], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise CheckpointError unless the parts of a checkpoint are those of these modules."""
+def check_modules(modules: Mapping[str, Stored], parts: Iterable[str]) -> None:
+    """Raise CheckpointError unless a checkpoint has parts of these modules and of no others."""
     expected = {n for n, module in modules.items() if any(True for _ in (*module.parameters(), *module.buffers()))}
     for name in sorted(expected ^ set(parts)):
         where = "the checkpoint" if name in expected else "the model"
         raise CheckpointError(
             f"module {name!r} is missing in {where}: the adapter belongs to another model or other `target_modules`"
         )
+
+
+def check_parts(modules: Mapping[str, Stored], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise CheckpointError unless the parts of a checkpoint are those of these modules."""
+    check_modules(modules, parts)
     for name, part in parts.items():
         check_types(name, part)
         try:

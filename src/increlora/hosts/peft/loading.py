@@ -52,8 +52,12 @@ def check_source(handle: Handle, model: nn.Module) -> None:
         return
     contents, _ = checkpoint.read_contents(folder)
     said = checkpoint.read_config(folder) if (folder / CONFIG_NAME).exists() else {}
+    renamed = bool(getattr(model, "_checkpoint_conversion_mapping", None))  # its keys are, when they are loaded
+    if not renamed:
+        checkpoint.check_names(contents)
+        checkpoint.check_modules(handle.stored, checkpoint.split(contents))
     checkpoint.check_budget(said, handle.method)
-    if not getattr(model, "_checkpoint_conversion_mapping", None):  # else its keys are renamed on loading
+    if not renamed:
         brought = said.get("base_weights")
         named = [key for key in brought if isinstance(key, str)] if isinstance(brought, list) else []
         checkpoint.check_contents(contents, handle.stored, model, handle.config.modules_to_save or (), named)
