@@ -92,3 +92,16 @@ def test_a_compiled_average_of_weights_follows_the_ranks() -> None:
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-12, atol=0)
     assert controller_events(model)
+
+
+def test_settled_ranks_are_exported_and_mapped() -> None:
+    model = built("adalora")
+    trained(model, model)
+    model.eval().requires_grad_(False)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exported = torch.export.export(model.base_model.model, (x,)).module()
+    torch.testing.assert_close(exported(x), model(x), rtol=1e-12, atol=0)
+    state = {name: torch.stack([value] * 2) for name, value in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    mapped = torch.func.vmap(lambda p: torch.func.functional_call(model, (p, buffers), (x,)))(state)
+    torch.testing.assert_close(mapped[1], model(x), rtol=1e-12, atol=1e-14)

@@ -379,3 +379,17 @@ def test_averages_that_no_run_leaves_behind_are_refused(value: float, tmp_path: 
         with pytest.raises(CheckpointError, match=r"lora_statistics|averages of Grow are negative"):
             PeftModel.from_pretrained(base, tmp_path, is_trainable=trainable)
         assert not any(isinstance(module, AdapterLayer) for module in base.modules())
+
+
+@pytest.mark.parametrize(
+    "changed", [{"layers_to_transform": [0]}, {"exclude_modules": ["v_proj"]}, {"target_modules": ["q_proj"]}]
+)
+def test_other_modules_than_the_adapter_was_trained_on_are_refused(changed: dict, tmp_path: Path) -> None:
+    """LoRTA's tensors name no module, but its config does."""
+    model = get_peft_model(build_llama(), METHODS["lorta"].config())
+    train(model, "llama", stop=2)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | changed))
+    with pytest.raises(CheckpointError, match="is not adapted here, and was when the adapter was trained"):
+        PeftModel.from_pretrained(build_llama(), tmp_path)

@@ -331,3 +331,52 @@ def test_a_run_that_an_earlier_version_saved_goes_on(row: Row, tmp_path: Path) -
         resumed.load_state_dict(copy.deepcopy(moments))
         train(model.train(), "llama", start=5, stop=STEPS, optimizer=resumed)
         assert alike(model.eval(), straight.eval())
+
+
+# ---- where tensors are other than usual
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_models_that_are_made_in_inference_mode(row: Row, tmp_path: Path) -> None:
+    model = trained(row)
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        loaded = PeftModel.from_pretrained(build_llama(), tmp_path).eval()
+        assert alike(loaded, model)
+        made = fresh(row).eval()
+        made.load_state_dict(model.state_dict())
+        assert alike(made, model)
+        for value, other in zip(made.buffers(), fresh(row).buffers(), strict=True):
+            value.copy_(other)
+        assert ranks(made) == ranks(fresh(row))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bases_in_half_precision(row: Row, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = get_peft_model(build_llama().to(dtype), row.config())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(STEPS):
+        model(**inputs_for("llama")).logits.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(tmp_path)
+    assert alike(PeftModel.from_pretrained(build_llama().to(dtype), tmp_path).eval(), model)
+    other = get_peft_model(build_llama().to(dtype), row.config())
+    other.load_state_dict(model.state_dict())
+    assert alike(other.eval(), model)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_parameters_that_are_picked_for_saving_take_their_states_along(row: Row, tmp_path: Path) -> None:
+    model = trained(row)
+    model.save_pretrained(tmp_path, state_dict={n: p for n, p in model.named_parameters() if "lora_" in n})
+    assert alike(PeftModel.from_pretrained(build_llama(), tmp_path).eval(), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_of_all_entries_is_named(dtype: torch.dtype) -> None:
+    row = next(row for row in CATALOGUE if row.name == "increlora")
+    model = trained(row)
+    with pytest.raises(CheckpointError, match=r"lora_state \(as torch\.\w+, which cannot hold it"):
+        fresh(row).load_state_dict({key: value.to(dtype) for key, value in model.state_dict().items()})

@@ -303,6 +303,18 @@ def test_a_compiled_step_is_followed(config_cls, whole: bool) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+def test_steps_by_hand_are_noticed() -> None:
+    model = get_peft_model(llama(), IncreLoraConfig(**OPTIONS))
+    with pytest.raises(DriveError, match=r"[2-4] backward passes and no step of an optimizer"):
+        for _ in range(16):
+            model(TOKENS, labels=TOKENS).loss.backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p.sub_(p.grad, alpha=0.1)
+                        p.grad = None
+
+
 # -- what looks alike and is no neglect --------------------------------------------------------------------------------
 
 

@@ -244,6 +244,10 @@ class BlockDelta(StatefulDelta):
     # -- checkpoints: parameters of active and reserve blocks, and the state; tensors say everything -------------------
 
     def saved(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not values:
+            return {}
+        self.note_step()  # buffers go along even where somebody has picked the parameters alone
+        values = {name: buffer for name, buffer in self._buffers.items() if buffer is not None} | {**values}
         idle = {name for i in self.indices(Status.DORMANT, Status.RETIRED) for _, name in self._names[i]}
         written = {name: value for name, value in values.items() if name not in idle}
         left = pack_statistics(self.statistics, self.idle_slots)

@@ -67,7 +67,7 @@ class TripletDelta(LowRankDelta):
         if state.settled and False in state.kept and not trains:
             A, E, B = map(whole, self.block(0).values())
             minus = self._kept_for((*state.kept, E.device, E.dtype), lambda: minus_dropped(state.kept, E))
-            return A, torch.addcmul(E, minus, E.data), B  # the gradient is that of e, as published
+            return A, torch.addcmul(E, minus, E.detach()), B  # the gradient is that of e, as published
         live = self.live
         blocks = [self.block(i) for i in live]
         e = [

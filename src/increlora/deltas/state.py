@@ -86,6 +86,8 @@ def unpack(state: Tensor) -> ModuleState:
     """The state out of its integers. Raises CheckpointError if these are no state, or of a newer version."""
     if state.dim() != 1 or not state.numel() or state.is_complex():
         raise damaged(f"{state.dtype}, shape {tuple(state.shape)}")
+    if state.dtype in (torch.float16, torch.bfloat16):
+        raise damaged(f"as {state.dtype}, which cannot hold it: cast entries of floating-point numbers alone")
     values = whole(state)
     if values[0] != STATE_FORMAT:
         raise newer(values[0])

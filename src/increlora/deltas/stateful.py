@@ -51,7 +51,8 @@ class StatefulDelta(Delta):
         self.idle_slots: frozenset[int] = frozenset()
         self.constant = False
         self._state = ModuleState(0, (), (), ())
-        self.register_buffer(STATE, torch.empty(0, dtype=torch.int32, device="cpu"))
+        with torch.inference_mode(False):
+            self.register_buffer(STATE, torch.empty(0, dtype=torch.int32, device="cpu"))
         self._given: tuple[Any, ...] = None, (), None  # what was unpacked last: versions, tensors, result
         self._read = self.lora_state, 0  # what `_state` was read from: the buffer and its version
 
@@ -65,6 +66,9 @@ class StatefulDelta(Delta):
         buffer: Any = self._buffers[STATE]  # every use of the module asks, and this is quicker than the attribute
         if (buffer is self._read[0] and version_of(buffer) == self._read[1]) or not readable(buffer):
             return self._state
+        if buffer.is_inference():  # it would not tell that somebody has written into it
+            with torch.inference_mode(False):
+                buffer = self._buffers[STATE] = buffer.clone()
         self._state, self._read = self._read_again(buffer), (buffer, version_of(buffer))
         return self._state
 
@@ -86,6 +90,7 @@ class StatefulDelta(Delta):
             self._read = self._read[0], UNKNOWN
         return super().train(mode)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def assign(self, **changes: Any) -> None:
         """Change the state, by the names of `ModuleState`. The buffer stays the same tensor while its length does."""
@@ -94,7 +99,7 @@ class StatefulDelta(Delta):
         state = replace(state, **({"step": self.steps} | changed)).padded(len(self.sizes))
         self._state = replace(state, scale=self.scale_of(max(1, state.rank_of(self.sizes))))
         packed, buffer = self._state.pack(), self.lora_state
-        if buffer.shape == packed.shape and readable(buffer) and not buffer.is_inference():
+        if buffer.shape == packed.shape and readable(buffer):
             buffer.copy_(packed)
         else:
             self.lora_state = packed.to(buffer.device)

@@ -15,6 +15,7 @@ from .ownership import NOT_HELD, holder_of
 if TYPE_CHECKING:
     from .controller import Controller
 
+MOVES = 2  # changes between such passes that are no step: checkpoints are loaded, starts are set
 PATIENCE = 64  # backward passes an adaptive adapter waits for an optimizer that holds its parameters
 
 
@@ -68,6 +69,7 @@ class Watcher:
         self.controller, self.index = controller, index
         self.key = compiled.register(self)
         self.passes, self.task = 0, -1  # backward passes without an optimizer, and the last of them
+        self.moves, self.version = 0, -1  # how often a parameter has changed since, by hand
         self.seen, self.latest = False, -1  # a backward pass since the last step, and the last of them
 
     @property
@@ -132,15 +134,17 @@ class Watcher:
 
     def _count_pass(self) -> None:
         """Raise DriveError if nobody steps, or others do that know nothing of us."""
-        task = torch._C._current_graph_task_id()
         if self.controller.driven:
-            self.passes = 0
-        elif task != self.task:
+            self.passes = self.moves = 0
+            return
+        task, version = torch._C._current_graph_task_id(), self.controller.parameter(self.index)._version
+        if task != self.task:
             self.passes += 1
-        self.task = task
-        if self.passes > PATIENCE and holder_of(self.controller.parameters()) is not None:
-            self.passes = 1  # it accumulates long
-        if self.passes > PATIENCE or (self.passes > 1 and self.controller.passed_over()):
+            self.moves += self.passes > 1 and version != self.version
+        self.task, self.version = task, version
+        if (self.passes > PATIENCE or self.moves > MOVES) and holder_of(self.controller.parameters()) is not None:
+            self.passes, self.moves = 1, 0  # it accumulates long
+        if self.passes > PATIENCE or self.moves > MOVES or (self.passes > 1 and self.controller.passed_over()):
             name, before = self.controller.names[self.index], self.passes - 1
             raise DriveError(f"{name}: {before} backward pass{'es' * (before > 1)} and no step {NOT_HELD}")
 

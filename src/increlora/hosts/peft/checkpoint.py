@@ -261,6 +261,15 @@ def check_modules(modules: Mapping[str, Stored], parts: Iterable[str]) -> None:
         )
 
 
+def check_sites(shapes: Any, deltas: Mapping[str, Stored]) -> None:
+    """Raise CheckpointError if a config lists the `shapes` of other modules than these, of a method whose tensors name
+    no module."""
+    if isinstance(shapes, dict) and shapes and not any(d._parameters or d._buffers for d in deltas.values()):
+        for name in sorted(shapes.keys() ^ deltas.keys()):
+            here = "is adapted here, and was not" if name in deltas else "is not adapted here, and was"
+            raise CheckpointError(f"module {name!r} {here} when the adapter was trained: restore its target options")
+
+
 def check_parts(modules: Mapping[str, Stored], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raise CheckpointError unless the parts of a checkpoint are those of these modules."""
     check_modules(modules, parts)

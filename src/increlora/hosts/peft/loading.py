@@ -56,6 +56,7 @@ def check_source(handle: Handle, model: nn.Module) -> None:
     if not renamed:
         checkpoint.check_names(contents)
         checkpoint.check_modules(handle.stored, checkpoint.split(contents))
+        checkpoint.check_sites(said.get("shapes"), handle.deltas)
     checkpoint.check_budget(said, handle.method)
     if not renamed:
         brought = said.get("base_weights")

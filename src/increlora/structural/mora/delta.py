@@ -178,7 +178,8 @@ class SquareDelta(BlockDelta):
         missing = rounds - (0 if self.lora_past is None else len(self.lora_past))
         if missing > 0:
             M = local(self.lora_M0.detach())
-            room = M.new_zeros(missing, self.side, self.side)
+            dtype = torch.promote_types(M.dtype, torch.float32)  # of parameters that are trained, whatever the base has
+            room = M.new_zeros(missing, self.side, self.side, dtype=dtype)
             self.lora_past = room if self.lora_past is None else torch.cat([self.lora_past, room])
 
     def copy_state_from(self, other: StatefulDelta) -> None:
@@ -202,7 +203,7 @@ class SquareDelta(BlockDelta):
     def _terms(self, M: Tensor) -> list[tuple[SquareMaps, Tensor]]:
         """(maps, matrix), rounds with the same maps added up."""
         alike: dict[SquareMaps, list[Tensor]] = {}
-        matrices = [*(self.lora_past[: self.turns] if self.lora_past is not None else ()), M]
+        matrices = [*(self.lora_past[: self.turns].to(M.dtype) if self.lora_past is not None else ()), M]
         for maps, matrix in zip(self._rounds(self.turns, self.side), matrices, strict=True):
             alike.setdefault(maps, []).append(matrix)
         return [(maps, reduce(torch.add, of_round)) for maps, of_round in alike.items()]
