@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 2
-QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def launch(module: str, folder: Path) -> list[dict[str, Any]]:
