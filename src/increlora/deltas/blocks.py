@@ -163,9 +163,10 @@ class BlockDelta(StatefulDelta):
         compiled keeps nothing: it would be compiled again for what it has kept."""
         if torch.compiler.is_compiling():
             return self._derive(self._state)
-        state, known = self.state, self._derived
-        if known is None or known.state is not state or known.reserve_learns != self.reserve_learns:
-            known = self._derived = self._derive(state)
+        known, (read, version), buffer = self._derived, self._read, self._buffers[STATE]
+        unread = buffer is not read or read._version != version
+        if unread or known is None or known.state is not self._state or known.reserve_learns != self.reserve_learns:
+            known = self._derived = self._derive(self.state)
         return known
 
     def _derive(self, state: ModuleState) -> Derived:

@@ -64,7 +64,8 @@ class StatefulDelta(Delta):
         if torch.compiler.is_compiling():  # graphs read no tensors; they are compiled anew for another state
             return self._state
         buffer: Any = self._buffers[STATE]  # every use of the module asks, and this is quicker than the attribute
-        if (buffer is self._read[0] and version_of(buffer) == self._read[1]) or not readable(buffer):
+        read, version = self._read  # never a tensor of inference mode, which has no version
+        if (buffer is read and read._version == version) or not readable(buffer):
             return self._state
         if buffer.is_inference():  # it would not tell that somebody has written into it
             with torch.inference_mode(False):
