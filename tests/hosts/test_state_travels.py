@@ -381,3 +381,12 @@ def test_a_cast_of_all_entries_is_named(dtype: torch.dtype) -> None:
     model = trained(row)
     with pytest.raises(CheckpointError, match=r"lora_state \(as torch\.\w+, which cannot hold it"):
         fresh(row).load_state_dict({key: value.to(dtype) for key, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row is not RESTARTS], ids=str)
+def test_a_run_that_is_saved_without_its_averages_says_so_when_it_is_loaded(row: Row) -> None:
+    model, target = trained(row, stop=3), fresh(row)
+    entries = {key: value for key, value in model.state_dict().items() if not key.endswith("_extra_state")}
+    with pytest.warns(UserWarning, match="lora_statistics was not saved .* of step 3: .* begins its averages anew"):
+        target.load_state_dict(entries, strict=False)
+    assert alike(target.eval(), model)

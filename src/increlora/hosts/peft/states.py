@@ -1,5 +1,6 @@
 """The states of all modules of an adapter, where they arrive together, whatever loads a model's state dict."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from ...deltas import BlockDelta, Status
 from ...deltas.base import NAMES
-from ...deltas.state import DAMAGED, STATE
+from ...deltas.state import DAMAGED, STATE, STATISTICS, is_old
 from ...errors import CheckpointError
 from ...ops.parallel import is_sharded
 from .handle import Handle
@@ -41,6 +42,32 @@ def check_arriving(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: s
         for name, part in found.items():
             handle.blocks[name].arriving(part)
         check_together(handle, found)
+        warn_of_averages(handle, found)
+
+
+def warn_of_averages(handle: Handle, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Warn, before a run of this adapter is loaded, that what its rules remember is not among these entries: what is
+    computed comes whole, but a run that goes on from it decides by other averages than the one that was saved."""
+    if handle.start < (handle.method.budget.ranks or 0) <= ranks_in(handle, parts):  # it has grown, and decides no more
+        return
+    for name, part in parts.items():
+        delta = handle.blocks[name]
+        if not (sum(map(len, delta.statistics)) and STATE in part and STATISTICS not in part):
+            continue
+        state, _ = delta.given(part)
+        if state.step and not state.settled and not is_old(part[STATE]):
+            warnings.warn(
+                f"{name}: {STATISTICS} was not saved with the parameters and buffers of step {state.step}: a run that "
+                f"goes on from here begins its averages anew; save the whole `state_dict()`, or by `save_pretrained`",
+                stacklevel=2,
+            )
+            return
+
+
+def ranks_in(handle: Handle, parts: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Ranks of all modules that these entries are of."""
+    there = ((delta, parts[name]) for name, delta in handle.blocks.items() if STATE in parts.get(name, ()))
+    return sum(delta.given(part)[0].rank_of(delta.sizes_in(part)) for delta, part in there)
 
 
 def check_dormant(handle: Handle) -> None:
@@ -81,7 +108,7 @@ def check_together(handle: Handle, parts: Mapping[str, Mapping[str, Tensor]]) ->
     budget, settled = handle.method.budget, all(state.settled for state in states.values())
     if budget.ranks is None or not budget.exact:
         return
-    total = sum(state.rank_of(blocks[name].sizes_in(parts[name])) for name, state in states.items())
+    total = ranks_in(handle, parts)
     if total > (budget.ranks if settled else max(budget.ranks, handle.start)):
         raise CheckpointError(
             f"its modules have {total} ranks, and this adapter a budget of {budget.ranks}: it was written by an "
