@@ -73,13 +73,19 @@ def test_names_subfolders_and_several_adapters(base: Path, tmp_path: Path) -> No
         model.load_adapter(tmp_path / "two", "two")
 
 
-def test_an_adapter_loaded_to_be_trained_is_driven(base: Path, tmp_path: Path) -> None:
+def begun(folder: Path) -> tuple[PeftModel, torch.optim.Optimizer]:
+    """A run after five of its 30 steps, saved."""
     model = get_peft_model(llama(), IncreLoraConfig(**OPTIONS))
     optimizer = adamw(model)
     for _ in range(5):
         step(model, optimizer)
     with pytest.warns(UserWarning, match="a budget of 56"):
-        model.save_pretrained(tmp_path)
+        model.save_pretrained(folder)
+    return model, optimizer
+
+
+def test_an_adapter_loaded_to_be_trained_is_driven(base: Path, tmp_path: Path) -> None:
+    model, optimizer = begun(tmp_path)
     going_on = llama()
     going_on.load_adapter(tmp_path, is_trainable=True)
     second = adamw(going_on)
@@ -93,12 +99,7 @@ def test_an_adapter_loaded_to_be_trained_is_driven(base: Path, tmp_path: Path) -
 
 def test_a_reloaded_model_gives_its_state_dict_to_the_one_that_trains(base: Path, tmp_path: Path) -> None:
     """As sentence-transformers resumes, and fetches its best model: `load_state_dict`, strictly."""
-    model = get_peft_model(llama(), IncreLoraConfig(**OPTIONS))
-    optimizer = adamw(model)
-    for _ in range(5):
-        step(model, optimizer)
-    with pytest.warns(UserWarning, match="a budget of 56"):
-        model.save_pretrained(tmp_path)
+    model, optimizer = begun(tmp_path)
     wanted, ranks = logits(model), rank_summary(model)
     inner = model.get_base_model()
     for _ in range(20):

@@ -23,19 +23,8 @@ from increlora.export.adapters import read_adapter
 from increlora.hosts.peft.layer import AdapterLayer
 from tests.catalogue import METHODS
 from tests.hosts.bases import LLAMA, build_llama, logits, seeded
-from tests.hosts.mutations import (
-    CONFIG,
-    DOORS,
-    SUBJECTS,
-    WEIGHTS,
-    Subject,
-    alike,
-    fingerprint,
-    limited,
-    opened,
-    saved,
-    trial,
-)
+from tests.hosts.damage import CONFIG, SUBJECTS, WEIGHTS, Subject, saved
+from tests.hosts.mutations import DOORS, alike, fingerprint, limited, opened, trial
 from tests.hosts.training import train
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -15,30 +15,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from increlora.workbench.cli import run as imported_for_all_forks
 from increlora.workbench.cli.app import app
 from increlora.workbench.runs import RunFolder
 from tests.catalogue import METHODS
+from tests.hosts.bases import write_character_bert
 from tests.soak import killing
 
 assert imported_for_all_forks
 SIZES = "--r 2 --epochs 1.25 --batch-size 8 --max-length 16 --max-train-samples 64 --max-eval-samples 20"  # 10 steps
 TRACES = ("metrics.jsonl", "events.jsonl", "trace.jsonl", "spectra.jsonl")
-
-
-def write_model(folder: Path) -> None:
-    """A two-layer BERT with one token per character."""
-    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *map(chr, range(33, 127))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=32, **size)).save_pretrained(folder)
 
 
 def command(words: list[str], log: Path) -> None:
@@ -79,7 +66,7 @@ def content(folder: Path) -> dict[str, Any]:
 def soak(method: str, root: Path, kills: int, seed: int) -> dict[str, Any]:
     """Kill and resume until there were so many kills and the run is finished."""
     row, log = METHODS[method], root / "log"
-    write_model(root / "model")
+    write_character_bert(root / "model")
     options = {**row.options, **row.needs.get("llama", ({},))[0]}
     chosen = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
     start = ["train", "--model", str(root / "model"), "--method", method, *SIZES.split(), *chosen]

@@ -14,8 +14,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 import increlora.workbench.cli
@@ -27,6 +26,7 @@ from increlora.workbench.cli.build import set_head_dropout, target_modules
 from increlora.workbench.cli.display import rank_map
 from increlora.workbench.cli.recorder import Recorder
 from increlora.workbench.tasks import DEFAULT_BACKBONE, load_classifier
+from tests.hosts.bases import write_character_bert
 from tests.hosts.comparison_schema import UNKNOWN_TO_A_RUN, problems
 
 pytestmark = pytest.mark.slow  # most of it trains
@@ -46,14 +46,7 @@ MODULES = 12
 def model(tmp_path_factory):
     """A two-layer BERT with one token per character."""
     folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *map(chr, range(33, 127))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=32, **size)).save_pretrained(folder)
+    write_character_bert(folder)
     return folder
 
 
