@@ -20,7 +20,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from ...errors import ConfigError
 from ...methods import Settings
 from ...registry import METHODS
-from . import checkpoint, door
+from . import checkpoint, transformers_loading
 from .config import CONFIGS, OURS, MethodConfig, derive, type_name
 from .drive import rank_summary
 from .loading import from_pretrained, load_adapter
@@ -143,7 +143,7 @@ def patch_peft() -> None:
     put_around(PeftModel, "from_pretrained", from_pretrained)
     put_around(PeftModel, "load_adapter", load_adapter)
     put_around(PeftModel, "print_trainable_parameters", print_trainable_parameters)
-    put_around(PeftAdapterMixin, "load_adapter", door.load_adapter)
+    put_around(PeftAdapterMixin, "load_adapter", transformers_loading.load_adapter)
 
 
 def put_around(owner: type, name: str, ours: Any) -> None:
