@@ -14,7 +14,7 @@ from .bases import check_readable
 
 SHARED = "shared_factors"  # attribute of the model with what all modules of an adapter share
 FOR_INFERENCE = (
-    "this adapter was loaded or made for inference, and nothing would decide over its ranks in training: load it with "
+    "this adapter was loaded or made for inference, and nothing would decide about its ranks in training: load it with "
     "is_trainable=True (a config: leave out `inference_mode`), or freeze it by requires_grad_(False)"
 )
 
@@ -134,7 +134,7 @@ def warn_of_budget(ranks: Mapping[str, int], budget: Budget, steps: int) -> None
     if not trainer_runs():
         warnings.warn(
             f"this adapter has {total} ranks and a budget of {budget.ranks}: after {steps} steps its schedule is not "
-            f"over; train on from here, take a checkpoint of a later step, or give the run that makes it the length "
-            f"that it really has",
+            f"over; train on from here, take a checkpoint of a later step, or train anew and state the length that the "
+            f"run really has",
             stacklevel=2,
         )
