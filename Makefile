@@ -51,7 +51,7 @@ test: setup ## all tests, with coverage; the core and the runtime must reach 95 
 test-fast: setup ## under 90 seconds on 2 cores: unit tests without the slow ones, contracts of each method's own row
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not variant and not distributed" tests/unit tests/contract
 
-soak: setup ## the tests that kill processes and damage files, many times as often as in `make test` (about 15 minutes)
+soak: setup ## the tests that kill processes and damage files, many times as often as in `make test` (about ten minutes)
 	INCRELORA_SOAK=1 $(BIN)/python -m pytest -m soak
 
 conformance: setup ## peft's own tests on our methods (writes docs/conformance.json); vLLM's code on our exports; plugins

@@ -26,7 +26,7 @@ from .states import check_dormant, check_together, watch
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Makes many small objects, none of them garbage: looking for it again and again takes a third of the time."""
+    """Makes many small objects, none of them garbage: looking for it again and again takes long."""
     enabled = gc.isenabled()
     gc.disable()
     try:
